@@ -1,0 +1,356 @@
+# Copyright 2026 The llm2clip_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LLM2CLIP: a vision tower and a large language model in one embedding space (arXiv 2411.04997)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_llm2clip import LLM2CLIPConfig
+from .inputs_llm2clip import check_ids, check_llm_embeds, check_pixel_values
+from .modules_llm2clip import (
+    LLM2CLIPTextAdapter,
+    assert_bidirectional,
+    measure_vision_width,
+    pool_image,
+    pool_text,
+)
+from .pretrained_llm2clip import ATTACH_HINT, LLM2CLIPPreTrainedModel
+
+
+@dataclass
+class LLM2CLIPOutput(ModelOutput):
+    """
+    Output of [`LLM2CLIPModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss` is `True`):
+            Softmax loss (mean of the two directions' cross entropies) or, with a logit bias, sigmoid loss (sum over
+            all pairs divided by the number of rows), in nats, over the local batch.
+        logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
+            Scaled cosine similarities, plus the bias where there is one. Present when both modalities are given.
+        logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*): Its transpose.
+        text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*):
+            L2-normalised text embeddings, float32.
+        image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*):
+            L2-normalised image embeddings, float32.
+        text_model_output (`BaseModelOutputWithPooling`, *optional*): Output of `get_text_features`.
+        vision_model_output (`BaseModelOutputWithPooling`, *optional*): Output of `get_image_features`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+def _softmax_loss(logits: torch.Tensor) -> torch.Tensor:
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def _sigmoid_loss(logits: torch.Tensor) -> torch.Tensor:
+    signs = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
+    r"""
+    LLM2CLIP: vision tower, projection, large language model, text adaptor and logit scale.
+
+    Texts enter as token ids or as stored LLM embeddings. The LLM may be saved with the model, named by it, or absent
+    (`config.text_weights`). Trained parts stay float32 when the model is loaded in half precision; the LLM does not.
+
+    Args:
+        config ([`LLM2CLIPConfig`]): The configuration.
+        vision_model (`PreTrainedModel`, *optional*): A vision tower to use; built from the config if left out.
+        load_text_model (`bool`, *optional*, defaults to `True`): Whether to build a bundled LLM.
+
+    Example:
+
+    ```python
+    >>> config = LLM2CLIPConfig(
+    ...     vision_config={"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 40,
+    ...                    "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 30, "patch_size": 6},
+    ...     llm_hidden_size=32,
+    ...     projection_dim=20,
+    ... )
+    >>> model = LLM2CLIPModel(config).eval()
+    >>> output = model(pixel_values=torch.zeros(2, 3, 30, 30), llm_embeds=torch.ones(5, 32))
+    >>> output.logits_per_image.shape
+    torch.Size([2, 5])
+
+    ```
+    """
+
+    def __init__(
+        self, config: LLM2CLIPConfig, vision_model: PreTrainedModel | None = None, load_text_model: bool = True
+    ) -> None:
+        super().__init__(config)
+        if vision_model is None:
+            vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model
+        self.vision_model.config = config.vision_config
+        if config.vision_hidden_size is None:
+            config.vision_hidden_size = measure_vision_width(config)
+        self.visual_projection: nn.Module
+        if config.vision_projection == "none":
+            if config.vision_hidden_size != config.projection_dim:
+                raise ValueError(
+                    "`vision_projection='none'` needs `projection_dim` to equal the width of the vision tower, got "
+                    f"{config.projection_dim} and {config.vision_hidden_size}."
+                )
+            self.visual_projection = nn.Identity()
+        else:
+            bias = config.vision_projection == "linear_bias"
+            self.visual_projection = nn.Linear(config.vision_hidden_size, config.projection_dim, bias=bias)
+        self.text_model: Any = None
+        if config.text_weights == "bundled" and load_text_model:
+            self.text_model = AutoModel.from_config(config.text_config)
+            self.text_model.config = config.text_config
+        self.text_adapter = LLM2CLIPTextAdapter(config)
+        # Shape (1,): FSDP2 does not shard scalars.
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
+        if config.logit_bias_init_value is None:
+            self.logit_bias = None
+        else:
+            self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._require_text_model().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._require_text_model().set_input_embeddings(value)
+
+    def _require_text_model(self) -> PreTrainedModel:
+        if self.text_model is None:
+            base = self.config.text_base_model
+            known = f" The model was trained with {base!r}." if base else ""
+            raise ValueError(f"This model holds no LLM, so it cannot take token ids.{known} {ATTACH_HINT}")
+        return self.text_model
+
+    @property
+    def _text_model_is_frozen(self) -> bool:
+        return self.text_model is not None and not any(p.requires_grad for p in self.text_model.parameters())
+
+    def freeze_text_model(self) -> None:
+        """Takes the LLM out of training: no gradients, evaluation mode also after `model.train()`."""
+        self._require_text_model().requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LLM2CLIPModel":
+        super().train(mode)
+        if self._text_model_is_frozen:
+            self.text_model.eval()
+        return self
+
+    def get_llm_embeds(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        r"""
+        Embeds texts with the LLM alone, as they are stored for training.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, template included.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 1 for tokens, 0 for padding.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, llm_hidden_size)`, float32, un-normalised: the mean over the text's
+            own tokens (paper section 3.1).
+        """
+        outputs = self._run_text_model(input_ids, attention_mask, **kwargs)
+        return pool_text(outputs.last_hidden_state, attention_mask, self.config.text_prefix_length)
+
+    def _run_text_model(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> Any:
+        text_model = self._require_text_model()
+        check_ids(input_ids, attention_mask, getattr(text_model.config, "max_position_embeddings", None))
+        # A frozen LLM must cost no memory for gradients, whatever the caller does.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._text_model_is_frozen):
+            return text_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        llm_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Embeds texts in the joint space.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Token ids, template included.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 1 for tokens, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Passed to the LLM.
+            llm_embeds (`torch.FloatTensor` of shape `(batch, llm_hidden_size)`, *optional*):
+                Stored LLM embeddings ([`~LLM2CLIPModel.get_llm_embeds`]) instead of token ids.
+
+        Returns:
+            `BaseModelOutputWithPooling` whose `pooler_output` of shape `(batch, projection_dim)` is the projected,
+            un-normalised text vector; the LLM's own outputs where it ran.
+
+        Raises:
+            ValueError: if both or neither of `input_ids` and `llm_embeds` are given, for a wrong shape or dtype, an
+                empty batch, or token ids without an LLM.
+        """
+        if (input_ids is None) == (llm_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"Exactly one of `input_ids` and `llm_embeds` must be given, got {given}.")
+        if llm_embeds is not None:
+            check_llm_embeds(llm_embeds, self.config)
+            return BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds))
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        outputs = self._run_text_model(input_ids, attention_mask, **kwargs)
+        pooled = pool_text(outputs.last_hidden_state, attention_mask, self.config.text_prefix_length)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.text_adapter(pooled),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Embeds images in the joint space.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`):
+                Images from the image processor.
+            interpolate_pos_encoding (`bool`, *optional*):
+                Let the tower interpolate its positions to another image size, where it can.
+            kwargs: Passed to the vision tower.
+
+        Returns:
+            `BaseModelOutputWithPooling` whose `pooler_output` of shape `(batch, projection_dim)` is the projected,
+            un-normalised image vector.
+
+        Raises:
+            ValueError: for a wrong shape or dtype, an empty batch, or (in evaluation mode) NaN or infinite values.
+        """
+        check_pixel_values(pixel_values, self.config, check_finite=not self.training)
+        if interpolate_pos_encoding is not None:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        pixel_values = pixel_values.to(self.vision_model.dtype)
+        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
+        pooled = pool_image(outputs, self.config, pixel_values.shape[-2], pixel_values.shape[-1])
+        if isinstance(self.visual_projection, nn.Linear):
+            pooled = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        llm_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | LLM2CLIPOutput:
+        r"""
+        Embeds images, texts or both, and compares them.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): Images.
+            input_ids (`torch.LongTensor` of shape `(num_texts, length)`, *optional*): Token ids.
+            attention_mask (`torch.LongTensor` of shape `(num_texts, length)`, *optional*): 1 for tokens.
+            position_ids (`torch.LongTensor` of shape `(num_texts, length)`, *optional*): Passed to the LLM.
+            llm_embeds (`torch.FloatTensor` of shape `(num_texts, llm_hidden_size)`, *optional*): Stored embeddings.
+            interpolate_pos_encoding (`bool`, *optional*): Passed to the vision tower.
+            pixel_attention_mask, spatial_shapes (`torch.Tensor`, *optional*):
+                Further inputs of towers with variable image sizes (SigLIP2 NaFlex).
+            return_loss (`bool`, *optional*):
+                Whether to compute the contrastive loss of the local batch; row `i` of the images pairs with row `i` of
+                the texts.
+
+        Returns:
+            [`LLM2CLIPOutput`]; the fields of a modality that is not given are `None`.
+
+        Raises:
+            ValueError: for bad inputs (see the two getters), without any input, or for a loss over unpaired inputs.
+        """
+        images: Any = None
+        texts: Any = None
+        has_text = input_ids is not None or llm_embeds is not None
+        if pixel_values is None and not has_text:
+            raise ValueError("No input: give `pixel_values`, and `input_ids` or `llm_embeds`, or one of them alone.")
+        if pixel_values is not None:
+            extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            extra = {name: value for name, value in extra.items() if value is not None}
+            images = self.get_image_features(pixel_values, interpolate_pos_encoding, **extra, **kwargs)
+        if has_text:
+            texts = self.get_text_features(input_ids, attention_mask, position_ids, llm_embeds, **kwargs)
+        image_embeds = None if images is None else F.normalize(images.pooler_output.float(), dim=-1)
+        text_embeds = None if texts is None else F.normalize(texts.pooler_output.float(), dim=-1)
+        logits = None
+        if image_embeds is not None and text_embeds is not None:
+            logits = self.logit_scale.exp() * image_embeds @ text_embeds.T.to(image_embeds.device)
+            logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return LLM2CLIPOutput(
+            loss=self._local_loss(logits) if return_loss else None,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.T,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=texts,
+            vision_model_output=images,
+        )
+
+    def _local_loss(self, logits: torch.Tensor | None) -> torch.Tensor:
+        if logits is None or logits.shape[0] != logits.shape[1]:
+            given = "one modality" if logits is None else f"{logits.shape[0]} images and {logits.shape[1]} texts"
+            raise ValueError(f"The loss needs as many texts as images, pairwise, got {given}.")
+        return _softmax_loss(logits) if self.logit_bias is None else _sigmoid_loss(logits)
+
+
+# Registered for an Auto class, a class copies its code into every folder that it is saved to.
+LLM2CLIPModel.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "LLM2CLIPModel",
+    "LLM2CLIPOutput",
+    "LLM2CLIPTextAdapter",
+    "assert_bidirectional",
+    "pool_text",
+]

@@ -1,0 +1,301 @@
+# Copyright 2026 The llm2clip_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading and saving of LLM2CLIP, with its LLM bundled, named or left out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_llm2clip import LLM2CLIPConfig
+from .modules_llm2clip import LLM2CLIPTextAdapter, assert_bidirectional
+from .processing_llm2clip import apply_text_template, text_prefix_length
+
+
+ATTACH_HINT = (
+    "Attach the LLM with `model.attach_text_model(AutoModel.from_pretrained(...))`, or pass stored LLM embeddings as "
+    "`llm_embeds`."
+)
+
+
+class LLM2CLIPPreTrainedModel(PreTrainedModel):
+    """Base class: what transformers reads from the class, initialisation, loading and saving."""
+
+    config: LLM2CLIPConfig
+    config_class = LLM2CLIPConfig
+    vision_model: Any
+    visual_projection: Any
+    text_model: Any
+    logit_scale: Any
+    logit_bias: Any
+    base_model_prefix = "llm2clip"
+    # Not `input_ids`: gradient checkpointing would make the embeddings of a frozen LLM require gradients.
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["LLM2CLIPAdapterBlock"]
+    _keep_in_fp32_modules_strict = ["vision_model", "visual_projection", "text_adapter", "logit_scale", "logit_bias"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    _dtype_to_save: torch.dtype | None = None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LLM2CLIPTextAdapter):
+            # The initialisation of `torch.nn.Linear`, as in the original: uniform in +-1/sqrt(fan_in).
+            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
+                bound = linear.in_features**-0.5
+                init.uniform_(linear.weight, -bound, bound)
+                init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, LLM2CLIPPreTrainedModel):
+            if isinstance(module.visual_projection, nn.Linear):
+                init.normal_(module.visual_projection.weight, std=module.config.vision_hidden_size**-0.5)
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, module.config.logit_bias_init_value)
+
+    def attach_text_model(self, text_model: PreTrainedModel, text_weights: str | None = None) -> None:
+        """
+        Gives the model its LLM, frozen.
+
+        Args:
+            text_model (`PreTrainedModel`): A decoder without a head (`AutoModel`), in any dtype, also quantised.
+            text_weights (`str`, *optional*):
+                New value of `config.text_weights`, for example `"bundled"` to save the LLM with the model.
+
+        Raises:
+            ValueError: if its width is not the adaptor's, or it does not attend bidirectionally.
+        """
+        # The config's own checks: architecture, width of the adaptor, choice of `text_weights`. Sets `is_causal`.
+        LLM2CLIPConfig(
+            text_config=text_model.config, llm_hidden_size=self.config.llm_hidden_size, text_weights=text_weights
+        )
+        assert_bidirectional(text_model)
+        self.config.text_config = text_model.config
+        if text_weights is not None:
+            self.config.text_weights = text_weights
+        self.text_model = text_model
+        text_model.requires_grad_(False).eval()
+        self._no_split_modules = sorted({*(self._no_split_modules or ()), *(text_model._no_split_modules or ())})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        load_text_model: bool = True,
+        text_model: PreTrainedModel | None = None,
+        text_model_kwargs: dict[str, Any] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Loads a model, and its LLM where the model only names it.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Repository or folder.
+            load_text_model (`bool`, *optional*, defaults to `True`):
+                Whether to load the LLM. Without it the model takes images and stored LLM embeddings.
+            text_model (`PreTrainedModel`, *optional*): An LLM to attach instead of the bundled or named one.
+            text_model_kwargs (`dict`, *optional*):
+                Arguments for loading an external LLM: `dtype`, `quantization_config`, `device_map`, `token`, ...
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Return also the dictionary of missing and unexpected keys instead of raising an error for them.
+            kwargs: As for any transformers model.
+
+        Returns:
+            [`LLM2CLIPModel`] in evaluation mode.
+
+        Raises:
+            ValueError: if weights are missing, unexpected or of another shape, or the LLM does not fit.
+        """
+        bundled = load_text_model and text_model is None
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        if not bundled:
+            unexpected = info["unexpected_keys"]
+            info["unexpected_keys"] = {key for key in unexpected if not key.startswith("text_model.")}
+        if not (output_loading_info or kwargs.get("ignore_mismatched_sizes")):
+            check_loading_info(pretrained_model_name_or_path, info)
+        if text_model is None and load_text_model and model.config.text_weights == "external":
+            text_model = load_pretrained_text(
+                model.config.text_base_model, model.config.text_base_revision, text_model_kwargs
+            )
+        if text_model is not None:
+            model.attach_text_model(text_model)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str | None = None,
+        *,
+        text_template: str | None = "auto",
+        text_model_kwargs: dict[str, Any] | None = None,
+        **config_kwargs: Any,
+    ) -> Any:
+        r"""
+        Builds an untrained model from a pretrained vision tower and a pretrained LLM.
+
+        The projection and the adaptor are new. `LLM2CLIPProcessor.from_vision_text_pretrained` makes the processor for
+        it from the same parts.
+
+        Args:
+            vision_model_name_or_path (`str`):
+                Repository or folder of a vision backbone, or of a CLIP-like model, whose vision tower is taken.
+            text_model_name_or_path (`str`, *optional*): Repository or folder of a decoder LLM.
+            text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
+            text_model_kwargs (`dict`, *optional*): Arguments for loading the LLM: `dtype`, `quantization_config`, ...
+            config_kwargs: Further fields of [`LLM2CLIPConfig`], for example `text_weights="external"`.
+
+        Returns:
+            [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen.
+
+        Raises:
+            ValueError: if a part has missing weights, or the LLM cannot attend bidirectionally.
+        """
+        vision_model = load_pretrained_vision(vision_model_name_or_path)
+        if text_model_name_or_path is None:
+            return cls(LLM2CLIPConfig(vision_config=vision_model.config, **config_kwargs), vision_model).eval()
+        config_kwargs.setdefault("text_base_model", str(text_model_name_or_path))
+        revision = config_kwargs.get("text_base_revision")
+        if "text_prefix_length" not in config_kwargs:
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=revision or "main")
+            config_kwargs["text_prefix_length"] = text_prefix_length(apply_text_template(tokenizer, text_template))
+        text_model = load_pretrained_text(text_model_name_or_path, revision, text_model_kwargs)
+        config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **config_kwargs)
+        model = cls(config, vision_model, load_text_model=False)
+        model.attach_text_model(text_model)
+        return model.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype_to_save or super().dtype
+
+    def save_pretrained(self, save_directory: Any, *args: Any, text_weights: str | None = None, **kwargs: Any) -> None:
+        """
+        Saves config, weights and code; the folder loads with `trust_remote_code=True` without this package.
+
+        Args:
+            save_directory (`str`): Folder to write to.
+            text_weights (`str`, *optional*):
+                `"bundled"`, `"external"` or `"none"` for this folder, instead of `config.text_weights`: a training
+                checkpoint, say, leaves a frozen LLM out and names it.
+            kwargs: As for any transformers model.
+
+        Raises:
+            ValueError: if the LLM is to be bundled but is not attached, or to be external but is not named, or if a
+                part carries an adapter (LoRA) that has not been merged.
+        """
+        with self._saving(text_weights or str(self.config.text_weights)):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    @contextmanager
+    def _saving(self, text_weights: str) -> Iterator[None]:
+        """Sets what `save_pretrained` of transformers reads from the model, and restores it."""
+        config, text_model = self.config, self.text_model
+        if text_weights == "bundled" and text_model is None:
+            raise ValueError(f"`text_weights` is 'bundled', but the model holds no LLM to save. {ATTACH_HINT}")
+        if text_weights == "external" and not config.text_base_model:
+            raise ValueError(
+                "`text_weights` is 'external', but `config.text_base_model` does not name the LLM. Set it to the "
+                "LLM's repository or folder."
+            )
+        for name in ("vision_model", "text_model"):
+            if getattr(getattr(self, name), "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"`{name}` carries an adapter; saved like this, its weights could not be loaded again. Merge it "
+                    "first, with `merge_and_unload()` of PEFT."
+                )
+        restore = (config.text_weights, self._keys_to_ignore_on_save)
+        config.text_weights = text_weights
+        if text_model is not None and text_weights != "bundled":
+            text_keys = {f"text_model.{key}" for key in text_model.state_dict()}
+            self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *text_keys}
+        if type(self)._auto_class is not None:
+            # The pipeline for zero-shot classification looks for this entry; `AutoModel` is added on saving.
+            modeling_class = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+            config.auto_map = {
+                **(getattr(config, "auto_map", None) or {}),
+                "AutoModelForZeroShotImageClassification": modeling_class,
+            }
+        if text_model is not None and text_weights == "bundled":
+            # One dtype is recorded for the folder and used when it is loaded: that of the LLM, since all other parts
+            # are kept in float32 then.
+            self._dtype_to_save = text_model.dtype
+        try:
+            yield
+        finally:
+            config.text_weights, self._keys_to_ignore_on_save = restore
+            self._dtype_to_save = None
+
+
+def check_loading_info(name: Any, info: dict[str, Any]) -> None:
+    problems = [
+        f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if info.get(kind)
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights of {str(name)!r} do not fit the model that its config describes; {'; '.join(problems)}. "
+            "Load with `output_loading_info=True` to accept that."
+        )
+
+
+def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[str, Any] | None) -> PreTrainedModel:
+    if not name:
+        raise ValueError(
+            "The config says that the LLM is external, but `text_base_model` does not name it. Pass `text_model=`, or "
+            "`load_text_model=False` to do without it."
+        )
+    kwargs = dict(kwargs or {})
+    if revision is not None:
+        kwargs.setdefault("revision", revision)
+    config = AutoConfig.from_pretrained(
+        name, **{k: kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in kwargs}
+    )
+    # Set here, since loading drops it from keyword arguments.
+    config.is_causal = False
+    model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    # A causal language model's head is left over; nothing may be missing.
+    check_loading_info(name, {"missing_keys": info["missing_keys"], "mismatched_keys": info["mismatched_keys"]})
+    return model
+
+
+def load_pretrained_vision(name: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    model_class: Any = AutoModel
+    if getattr(config, "vision_config", None) is not None:
+        # A CLIP-like model: its tower loads from the whole checkpoint by the names of its weights.
+        config = config.vision_config
+        model_class = MODEL_MAPPING[type(config)]
+    model, info = model_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    check_loading_info(name, {"missing_keys": info["missing_keys"], "mismatched_keys": info["mismatched_keys"]})
+    return model
+
+
+__all__ = ["ATTACH_HINT", "LLM2CLIPPreTrainedModel"]

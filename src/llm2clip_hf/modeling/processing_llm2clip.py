@@ -1,0 +1,324 @@
+# Copyright 2026 The llm2clip_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor of LLM2CLIP, and the text template that travels in its tokenizer."""
+
+import json
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Longest text in LLM tokens, template included (paper section 4.1).
+MAX_TEXT_LENGTH = 512
+
+# One user turn, without a system prompt and without the assistant's header, as in the original implementation for
+# Llama-3; the other families follow the same rule. `{text}` stands for the caption.
+CHAT_TEMPLATES = {
+    "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+    "chatml": "<|im_start|>user\n{text}<|im_end|>",
+    "gemma": "<start_of_turn>user\n{text}<end_of_turn>",
+    "phi3": "<|user|>\n{text}<|end|>",
+    "mistral": "[INST]{text}[/INST]",
+}
+_CHAT_MARKERS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<|user|>", "<|end|>"),
+    "mistral": ("[INST]", "[/INST]"),
+}
+_STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
+
+
+def _template_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids that `tokenizer` puts before and after every text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
+    if 0 not in special:
+        raise ValueError("The tokenizer gives no token for the text 'a'. Check that its vocabulary is complete.")
+    start = special.index(0)
+    end = len(special) - special[::-1].index(0)
+    return ids[:start], ids[end:]
+
+
+def text_prefix_length(tokenizer: Any) -> int:
+    """
+    Number of tokens that `tokenizer` puts before every text: begin-of-text and template header.
+
+    This is the value of `LLM2CLIPConfig.text_prefix_length` for it: these tokens are attended to, but not pooled.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a `tokenizers` backend.
+
+    Returns:
+        `int`: 0 or more.
+
+    Raises:
+        ValueError: if the tokenizer has no `tokenizers` backend.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"A tokenizer with a `tokenizers` backend is needed, got {type(tokenizer).__name__}.")
+    return len(_template_tokens(tokenizer)[0])
+
+
+def _auto_template(tokenizer: Any) -> str | None:
+    """The template of an instruction-tuned model, by the special tokens it has; `None` for a base model."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    vocabulary = tokenizer.get_added_vocab()
+    for family, markers in _CHAT_MARKERS.items():
+        if all(marker in vocabulary for marker in markers):
+            return CHAT_TEMPLATES[family]
+    logger.warning(
+        "The tokenizer has a chat template of no known family, so texts get none. Pass a template such as "
+        "'<user>{text}<end>' to use one."
+    )
+    return None
+
+
+def _split_template(template: str) -> tuple[str, str]:
+    if not isinstance(template, str) or template.count("{text}") != 1:
+        raise ValueError(
+            f"`template` must be 'auto', one of {', '.join(map(repr, CHAT_TEMPLATES))}, None, or a string that holds "
+            f"`{{text}}` once, got {template!r}."
+        )
+    prefix, suffix = template.split("{text}")
+    return prefix, suffix
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` without any template; white space is kept, also by a tokenizer that strips its texts."""
+    if not text:
+        return []
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    normalizer = spec["normalizer"]
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    steps = [step for step in steps if step != _STRIP]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
+    return type(tokenizer.backend_tokenizer).from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids
+
+
+def _with_template(backend: Any, tokens: dict[str, list[int]]) -> Any:
+    """A copy of a `tokenizers.Tokenizer` that strips its text and wraps it in the ids `prefix` and `suffix`."""
+    spec = json.loads(backend.to_str())
+    pieces = {name: ids for name, ids in tokens.items() if ids}
+    around_text = [
+        *([{"SpecialToken": {"id": "prefix", "type_id": 0}}] if "prefix" in pieces else []),
+        {"Sequence": {"id": "A", "type_id": 0}},
+        *([{"SpecialToken": {"id": "suffix", "type_id": 0}}] if "suffix" in pieces else []),
+    ]
+    template = {
+        "type": "TemplateProcessing",
+        "single": around_text,
+        "pair": [*around_text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            name: {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]}
+            for name, ids in pieces.items()
+        },
+    }
+    old = spec.get("post_processor") or {}
+    # ByteLevel only trims offsets; keep it, whatever else stood there is part of the template by now.
+    kept = [step for step in old.get("processors", [old]) if step.get("type") == "ByteLevel"]
+    spec["post_processor"] = {"type": "Sequence", "processors": [*kept, template]} if kept else template
+    normalizer = spec.get("normalizer")
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    if _STRIP not in steps:
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [_STRIP, *steps]} if steps else _STRIP
+    return type(backend).from_str(json.dumps(spec))
+
+
+def apply_text_template(tokenizer: Any, template: str | None = "auto", max_length: int = MAX_TEXT_LENGTH) -> Any:
+    """
+    A tokenizer that wraps every text in a chat template by itself, whoever calls it.
+
+    The template becomes part of the post-processor: leading header tokens, trailing end-of-turn token, after whatever
+    begin-of-text token the tokenizer adds. Truncation keeps both ends. Texts are stripped of surrounding white space.
+    A `chat_template` is dropped, so that no caller wraps a text a second time. Calling this again with the same
+    template changes nothing.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a `tokenizers` backend.
+        template (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: for an instruction-tuned model (one with a `chat_template`) the user turn of its family, told by
+            its special tokens; otherwise none. Or a family (`"llama3"`, `"chatml"`, `"gemma"`, `"phi3"`, `"mistral"`),
+            a string that holds `{text}` once, or `None` for no template.
+        max_length (`int`, *optional*, defaults to 512):
+            Longest text in tokens, template included; becomes `model_max_length`.
+
+    Returns:
+        A new tokenizer; `tokenizer` stays as it was.
+
+    Raises:
+        ValueError: if the tokenizer has no `tokenizers` backend, already wraps texts in another template, or
+            `template` is none of the above.
+    """
+    text_prefix_length(tokenizer)  # checks for the backend
+    prefix, suffix = _template_tokens(tokenizer)
+    template = _auto_template(tokenizer) if template == "auto" else template
+    if template is not None:
+        header, ending = (
+            _plain_ids(tokenizer, part) for part in _split_template(CHAT_TEMPLATES.get(template, template))
+        )
+        applied = prefix[len(prefix) - len(header) :] == header and suffix[: len(ending)] == ending
+        if not applied:
+            if prefix not in ([], [tokenizer.bos_token_id]):
+                raise ValueError(
+                    f"The tokenizer already puts {tokenizer.convert_ids_to_tokens(prefix)} before every text, so the "
+                    f"template {template!r} would come on top. Start from the LLM's own tokenizer, or pass "
+                    "`template=None` to keep what it has."
+                )
+            prefix, suffix = prefix + header, ending + suffix
+    if max_length <= len(prefix) + len(suffix):
+        raise ValueError(
+            f"`max_length` is {max_length}, but the template alone takes {len(prefix) + len(suffix)} tokens. Give a "
+            "larger one."
+        )
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if token}
+    special_tokens = {name: token for name, token in special_tokens.items() if name.endswith("_token")}
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "The tokenizer has neither a pad nor an end-of-sequence token. Set `tokenizer.pad_token`."
+            )
+        special_tokens["pad_token"] = tokenizer.eos_token
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_with_template(tokenizer.backend_tokenizer, {"prefix": prefix, "suffix": suffix}),
+        model_max_length=max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **special_tokens,
+    )
+
+
+class LLM2CLIPProcessorKwargs(ProcessingKwargs, total=False):
+    """Defaults of a call: texts padded to the longest of the batch and truncated to the tokenizer's maximum."""
+
+    _defaults = {  # type: ignore[misc]
+        "text_kwargs": {"padding": True, "truncation": True},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class LLM2CLIPProcessor(ProcessorMixin):
+    r"""
+    Images to `pixel_values`, texts to `input_ids` and `attention_mask`, as an [`LLM2CLIPModel`] takes them.
+
+    Texts are wrapped in the template that is part of the tokenizer ([`apply_text_template`]), padded to the longest of
+    the batch and truncated to 512 tokens.
+
+    Args:
+        image_processor: An image processor of transformers.
+        tokenizer: The LLM's tokenizer with the template applied.
+
+    Example:
+
+    ```python
+    >>> processor = LLM2CLIPProcessor.from_pretrained("path/to/LLM2CLIP")  # doctest: +SKIP
+    >>> batch = processor(images=[image], text=["a red boat", "ein rotes Boot"])  # doctest: +SKIP
+    ```
+    """
+
+    valid_processor_kwargs = LLM2CLIPProcessorKwargs
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        *,
+        text_template: str | None = "auto",
+        max_length: int = MAX_TEXT_LENGTH,
+    ) -> "LLM2CLIPProcessor":
+        """
+        The processor for a model built by `LLM2CLIPModel.from_vision_text_pretrained` from the same two parts.
+
+        Args:
+            vision_model_name_or_path (`str`): Repository or folder with the image processor of the vision tower.
+            text_model_name_or_path (`str`): Repository or folder with the tokenizer of the LLM.
+            text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
+            max_length (`int`, *optional*, defaults to 512): Longest text in tokens.
+
+        Returns:
+            [`LLM2CLIPProcessor`]
+        """
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
+        return cls(image_processor, apply_text_template(tokenizer, text_template, max_length))
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        r"""
+        Args:
+            images: One image or a list of images: PIL, numpy or torch, as the image processor takes them.
+            text (`str` or `list[str]`): One text or a list of texts.
+            kwargs: Options of the image processor and the tokenizer.
+
+        Returns:
+            `BatchFeature` with `pixel_values` `(num_images, channels, height, width)`, float32, and `input_ids` and
+            `attention_mask` `(num_texts, length)`, int64.
+
+        Raises:
+            ValueError: if neither or an empty list is given, if a text is not a string or gives no token, or if an
+                image holds NaN or infinite values.
+        """
+        if images is None and text is None:
+            raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
+        texts = self._check_text(text)
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError("`images` is an empty list. Give at least one image.")
+        batch = super().__call__(images=images, text=texts, **kwargs)
+        pixel_values = batch.get("pixel_values")
+        if isinstance(pixel_values, torch.Tensor) and pixel_values.is_floating_point():
+            finite = pixel_values.isfinite().flatten(1).all(1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0])
+                raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
+        mask = batch.get("attention_mask")
+        if texts is not None and isinstance(mask, torch.Tensor):
+            lengths = mask.reshape(-1, mask.shape[-1]).sum(1)
+            if not bool(lengths.all()):
+                row = int((lengths == 0).nonzero()[0])
+                raise ValueError(
+                    f"Text {row} of `text` gives no token: {([texts] if isinstance(texts, str) else texts)[row]!r}. "
+                    "Remove it, or use a tokenizer with a begin-of-text token or a template."
+                )
+        return batch
+
+    @staticmethod
+    def _check_text(text: Any) -> str | list[str] | None:
+        if text is None or isinstance(text, str):
+            return text
+        if not isinstance(text, (list, tuple)):
+            raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
+        if not text:
+            raise ValueError("`text` is an empty list. Give at least one text.")
+        for row, item in enumerate(text):
+            if not isinstance(item, str):
+                raise ValueError(f"Text {row} of `text` must be a string, got {type(item).__name__}.")
+        return list(text)
+
+
+LLM2CLIPProcessor.register_for_auto_class()
+
+__all__ = ["LLM2CLIPProcessor", "apply_text_template", "text_prefix_length"]
