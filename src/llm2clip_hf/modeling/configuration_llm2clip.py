@@ -14,6 +14,7 @@
 # limitations under the License.
 """Configuration of LLM2CLIP: a vision tower, a large language model and the adaptor between them."""
 
+import copy
 import math
 from typing import Any
 
@@ -34,7 +35,8 @@ TEXT_WEIGHTS = ("bundled", "external", "none")
 def _sub_config(config: PreTrainedConfig | dict[str, Any] | None, name: str, default: str | None) -> Any:
     """Builds a sub-config object from an object, a dict with `model_type`, or a default model type."""
     if isinstance(config, PreTrainedConfig):
-        return config
+        # A copy: building the composite resets the attention implementation of its parts, which may be in use.
+        return copy.deepcopy(config)
     if config is None:
         return CONFIG_MAPPING[default]() if default is not None else None
     if not isinstance(config, dict):

@@ -114,7 +114,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if vision_model is None:
             vision_model = AutoModel.from_config(config.vision_config)
         self.vision_model = vision_model
-        self.vision_model.config = config.vision_config
+        # The layers of a tower hold its config object, so it is the one that settings must reach.
+        config.vision_config = vision_model.config
         if config.vision_hidden_size is None:
             config.vision_hidden_size = measure_vision_width(config)
         self.visual_projection: nn.Module
@@ -131,7 +132,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         self.text_model: Any = None
         if config.text_weights == "bundled" and load_text_model:
             self.text_model = AutoModel.from_config(config.text_config)
-            self.text_model.config = config.text_config
+            config.text_config = self.text_model.config
         self.text_adapter = LLM2CLIPTextAdapter(config)
         # Shape (1,): FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
@@ -142,7 +143,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self._require_text_model().get_input_embeddings()
+        if self.text_model is None:
+            # The error by which transformers knows that a model embeds no tokens, when it enables gradient
+            # checkpointing for a tower with an adapter.
+            raise NotImplementedError(f"This model holds no LLM, so it has no token embeddings. {ATTACH_HINT}")
+        return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self._require_text_model().set_input_embeddings(value)

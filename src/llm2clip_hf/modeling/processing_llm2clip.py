@@ -17,6 +17,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
@@ -285,18 +286,11 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
         texts = self._check_text(text)
-        if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("`images` is an empty list. Give at least one image.")
+        self._check_images(images)
         batch = super().__call__(images=images, text=texts, **kwargs)
-        pixel_values = batch.get("pixel_values")
-        if isinstance(pixel_values, torch.Tensor) and pixel_values.is_floating_point():
-            finite = pixel_values.isfinite().flatten(1).all(1)
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
-                raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
         mask = batch.get("attention_mask")
         if texts is not None and isinstance(mask, torch.Tensor):
-            lengths = mask.reshape(-1, mask.shape[-1]).sum(1)
+            lengths = mask.reshape(mask.shape[0], -1).sum(1)
             if not bool(lengths.all()):
                 row = int((lengths == 0).nonzero()[0])
                 raise ValueError(
@@ -304,6 +298,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
                     "Remove it, or use a tokenizer with a begin-of-text token or a template."
                 )
         return batch
+
+    @staticmethod
+    def _check_images(images: Any) -> None:
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError("`images` is an empty list. Give at least one image.")
+        for row, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
+            if isinstance(image, (np.ndarray, torch.Tensor)) and not bool(torch.as_tensor(image).isfinite().all()):
+                raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
 
     @staticmethod
     def _check_text(text: Any) -> str | list[str] | None:
