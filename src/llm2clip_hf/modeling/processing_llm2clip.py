@@ -17,7 +17,6 @@
 import json
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
@@ -304,7 +303,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if isinstance(images, (list, tuple)) and not images:
             raise ValueError("`images` is an empty list. Give at least one image.")
         for row, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
-            if isinstance(image, (np.ndarray, torch.Tensor)) and not bool(torch.as_tensor(image).isfinite().all()):
+            # Arrays and tensors have a dtype; images of PIL do not, and cannot hold NaN.
+            if hasattr(image, "dtype") and not bool(torch.as_tensor(image).isfinite().all()):
                 raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
 
     @staticmethod

@@ -1,0 +1,52 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+OUTPUT ?= demo_output
+DEMO_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help demo test test-slow test-all lint format types clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo  ## Train a miniature LLM2CLIP end to end on this CPU (about five minutes)
+	$(BIN)/llm2clip demo --output-dir $(OUTPUT) $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## Run the tests
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev  ## Run the slow tests
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: $(VENV)/.dev  ## Run all tests, those for a GPU too
+	$(PYTEST)
+
+lint: $(VENV)/.dev  ## Check style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## Format the code
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: $(VENV)/.dev  ## Check types
+	$(BIN)/mypy
+
+clean:  ## Remove the environment and what was built
+	rm -rf $(VENV) build dist src/*.egg-info
+
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c $(CONSTRAINTS) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(PIP) install -c $(CONSTRAINTS) -e ".[train,eval]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo pyproject.toml
+	$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@

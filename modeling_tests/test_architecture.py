@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of the package: who may import whom, and which package owns which third-party import."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import llm2clip_hf
+
+
+ROOT = Path(llm2clip_hf.__file__).parent
+# Lower layers first; a module imports lower layers only, and within its own layer what ALLOWED says.
+LAYERS = {
+    "version": 0,
+    "modeling": 0,
+    "ops": 0,
+    "distributed": 0,
+    "evaluation.metrics": 0,
+    "losses": 1,
+    "data": 1,
+    "evaluation": 2,
+    "hub": 2,
+    "training": 2,
+    "demo": 3,
+    "cli": 4,
+    "auto_registration": 1,
+    "__init__": 4,
+    "__main__": 5,
+}
+ALLOWED = {("training", "evaluation"), ("training", "hub")}
+OWNERS = {
+    "triton": ("ops.contrastive_triton",),
+    "accelerate": ("training",),
+    "peft": ("training",),
+    "sentence_transformers": ("training", "evaluation.caption_retrieval"),
+    "datasets": ("data",),
+    "PIL": ("data", "demo"),
+    "sklearn": ("demo", "evaluation"),
+    "matplotlib": ("demo", "evaluation"),
+}
+REMOTE_CODE_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name, ast.parse(path.read_text())
+
+
+def imports(name: str, tree: ast.AST) -> Iterator[str]:
+    """Absolute names of all modules that a module imports, anywhere in it."""
+    package = ["llm2clip_hf", *name.split(".")][:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from package import name`: the name may be a module of its own.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def unit(name: str) -> str:
+    """The key of LAYERS that a first-party module belongs to."""
+    if name.startswith("evaluation.metrics"):
+        return "evaluation.metrics"
+    return name.split(".")[0]
+
+
+def test_layers_import_only_lower_layers() -> None:
+    wrong = []
+    for name, tree in modules():
+        own = unit(name)
+        for imported in imports(name, tree):
+            if not imported.startswith("llm2clip_hf."):
+                continue
+            other = unit(imported.removeprefix("llm2clip_hf."))
+            if other not in LAYERS or other == own or (own, other) in ALLOWED:
+                continue  # a name of the root package itself, or the same unit
+            if LAYERS[other] >= LAYERS[own]:
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong, wrong
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {unit(name) for name, _ in modules()} <= LAYERS.keys()
+
+
+def test_root_imports_the_model_only() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    first_party = {unit(i.removeprefix("llm2clip_hf.")) for i in imports("__init__", tree) if "llm2clip_hf" in i}
+    assert first_party == {"auto_registration", "modeling", "version"}
+
+
+def test_third_party_packages_have_one_owner() -> None:
+    wrong = []
+    for name, tree in modules():
+        for imported in imports(name, tree):
+            owners = OWNERS.get(imported.split(".")[0])
+            if owners and not any(name == owner or name.startswith(owner + ".") for owner in owners):
+                wrong.append(f"{name} imports {imported}")
+            if imported.startswith("transformers") and "Trainer" in imported and not name.startswith("training"):
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong, wrong
+
+
+def test_remote_code_stands_alone() -> None:
+    """What travels to the Hub: flat sibling imports, one per statement, and packages that every user has."""
+    import sys
+
+    for path in sorted((ROOT / "modeling").glob("*.py")):
+        if path.name == "__init__.py":
+            continue
+        text = path.read_text()
+        tree = ast.parse(text)
+        siblings = 0
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, path
+                assert node.module and "." not in node.module, path
+                assert (path.parent / f"{node.module}.py").exists(), (path, node.module)
+                siblings += 1
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                for imported in names:
+                    top = imported.split(".")[0]
+                    assert top in REMOTE_CODE_MAY_IMPORT or top in sys.stdlib_module_names, (path, imported)
+        # The exporter of transformers reads text, not syntax: no other line may look like a relative import.
+        assert sum(line.lstrip().startswith("from .") for line in text.splitlines()) == siblings, path
+        assert "from __future__ import annotations" not in text, path
+
+
+def test_cli_imports_heavy_modules_inside_functions_only() -> None:
+    for name, tree in modules():
+        if not name.startswith("cli."):
+            continue
+        for node in tree.body:
+            for imported in imports(name, node) if isinstance(node, ast.Import | ast.ImportFrom) else ():
+                top = imported.split(".")[0]
+                import sys
+
+                assert top in sys.stdlib_module_names or imported.startswith("llm2clip_hf.version"), (name, imported)
+
+
+def test_no_pickle_is_loaded_unguarded() -> None:
+    wrong = []
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("load", "loads")
+            ):
+                owner = ast.unparse(node.func.value)
+                if owner == "pickle" or (
+                    owner == "torch"
+                    and not any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                ):
+                    wrong.append(f"{name}:{node.lineno}")
+    assert not wrong, wrong

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `llm2clip`: names and help of the verbs; each verb is a module that is imported when it is called."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from llm2clip_hf.version import __version__
+
+
+# Verb: (module with `run(argv) -> int`, help line).
+VERBS = {
+    "demo": ("demo", "train a miniature LLM2CLIP end to end on a CPU, without any download"),
+}
+
+
+def usage() -> str:
+    """The help text of the command."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: llm2clip [--help] [--version] VERB ...",
+            "",
+            "Train and use CLIP models with a large language model as text encoder.",
+            "",
+            "verbs:",
+            *lines,
+            "",
+            "`llm2clip VERB --help` shows the options of a verb. Set LLM2CLIP_DEBUG=1 for the traceback of an error.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs a verb.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments without the program's name; `sys.argv[1:]` if left out.
+
+    Returns:
+        `int`: exit status, 0 on success, 2 on wrong usage, 1 on failure with one line on standard error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(usage())
+        return 0
+    if arguments[:1] == ["--version"]:
+        print(f"llm2clip {__version__}")
+        return 0
+    if not arguments or arguments[0] not in VERBS:
+        given = f"unknown verb {arguments[0]!r}" if arguments else "no verb given"
+        print(f"llm2clip: {given}\n\n{usage()}", file=sys.stderr)
+        return 2
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        module = importlib.import_module(f"llm2clip_hf.cli.{VERBS[verb][0]}")
+        return int(module.run(rest))
+    except SystemExit as stop:  # argparse: 0 after --help, 2 on wrong usage
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print(f"llm2clip {verb}: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        # The last stop before the user: every failure ends in one readable line and a status of 1.
+        if os.environ.get("LLM2CLIP_DEBUG"):
+            traceback.print_exc()
+        text = " ".join(str(error).split())
+        print(f"llm2clip {verb}: {type(error).__name__}: {text}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
