@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared settings and fixtures: offline, seeded, Triton interpreter where there is no GPU, the optional data folder."""
+"""Shared settings and fixtures: offline, seeded, Triton interpreter without a GPU, the optional data folder."""
 
 import os
 from pathlib import Path
@@ -16,6 +16,15 @@ import torch
 if not torch.cuda.is_available():
     # Kernels run on CPU tensors in the interpreter; the flag is read when a kernel is decorated.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Marks on the common tests of transformers, which `test_peer_transformers.py` runs.
+PEER_MARKS = ("accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "torch_compile_test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in PEER_MARKS:
+        config.addinivalue_line("markers", f"{mark}: on a common test of transformers")
 
 
 @pytest.fixture(autouse=True)

@@ -216,6 +216,11 @@ def test_package_import_time_is_small_beside_torch_and_transformers() -> None:
         "import llm2clip_hf; from transformers import AutoModel, AutoProcessor",
         "from transformers import AutoModel, AutoProcessor; import llm2clip_hf",
         "from transformers import AutoConfig; import llm2clip_hf; from transformers import AutoModel, AutoProcessor",
+        "from llm2clip_hf import LLM2CLIPModel; from transformers import AutoModel, AutoProcessor",
+        "import llm2clip_hf.modeling.modeling_llm2clip; from transformers import AutoModel, AutoProcessor",
+        "from llm2clip_hf import LLM2CLIPConfig; from transformers import AutoConfig, AutoModel, AutoProcessor",
+        "import llm2clip_hf.modeling.pretrained_llm2clip; from transformers import AutoProcessor, AutoModel",
+        "import llm2clip_hf.modeling.processing_llm2clip; from transformers import AutoProcessor, AutoModel",
     ],
 )
 @pytest.mark.slow

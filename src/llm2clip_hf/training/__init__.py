@@ -1,1 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Training of both stages: the LLM on captions, then CLIP with the LLM as its text encoder."""
+
+try:
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
+    import sentence_transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"`llm2clip_hf.training` needs `{error.name}`. Install it with `pip install llm2clip-hf[train]`."
+    ) from error
+
+from .caption_contrastive import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments
+from .caption_encoder import CaptionEncoder, build_caption_encoder
+from .clip_trainer import LLM2CLIPTrainer
+from .clip_training_args import LLM2CLIPTrainingArguments
+
+
+__all__ = [
+    "CaptionContrastiveTrainer",
+    "CaptionContrastiveTrainingArguments",
+    "CaptionEncoder",
+    "LLM2CLIPTrainer",
+    "LLM2CLIPTrainingArguments",
+    "build_caption_encoder",
+]

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real vision tower, a real LLM and real images through the whole of stage 2: build, embed, train, save, reload."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip_hf.modeling import assert_bidirectional, pool_text
+
+
+CAPTIONS = ["Once upon a time, there was a little girl.", "a red apple", "The dog ran to the park and played."]
+
+
+def test_real_llm_embeddings_are_the_bidirectional_mean(shared_dir: Path) -> None:
+    """Against transformers' own causal language model class with attention made bidirectional by an explicit mask."""
+    folder = str(shared_dir / "data" / "llama_stories260k")
+    vision = str(shared_dir / "data" / "mobilenet_v2_imagenet")
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, folder)
+    processor = LLM2CLIPProcessor.from_vision_text_pretrained(vision, folder)
+    assert_bidirectional(model.text_model)
+    assert model.config.text_prefix_length == 1
+    embeds = model.get_llm_embeds(**processor(text=CAPTIONS))
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for caption, given in zip(CAPTIONS, embeds, strict=True):
+        ids = tokenizer(caption, return_tensors="pt")["input_ids"]
+        length = ids.shape[1]
+        with torch.no_grad():
+            states = reference(input_ids=ids, attention_mask=torch.zeros(1, 1, length, length)).last_hidden_state
+        torch.testing.assert_close(given, states[0, 1:].mean(0), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_real_parts_build_train_save_and_reload(shared_dir: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    from llm2clip_hf.data import ImageTextDataset, RandomResizedCropTransform, embed_captions
+    from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
+
+    data = shared_dir / "data"
+    rows = datasets.Dataset.from_parquet(str(data / "emoji" / "noto.parquet"), cache_dir=str(tmp_path / "cache"))
+    rows = rows.filter(lambda split: split == "train", input_columns="split").select(range(48))
+    vision, llm = str(data / "mobilenet_v2_imagenet"), str(data / "llama_stories260k")
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, llm, projection_dim=64, adapter_num_layers=1)
+    processor = LLM2CLIPProcessor.from_vision_text_pretrained(vision, llm)
+    assert model.config.vision_hidden_size == 1280
+    pretrained = AutoModel.from_pretrained(vision).state_dict()
+    for name, value in model.vision_model.state_dict().items():
+        assert torch.equal(value, pretrained[name]), name
+
+    store = embed_captions(
+        model, rows["captions"], tmp_path / "store", tokenizer=processor.tokenizer, show_progress=False
+    )
+    transform = RandomResizedCropTransform.from_image_processor(processor.image_processor)
+    dataset = ImageTextDataset(rows["image"], store=store, transform=transform)
+    llm_before = {name: value.clone() for name, value in model.text_model.state_dict().items()}
+    trainer = LLM2CLIPTrainer(
+        model,
+        LLM2CLIPTrainingArguments(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=16,
+            num_train_epochs=3,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 9
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+    for name, value in model.text_model.state_dict().items():
+        assert torch.equal(value, llm_before[name]), name
+
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.eval()
+    batch: dict[str, Any] = processor(images=[row.convert("RGB") for row in rows["image"][:3]], text=CAPTIONS)
+    with torch.no_grad():
+        expected = model(**batch)
+        given = LLM2CLIPModel.from_pretrained(folder)(**batch)
+    torch.testing.assert_close(given.image_embeds, expected.image_embeds, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(given.text_embeds, expected.text_embeds, atol=1e-6, rtol=1e-5)
+    # The pooled vector that the projection sees is still the tower's and the LLM's own.
+    states = model.text_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    features = model.text_adapter(pool_text(states, batch["attention_mask"], 1))
+    torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), expected.text_embeds)
