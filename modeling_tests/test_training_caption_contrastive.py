@@ -24,7 +24,7 @@ from llm2clip_hf.training import (
     CaptionContrastiveTrainingArguments,
     build_caption_encoder,
 )
-from llm2clip_hf.training.caption_encoder import merged_llm
+from llm2clip_hf.training.caption_encoder import lora_config, merged_llm
 from llm2clip_hf.training.caption_pooling import CaptionPooling
 
 
@@ -334,8 +334,19 @@ def test_defaults_are_the_recipe_of_the_paper(tmp_path):
     assert (args.learning_rate, args.warmup_steps, args.num_train_epochs, args.scale) == (2e-4, 300, 1.0, 50.0)
     assert args.gradient_checkpointing is True
     assert args.bf16 is False
-    lora = build_caption_encoder.__globals__["default_lora_config"]()
+    lora = lora_config({})
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (16, 32, 0.05, "all-linear")
+
+
+def test_lora_fields_can_be_changed_one_by_one(llm_dir):
+    lora = lora_config({"r": 3, "lora_dropout": 0.0})
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (3, 32, 0.0, "all-linear")
+    encoder = build_caption_encoder(llm_dir, lora={"r": 3, "target_modules": ["v_proj"]})
+    shapes = {name: tuple(p.shape) for name, p in encoder.named_parameters() if p.requires_grad}
+    assert all("v_proj" in name for name in shapes)
+    assert {min(shape) for shape in shapes.values()} == {3}
+    with pytest.raises(ValueError, match="`lora` is {'rank': 3}, but .*rank.*Name fields of `peft.LoraConfig`"):
+        lora_config({"rank": 3})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,16 +38,25 @@ logger = logging.getLogger(__name__)
 _MODALITY_CONFIG = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
-def default_lora_config() -> LoraConfig:
-    """LoRA of the paper's recipe: rank 16, alpha 32 (section 4.1), dropout 0.05, all linear layers (released code)."""
-    return LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.05,
-        target_modules="all-linear",
-        bias="none",
-        task_type=TaskType.FEATURE_EXTRACTION,
-    )
+def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
+    """
+    A LoRA config: the paper's recipe, rank 16 and alpha 32 (section 4.1), with dropout 0.05 on all linear layers
+    (released code), and other values for the fields that a mapping names; a `LoraConfig` is copied as it is.
+    """
+    if isinstance(lora, LoraConfig):
+        return copy.deepcopy(lora)
+    fields: dict[str, Any] = {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "target_modules": "all-linear",
+        "bias": "none",
+        "task_type": TaskType.FEATURE_EXTRACTION,
+    }
+    try:
+        return LoraConfig(**{**fields, **lora})
+    except TypeError as error:
+        raise ValueError(f"`lora` is {dict(lora)!r}, but {error}. Name fields of `peft.LoraConfig`.") from error
 
 
 class CaptionEncoder(SentenceTransformer):
@@ -132,7 +142,7 @@ def build_caption_encoder(
     template: str | None = "auto",
     max_length: int = 512,
     bidirectional: bool = True,
-    lora: LoraConfig | Literal["default"] | None = "default",
+    lora: LoraConfig | Mapping[str, Any] | Literal["default"] | None = "default",
     normalize: bool = False,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
@@ -152,9 +162,9 @@ def build_caption_encoder(
             Longest text in tokens, template included (paper section 4.1). Lowered to the LLM's own limit.
         bidirectional (`bool`, *optional*, defaults to `True`):
             Whether attention looks both ways (paper section 3.1). `False` leaves the LLM causal.
-        lora (`LoraConfig` or `None`, *optional*, defaults to `"default"`):
-            Adapters to train: `"default"` is rank 16, alpha 32, dropout 0.05 on all linear layers; `None` adds none,
-            for inference or to train all weights.
+        lora (`LoraConfig`, `dict` or `None`, *optional*, defaults to `"default"`):
+            Adapters to train: `"default"` is rank 16, alpha 32, dropout 0.05 on all linear layers; a `dict` changes
+            fields of that, e.g. `{"r": 32}`; `None` adds none, for inference or to train all weights.
         normalize (`bool`, *optional*, defaults to `False`):
             Whether `encode` returns L2-normalised vectors. Stage 2 takes them un-normalised.
         dtype (`torch.dtype` or `str`, *optional*):
@@ -182,7 +192,7 @@ def build_caption_encoder(
     transformer.processor = transformer.input_formatter.processor = tokenizer
 
     if lora is not None:
-        _add_lora(llm, default_lora_config() if lora == "default" else copy.deepcopy(lora))
+        _add_lora(llm, lora_config({} if lora == "default" else lora))
     pooling = CaptionPooling(
         transformer.get_embedding_dimension(), text_prefix_length(tokenizer), _prompt_overhead(tokenizer)
     )
