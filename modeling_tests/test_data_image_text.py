@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image-text samples: the right pairs, the right mixture, the same draw on every path to a sample."""
+
+import collections
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from llm2clip_hf.data import (
+    CaptionTable,
+    CenterCropTransform,
+    ImageTextCollator,
+    ImageTextDataset,
+    RandomResizedCropTransform,
+    embed_captions,
+)
+
+
+COUNT = 12
+CAPTIONS = {
+    "real": [[f"real {n} {k}" for k in range(1 + n % 3)] for n in range(COUNT)],
+    "dense": [[f"dense {n}"] if n != 5 else [] for n in range(COUNT)],
+}
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20 + n, 25, 3), dtype=np.uint8)) for n in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def embeddings():
+    table = CaptionTable(CAPTIONS)
+    rows = torch.randn(table.num_captions, 6, generator=torch.Generator().manual_seed(1)).half().float()
+    return dict(zip(table.rows(0, table.num_captions), rows))
+
+
+@pytest.fixture
+def store(tmp_path, embeddings):
+    def encode(texts):
+        return torch.stack([embeddings[text] for text in texts])
+
+    return embed_captions(encode, CAPTIONS, tmp_path, fingerprint={}, rows_per_shard=7, show_progress=False)
+
+
+def texts_of(dataset: ImageTextDataset, epochs: range) -> list[list[str]]:
+    drawn = []
+    for epoch in epochs:
+        dataset.set_epoch(epoch)
+        drawn.append([dataset[index]["text"] for index in range(len(dataset))])
+    return drawn
+
+
+def test_samples_pair_every_image_with_its_own_captions(images):
+    transform = CenterCropTransform(16)
+    dataset = ImageTextDataset(images, CAPTIONS, transform=transform)
+    for epoch in range(5):
+        dataset.set_epoch(epoch)
+        for index in range(COUNT):
+            sample = dataset[index]
+            assert set(sample) == {"pixel_values", "text", "index"}
+            assert sample["index"] == index
+            assert sample["text"] in CAPTIONS["real"][index] + CAPTIONS["dense"][index]
+            assert torch.equal(sample["pixel_values"], transform(images[index]))
+    assert len(list(dataset)) == COUNT
+
+
+def test_stored_embeddings_are_those_of_the_caption_that_text_would_give(images, store, embeddings):
+    options = {"transform": CenterCropTransform(16), "seed": 3, "caption_weights": {"real": 1, "dense": 2}}
+    with_text = ImageTextDataset(images, CAPTIONS, **options)
+    with_store = ImageTextDataset(images, store=store, **options)
+    with_both = ImageTextDataset(images, CAPTIONS, store=store, **options)
+    for epoch in range(4):
+        for dataset in (with_text, with_store, with_both):
+            dataset.set_epoch(epoch)
+        for index in range(COUNT):
+            expected = embeddings[with_text[index]["text"]]
+            for dataset in (with_store, with_both):
+                sample = dataset[index]
+                assert set(sample) == {"pixel_values", "llm_embeds", "index"}
+                assert sample["llm_embeds"].dtype == torch.float32
+                assert torch.equal(sample["llm_embeds"], expected)
+
+
+def test_sources_are_drawn_by_weight_and_captions_uniformly_within(images):
+    captions = {"real": [["r0", "r1", "r2"]] * COUNT, "dense": ["d"] * COUNT, "unused": ["u"] * COUNT}
+    weights = {"real": 3, "dense": 1, "unused": 0}
+    dataset = ImageTextDataset(images, captions, transform=lambda image, generator: None, caption_weights=weights)
+    counts = collections.Counter(sum(texts_of(dataset, range(100)), []))
+    # 1200 draws; every outcome has probability 1/4, standard deviation 15.
+    assert set(counts) == {"r0", "r1", "r2", "d"}
+    assert all(225 < count < 375 for count in counts.values())
+
+
+def test_sources_have_equal_weight_by_default_whatever_their_number_of_captions(images):
+    captions = {"real": [["r0", "r1", "r2", "r3"]] * COUNT, "dense": ["d"] * COUNT}
+    dataset = ImageTextDataset(images, captions, transform=lambda image, generator: None)
+    drawn = sum(texts_of(dataset, range(100)), [])
+    assert 525 < drawn.count("d") < 675
+
+
+def test_draws_depend_on_seed_epoch_and_index_only(images):
+    def transform():
+        return RandomResizedCropTransform(16, scale=(0.3, 1))
+
+    first = ImageTextDataset(images, CAPTIONS, transform=transform(), seed=7)
+    second = ImageTextDataset(images[:6], {k: v[:6] for k, v in CAPTIONS.items()}, transform=transform(), seed=7)
+    first.set_epoch(2)
+    second.set_epoch(2)
+    in_order = [first[index] for index in range(COUNT)]
+    torch.manual_seed(123)
+    for index in (5, 0, 3, 3):
+        for dataset in (first, second):
+            sample = dataset[index]
+            assert sample["text"] == in_order[index]["text"]
+            assert torch.equal(sample["pixel_values"], in_order[index]["pixel_values"])
+    first.set_epoch(3)
+    assert [first[index]["text"] for index in range(COUNT)] != [sample["text"] for sample in in_order]
+    assert not torch.equal(first[0]["pixel_values"], in_order[0]["pixel_values"])
+    other_seed = ImageTextDataset(images, CAPTIONS, transform=transform(), seed=8)
+    other_seed.set_epoch(2)
+    assert not torch.equal(other_seed[0]["pixel_values"], in_order[0]["pixel_values"])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_persistent_workers_follow_the_epoch_and_draw_the_same(images, store, context):
+    dataset = ImageTextDataset(images, store=store, transform=RandomResizedCropTransform(8), seed=1)
+    loader = DataLoader(
+        dataset,
+        batch_size=5,
+        num_workers=1,
+        persistent_workers=True,
+        collate_fn=ImageTextCollator(),
+        multiprocessing_context=context,
+    )
+    epochs = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        loaded = list(loader)
+        expected = ImageTextCollator()([dataset[index] for index in range(COUNT)])
+        for name, value in expected.items():
+            assert torch.equal(torch.cat([batch[name] for batch in loaded]), value), (epoch, name)
+        epochs.append(expected)
+    assert not torch.equal(epochs[0]["llm_embeds"], epochs[1]["llm_embeds"])
+
+
+def test_batches_train_the_model(images, store):
+    dataset = ImageTextDataset(
+        images, CAPTIONS, transform=RandomResizedCropTransform.from_image_processor(tiny_models.image_processor())
+    )
+    batch = ImageTextCollator(tiny_models.processor())([dataset[index] for index in range(4)])
+    batch.pop("index")
+    loss = tiny_models.model()(**batch, return_loss=True).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_an_image_column_and_paths_give_the_same_samples(images, tmp_path):
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(str(tmp_path / f"{number}.png"))
+        image.save(paths[-1])
+    column = Dataset.from_dict({"image": paths}).cast_column("image", ImageFeature())["image"]
+    transform = RandomResizedCropTransform(8)
+    datasets = [ImageTextDataset(source, CAPTIONS, transform=transform) for source in (images, paths, column)]
+    for index in (0, 11):
+        first, *others = [dataset[index]["pixel_values"] for dataset in datasets]
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_damaged_image_is_refused_with_its_row(images, tmp_path):
+    path = tmp_path / "damaged.jpg"
+    path.write_bytes(b"\xff\xd8\xff garbage")
+    dataset = ImageTextDataset([*images[:3], path], ["a", "b", "c", "d"], transform=CenterCropTransform(8))
+    assert dataset[2]["text"] == "c"
+    with pytest.raises(ValueError, match=r"Image 3 \(`.*damaged.jpg`\) cannot be read"):
+        dataset[3]
+
+
+def test_bad_arguments_are_refused(images, store):
+    transform = CenterCropTransform(8)
+    one_source = [["a"]] * COUNT
+    cases = [
+        ({}, "Neither `captions` nor `store`"),
+        ({"captions": one_source[:-1]}, r"Images \(12\) and images with captions \(11\)"),
+        ({"captions": one_source, "store": store}, "was made from other captions"),
+        ({"captions": CAPTIONS, "caption_weights": {"real": 1}}, r"names \['real'\], the captions have the sources"),
+        ({"captions": CAPTIONS, "caption_weights": {"real": 1, "dense": -1}}, "finite and non-negative"),
+        ({"captions": CAPTIONS, "caption_weights": {"real": 0, "dense": 0}}, "with a positive sum"),
+        ({"captions": CAPTIONS, "caption_weights": {"real": 1, "dense": float("nan")}}, "finite and non-negative"),
+        ({"captions": CAPTIONS, "caption_weights": {"real": 0, "dense": 1}}, "Image 5 has captions only in sources"),
+        ({"store": store, "caption_weights": {"real": 0, "dense": 1}}, "Image 5 has captions only in sources"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ImageTextDataset(images, transform=transform, **arguments)
+    dataset = ImageTextDataset(images, CAPTIONS, transform=transform)
+    for index in (-1, COUNT):
+        with pytest.raises(IndexError):
+            dataset[index]

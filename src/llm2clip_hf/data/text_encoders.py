@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One face for everything that turns captions into LLM embeddings: a function, an object with `encode`, the model."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from .fingerprint import FingerprintValue, embedding_fingerprint
+
+
+__all__ = ["TextEncoder", "as_text_encoder"]
+
+# English text has about four bytes per token; only the order and the size of batches depend on it.
+_BYTES_PER_TOKEN = 4
+
+
+class TextEncoder(Protocol):
+    """What `embed_captions` needs of an encoder."""
+
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, exact or estimated; decides the batches, never the values."""
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        """Embeddings of shape `(n, dim)`."""
+
+    def fingerprint(self) -> dict[str, FingerprintValue]:
+        """What the embeddings depend on."""
+
+
+def as_text_encoder(encoder: Any, tokenizer: Any, max_length: int) -> TextEncoder:
+    """
+    Wrap what the user passed to `embed_captions`.
+
+    Args:
+        encoder: an `LLM2CLIPModel` (with `tokenizer`), an object with `encode`, or a function.
+        tokenizer: tokenizer of an `LLM2CLIPModel`, otherwise `None`.
+        max_length (`int`): tokens per text; used with a tokenizer.
+
+    Returns:
+        `TextEncoder`.
+
+    Raises:
+        ValueError: if `encoder` is none of these, or a tokenizer is given without a model or the other way round.
+    """
+    # Duck typing, because `data` is a layer below the packages that own these classes. A model is callable too, so it
+    # has to be recognized first.
+    if hasattr(encoder, "get_llm_embeds"):
+        if tokenizer is None:
+            raise ValueError("An `LLM2CLIPModel` needs its `tokenizer` to embed captions. Pass `tokenizer=...`.")
+        return _ModelEncoder(encoder, tokenizer, max_length)
+    if tokenizer is not None:
+        raise ValueError(
+            f"`tokenizer` is used with an `LLM2CLIPModel` only, got an encoder of type {type(encoder).__name__}. "
+            "Leave `tokenizer` out."
+        )
+    if hasattr(encoder, "encode"):
+        return _FunctionEncoder(_encode_method(encoder))
+    if callable(encoder) and not isinstance(encoder, torch.nn.Module):
+        return _FunctionEncoder(encoder)
+    raise ValueError(
+        f"`encoder` of type {type(encoder).__name__} is neither a function from strings to a tensor, nor an object "
+        "with `encode`, nor an `LLM2CLIPModel`. Wrap it in a function."
+    )
+
+
+class _FunctionEncoder:
+    def __init__(self, function: Callable[[list[str]], torch.Tensor]) -> None:
+        self._function = function
+
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        return [1 + len(text.encode()) // _BYTES_PER_TOKEN for text in texts]
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return torch.as_tensor(self._function(texts))
+
+    def fingerprint(self) -> dict[str, FingerprintValue]:
+        raise ValueError(
+            "`fingerprint` is needed with this encoder, so that a later run can tell what made the embeddings. "
+            "Make one with `embedding_fingerprint(llm, tokenizer, ...)`."
+        )
+
+
+class _ModelEncoder:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        if model.text_model is None:
+            raise ValueError("The `LLM2CLIPModel` holds no LLM. Load it with its LLM to embed captions.")
+
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        text_model = self._model.text_model
+        batch = self._tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self._max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        was_training = text_model.training
+        text_model.eval()
+        try:
+            device = text_model.device
+            return self._model.get_llm_embeds(
+                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+            )
+        finally:
+            text_model.train(was_training)
+
+    def fingerprint(self) -> dict[str, FingerprintValue]:
+        config = self._model.config
+        return embedding_fingerprint(
+            self._model.text_model,
+            self._tokenizer,
+            text_prefix_length=config.text_prefix_length,
+            max_length=self._max_length,
+            is_causal=bool(getattr(config.text_config, "is_causal", True)),
+        )
+
+
+def _encode_method(encoder: Any) -> Callable[[list[str]], torch.Tensor]:
+    # A multimodal sentence-transformers model would open a caption that looks like the URL or path of an image.
+    is_multimodal = any(modality != "text" for modality in getattr(encoder, "modalities", ["text"]))
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        inputs = [{"text": text} for text in texts] if is_multimodal else texts
+        # The empty prompt keeps a default prompt of the encoder away from the captions.
+        return encoder.encode(
+            inputs, prompt="", batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
+        )
+
+    return encode

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image-text retrieval with a model: encode every image and caption once, then the metrics."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.captions import Captions, CaptionTable
+from ..data.embedding_store import CaptionEmbeddingStore
+from ..data.image_text import ImageTextDataset
+from ..data.images import ImageSource
+from .encoding import encode_images, encode_llm_embeds, encode_texts
+from .metrics import retrieval_metrics
+
+
+__all__ = ["evaluate_retrieval"]
+
+
+def evaluate_retrieval(
+    model: Any,
+    images: ImageSource | ImageTextDataset,
+    captions: Captions | CaptionTable | CaptionEmbeddingStore | Sequence[torch.Tensor] | None = None,
+    *,
+    processor: Any = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    device: str | torch.device | None = None,
+    show_progress: bool = False,
+) -> dict[str, float]:
+    """
+    Recall and ranks of image-to-text and text-to-image retrieval.
+
+    All captions of all images are candidates and queries (paper section 4.1); no prompt is added.
+
+    Args:
+        model: `LLM2CLIPModel`, or a model of transformers with CLIP's interface; kept in its train or eval mode.
+        images:
+            One entry per image: PIL images, paths, or an image column of a `datasets.Dataset`. Or an
+            `ImageTextDataset`, whose transform, and whose captions or store, are used; the transform should be
+            deterministic, e.g. `CenterCropTransform`.
+        captions:
+            What belongs to each image: captions as for `CaptionTable`; or LLM embeddings, as a
+            `CaptionEmbeddingStore` or as one tensor of shape `(num_captions, llm_hidden_size)` per image. `None` with
+            an `ImageTextDataset`.
+        processor: processor of the model; only what is needed of it is used, the image processor and the tokenizer.
+        batch_size (`int`, defaults to 64): images or texts per forward pass.
+        max_length (`int`, *optional*): tokens per caption, see `encode_texts`.
+        ks (sequence of `int`, defaults to `(1, 5, 10)`): cut-offs of recall.
+        device (*optional*): device to move the model to first; by default the model stays where it is.
+        show_progress (`bool`, defaults to `False`): show progress bars.
+
+    Returns:
+        `dict[str, float]`: the keys of `retrieval_metrics`, e.g. `image_to_text_recall@1`.
+
+    Raises:
+        ValueError: if images and captions differ in number, an image has no caption or cannot be read, or a processor
+            is missing; the message names the row.
+
+    Example:
+    >>> evaluate_retrieval(model, images, captions, processor=processor)["image_to_text_recall@1"]  # doctest: +SKIP
+    0.953
+    """
+    transform = None
+    if isinstance(images, ImageTextDataset):
+        if captions is not None:
+            raise ValueError("An `ImageTextDataset` brings its own captions. Leave `captions` out.")
+        captions = images.store if images.store is not None else images.captions
+        transform = images.pixel_values
+        images = images.images
+    texts = _resolve(captions)
+    if len(images) != len(texts):
+        raise ValueError(
+            f"Images ({len(images)}) and images with captions ({len(texts)}) must agree in number. "
+            "Check that both come from the same rows."
+        )
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
+    text_embeds, offsets = _encode_captions(model, texts, processor, max_length, options)
+    image_embeds = encode_images(model, images, processor=processor, transform=transform, **options)
+    text_to_image = np.repeat(np.arange(len(images)), np.diff(offsets))
+    # On the device of the model, where the large products are fast.
+    target = next(model.parameters()).device
+    return retrieval_metrics(image_embeds.to(target), text_embeds.to(target), torch.from_numpy(text_to_image), ks=ks)
+
+
+def _resolve(captions: Any) -> CaptionTable | CaptionEmbeddingStore | list[torch.Tensor]:
+    if captions is None:
+        raise ValueError("`captions` is missing. Pass captions or LLM embeddings for every image.")
+    if isinstance(captions, (CaptionTable, CaptionEmbeddingStore)):
+        return captions
+    if not isinstance(captions, Mapping) and len(captions) and isinstance(captions[0], torch.Tensor):
+        for row, embeds in enumerate(captions):
+            if embeds.ndim != 2 or not len(embeds):
+                raise ValueError(
+                    f"The LLM embeddings of image {row} must have shape (num_captions, llm_hidden_size) with at least "
+                    f"one caption, got {tuple(embeds.shape)}."
+                )
+        return list(captions)
+    return CaptionTable(captions)
+
+
+def _encode_captions(
+    model: Any,
+    captions: CaptionTable | CaptionEmbeddingStore | list[torch.Tensor],
+    processor: Any,
+    max_length: int | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Embeddings of all captions, image by image, and the offsets of the images."""
+    if isinstance(captions, CaptionEmbeddingStore):
+        return encode_llm_embeds(model, captions.gather, captions.num_captions, **options), captions.offsets
+    if isinstance(captions, list):
+        rows = torch.cat(captions)
+        offsets = np.concatenate([[0], np.cumsum([len(embeds) for embeds in captions])])
+        return encode_llm_embeds(model, rows.__getitem__, len(rows), **options), offsets
+    if processor is None:
+        raise ValueError("Captions need a `processor` with a tokenizer. Pass the processor of the model.")
+    texts = captions.rows(0, captions.num_captions)
+    return encode_texts(model, texts, processor=processor, max_length=max_length, **options), captions.offsets
