@@ -133,6 +133,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if config.text_weights == "bundled" and load_text_model:
             self.text_model = AutoModel.from_config(config.text_config)
             config.text_config = self.text_model.config
+        elif config.text_weights == "bundled":
+            self._keys_to_ignore_on_load_unexpected = {r"^text_model\."}
         self.text_adapter = LLM2CLIPTextAdapter(config)
         # Shape (1,): FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))

@@ -137,9 +137,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
         )
         model, info = loaded
-        if not bundled:
-            unexpected = info["unexpected_keys"]
-            info["unexpected_keys"] = {key for key in unexpected if not key.startswith("text_model.")}
         if not (output_loading_info or kwargs.get("ignore_mismatched_sizes")):
             check_loading_info(pretrained_model_name_or_path, info)
         if text_model is None and load_text_model and model.config.text_weights == "external":
