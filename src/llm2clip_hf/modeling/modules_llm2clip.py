@@ -42,7 +42,10 @@ class LLM2CLIPTextAdapter(nn.Module):
     """
     Maps LLM embeddings `(batch, llm_hidden_size)` to the joint space `(batch, projection_dim)`, un-normalised.
 
-    Optional L2 norm, `adapter_num_layers` residual blocks, LayerNorm, linear projection with bias.
+    Optional L2 norm, `adapter_num_layers` residual blocks, LayerNorm, linear projection with bias (paper section 4.1).
+
+    Args:
+        config ([`LLM2CLIPConfig`]): Widths, depth, expansion, dropout and `normalize_llm_embeds`.
     """
 
     def __init__(self, config: LLM2CLIPConfig) -> None:
