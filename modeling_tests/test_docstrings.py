@@ -40,6 +40,8 @@ def signature_of(value: Any) -> list[str]:
         return [name for name in vars(value).get("__annotations__", {}) if name not in inherited]
     if value.__name__ in MADE_BY_A_METHOD:
         value = getattr(value, MADE_BY_A_METHOD[value.__name__])
+    if inspect.isclass(value) and "__init__" not in vars(value):
+        return []  # constructed as its base class is
     function = value.__init__ if inspect.isclass(value) else value
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
