@@ -502,5 +502,11 @@ def test_missing_and_unexpected_keys_are_named(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing keys: \['visual_projection.weight'\].*'text_adapter.surplus'"):
         LLM2CLIPModel.from_pretrained(tmp_path)
-    _, info = LLM2CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {"visual_projection.weight"}
+    del weights["text_adapter.blocks.0.fc1.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = LLM2CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"visual_projection.weight", "text_adapter.blocks.0.fc1.weight"}
+    # What is missing is initialised as in a new model.
+    given = model.text_adapter.blocks[0].fc1.weight
+    assert given.abs().max() <= 32**-0.5
+    assert given.std().item() == pytest.approx((32 * 3) ** -0.5, rel=0.1)

@@ -20,8 +20,10 @@ from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 TEXTS = ["a red boat", "two dogs run over the green grass, one is black", " ein rotes Boot  "]
 CODE_FILES = {
+    "configuration_eva02.py",
     "configuration_llm2clip.py",
     "inputs_llm2clip.py",
+    "modeling_eva02.py",
     "modeling_llm2clip.py",
     "modules_llm2clip.py",
     "pretrained_llm2clip.py",
@@ -112,14 +114,17 @@ def assert_equal(given: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(given[name], value), name
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel, LLM2CLIPProcessor]:
-    folder = tmp_path_factory.mktemp("saved")
+def save(folder: Path, vision: str) -> tuple[Path, LLM2CLIPModel, LLM2CLIPProcessor]:
     processor = tiny_models.processor()
-    tiny_models.model("dinov2").save_pretrained(folder)
+    tiny_models.model(vision).save_pretrained(folder)
     processor.save_pretrained(folder)
     # Loaded as the others load it: rounding of matrix products depends on where the weights lie in memory.
     return folder, LLM2CLIPModel.from_pretrained(folder), processor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LLM2CLIPModel, LLM2CLIPProcessor]:
+    return save(tmp_path_factory.mktemp("saved"), "dinov2")
 
 
 def test_saved_folder_holds_the_code_and_the_auto_map(saved: Any) -> None:
@@ -153,19 +158,35 @@ def test_local_folder_loads_and_resaves_without_the_package(saved: Any, tmp_path
         shutil.move(folder.with_name("moved"), folder)
 
 
+def load_from_hub_cache(folder: Path, work: Path) -> dict[str, torch.Tensor]:
+    """Lays `folder` out as a repository in the cache of the Hub, and loads it by its name."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = work / "hub" / "models--some-org--LLM2CLIP"
+    shutil.copytree(folder, repository / "snapshots" / revision, ignore=shutil.ignore_patterns("__pycache__"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return load_without_package(
+        "some-org/LLM2CLIP", work, HF_HUB_CACHE=str(work / "hub"), HF_HUB_OFFLINE="1", HF_HOME=str(work)
+    )
+
+
 @pytest.mark.slow
 def test_hub_cache_loads_without_the_package(saved: Any, tmp_path: Path) -> None:
     folder, model, processor = saved
     images = write_inputs(tmp_path)
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--some-org--LLM2CLIP"
-    shutil.copytree(folder, repository / "snapshots" / revision, ignore=shutil.ignore_patterns("__pycache__"))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    given = load_without_package(
-        "some-org/LLM2CLIP", tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
-    )
-    assert_equal(given, expected_outputs(model, processor, images))
+    assert_equal(load_from_hub_cache(folder, tmp_path), expected_outputs(model, processor, images))
+
+
+@pytest.mark.slow
+def test_eva02_tower_travels_with_the_model(tmp_path: Path) -> None:
+    """Its type is known neither to transformers nor by any package, only by the files beside the weights."""
+    folder, model, processor = save(tmp_path / "saved", "eva02")
+    images = write_inputs(tmp_path)
+    expected = expected_outputs(model, processor, images)
+    resaved = tmp_path / "resaved"
+    assert_equal(load_without_package(str(folder), tmp_path, resave=str(resaved)), expected)
+    assert {path.name for path in resaved.glob("*.py")} == CODE_FILES
+    assert_equal(load_from_hub_cache(resaved, tmp_path), expected)
 
 
 def test_with_the_package_no_trust_is_needed_and_saving_ships_the_code(saved: Any, tmp_path: Path) -> None:

@@ -58,6 +58,15 @@ VISION: dict[str, dict[str, Any]] = {
         "image_size": IMAGE_SIZE,
         "patch_size": 6,
     },
+    "eva02": {
+        "model_type": "eva02_vision",
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 6,
+    },
     "mobilenet_v2": {"model_type": "mobilenet_v2", "depth_multiplier": 0.1, "image_size": IMAGE_SIZE},
 }
 

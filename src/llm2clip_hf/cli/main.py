@@ -13,6 +13,7 @@ from llm2clip_hf.version import __version__
 # Verb: (module with `run(argv) -> int`, help line).
 VERBS = {
     "demo": ("demo", "train a miniature LLM2CLIP end to end on a CPU, without any download"),
+    "convert": ("convert", "convert a published checkpoint to a folder that AutoModel loads"),
 }
 
 

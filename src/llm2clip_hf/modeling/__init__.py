@@ -4,15 +4,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .configuration_eva02 import Eva02VisionConfig
 from .configuration_llm2clip import LLM2CLIPConfig
 
 
 if TYPE_CHECKING:
+    from .modeling_eva02 import Eva02VisionModel
     from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPOutput, LLM2CLIPTextAdapter, assert_bidirectional, pool_text
     from .processing_llm2clip import LLM2CLIPProcessor, apply_text_template, text_prefix_length
 
 # Imported when first used: the config must be importable while transformers is still loading its Auto classes.
 _MODULES = {
+    "Eva02VisionModel": "modeling_eva02",
     "LLM2CLIPModel": "modeling_llm2clip",
     "LLM2CLIPOutput": "modeling_llm2clip",
     "LLM2CLIPProcessor": "processing_llm2clip",
@@ -31,6 +34,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Eva02VisionConfig",
+    "Eva02VisionModel",
     "LLM2CLIPConfig",
     "LLM2CLIPModel",
     "LLM2CLIPOutput",

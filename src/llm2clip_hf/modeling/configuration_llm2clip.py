@@ -21,6 +21,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .configuration_eva02 import Eva02VisionConfig
+
 
 # Decoders whose attention stays causal, wholly or for some inputs, when `is_causal=False` is set on their config, or
 # whose output then depends on the padding (GPT-2).
@@ -69,7 +71,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Config of the vision tower, any vision backbone of transformers. Defaults to a CLIP ViT.
+            Config of the vision tower: any vision backbone of transformers, or an [`Eva02VisionConfig`]. Defaults to a
+            CLIP ViT.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Config of the decoder language model. `is_causal` is set to `False` on it, which makes its attention
             bidirectional. `None` for a model that takes stored LLM embeddings only.
@@ -251,4 +254,4 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
 LLM2CLIPConfig.register_for_auto_class()
 
-__all__ = ["LLM2CLIPConfig"]
+__all__ = ["Eva02VisionConfig", "LLM2CLIPConfig"]

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .inputs_llm2clip import check_ids, check_llm_embeds, check_pixel_values
+from .modeling_eva02 import Eva02VisionModel
 from .modules_llm2clip import (
     LLM2CLIPTextAdapter,
     assert_bidirectional,
@@ -355,6 +356,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 LLM2CLIPModel.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "Eva02VisionModel",
     "LLM2CLIPModel",
     "LLM2CLIPOutput",
     "LLM2CLIPTextAdapter",

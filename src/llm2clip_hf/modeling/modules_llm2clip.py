@@ -24,15 +24,19 @@ from transformers import AutoModel
 from .configuration_llm2clip import LLM2CLIPConfig
 
 
+class LLM2CLIPAdapterLinear(nn.Linear):
+    """A linear layer by another name, by which `_init_weights` knows it: it is initialised as `torch.nn.Linear` is."""
+
+
 class LLM2CLIPAdapterBlock(nn.Module):
     """Residual MLP block: `x + W2 GELU(W1 LN(x) + b1) + b2` (paper section 4.1, inverted bottleneck)."""
 
     def __init__(self, hidden_size: int, expansion: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
-        self.fc1 = nn.Linear(hidden_size, expansion * hidden_size)
+        self.fc1 = LLM2CLIPAdapterLinear(hidden_size, expansion * hidden_size)
         self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(expansion * hidden_size, hidden_size)
+        self.fc2 = LLM2CLIPAdapterLinear(expansion * hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.fc2(self.dropout(F.gelu(self.fc1(self.norm(hidden_states)))))
@@ -56,7 +60,7 @@ class LLM2CLIPTextAdapter(nn.Module):
             for _ in range(config.adapter_num_layers)
         )
         self.norm = nn.LayerNorm(config.llm_hidden_size)
-        self.projection = nn.Linear(config.llm_hidden_size, config.projection_dim)
+        self.projection = LLM2CLIPAdapterLinear(config.llm_hidden_size, config.projection_dim)
 
     def forward(self, llm_embeds: torch.Tensor) -> torch.Tensor:
         hidden_states = llm_embeds.to(self.projection.weight.dtype)

@@ -24,7 +24,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, Pr
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .modules_llm2clip import assert_bidirectional
+from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional
 from .processing_llm2clip import apply_text_template, text_prefix_length
 
 
@@ -42,7 +42,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     vision_model: Any
     visual_projection: Any
     text_model: Any
-    text_adapter: Any
     logit_scale: Any
     logit_bias: Any
     base_model_prefix = "llm2clip"
@@ -62,13 +61,12 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Modules without parameters of their own are not offered here, so the adaptor is initialised from the top.
-        if isinstance(module, LLM2CLIPPreTrainedModel):
-            # The initialisation of `torch.nn.Linear`, as in the original: uniform in +-1/sqrt(fan_in).
-            for linear in (m for m in module.text_adapter.modules() if isinstance(m, nn.Linear)):
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.weight, -bound, bound)
-                init.uniform_(linear.bias, -bound, bound)
+        if isinstance(module, LLM2CLIPAdapterLinear):
+            # As in the original: uniform in +-1/sqrt(fan_in).
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, LLM2CLIPPreTrainedModel):
             if isinstance(module.visual_projection, nn.Linear):
                 init.normal_(module.visual_projection.weight, std=module.config.vision_hidden_size**-0.5)
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)

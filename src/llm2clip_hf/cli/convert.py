@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm2clip convert`: a published checkpoint to a folder that `AutoModel` loads."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="llm2clip convert",
+        usage="%(prog)s [options] SOURCE OUTPUT_DIR",
+        description="Convert a published checkpoint of LLM2CLIP (a file, folder or repository), or a CLIP or SigLIP "
+        "tower to start from, to a folder that AutoModel loads.",
+    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="file (.pt, .safetensors), folder or repository")
+    parser.add_argument(
+        "output_dir", metavar="OUTPUT_DIR", nargs="?", help="folder to write; appears whole or not at all"
+    )
+    parser.add_argument(
+        "--text-model",
+        metavar="REPO_OR_PATH",
+        default="none",
+        help="the LLM that the checkpoint was trained with, named in the config and checked for its width; `none` "
+        "(default) for a model that takes stored LLM embeddings",
+    )
+    parser.add_argument(
+        "--text-weights",
+        choices=("external", "bundled"),
+        default="external",
+        help="name the LLM only (default), or copy its weights into the folder",
+    )
+    parser.add_argument(
+        "--model-config",
+        metavar="JSON",
+        help="the original model JSON, for what weights do not tell: head_width, postnorm, quick_gelu (default: the "
+        "JSON of the same name beside the weights, if there is one)",
+    )
+    arguments = parser.parse_args(list(argv))
+    # Not left to argparse, which would name them before an option that does not exist.
+    if arguments.source is None or arguments.output_dir is None:
+        parser.error("SOURCE and OUTPUT_DIR are required")
+
+    from llm2clip_hf.hub import convert_checkpoint
+    from llm2clip_hf.hub.conversion import PUBLISHED_LLMS
+
+    report = convert_checkpoint(
+        arguments.source,
+        arguments.output_dir,
+        text_model=arguments.text_model,
+        text_weights=arguments.text_weights,
+        model_config=arguments.model_config,
+    )
+    config = report.config
+    print(f"found     {report.kind}")
+    print(f"vision    {config.vision_config.model_type}, {config.vision_config.image_size} px")
+    print(f"adaptor   {config.adapter_num_layers} blocks, {config.llm_hidden_size} -> {config.projection_dim}")
+    example = PUBLISHED_LLMS.get(config.llm_hidden_size, "REPO_OR_PATH")
+    print(
+        f"LLM       {config.text_base_model or f'none, takes stored embeddings; to name one: --text-model {example}'}"
+    )
+    if report.new_keys:
+        print(f"new       {len(report.new_keys)} weights of projection, adaptor or logit scale are to be trained")
+    if report.dropped_keys:
+        print(f"dropped   {len(report.dropped_keys)} keys that are computed or belong to another text tower")
+    print(f"verified  largest difference after reloading {report.max_difference:.1e}")
+    print(f"written   {report.output_dir}")
+    return 0

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns published checkpoints of LLM2CLIP into folders that `AutoModel` loads.
+
+(1) Read the tensors, and find out by their names what they are.
+(2) Read every size of the model from their shapes, and give them our names.
+(3) Build the model; every key that is missing or left over must have been declared, or nothing is written.
+(4) Write a temporary folder, load it again, compare weights and outputs, move it into place.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    PreTrainedConfig,
+)
+from transformers.utils import logging
+
+from llm2clip_hf.modeling import (
+    LLM2CLIPConfig,
+    LLM2CLIPModel,
+    LLM2CLIPProcessor,
+    apply_text_template,
+    text_prefix_length,
+)
+from llm2clip_hf.modeling.pretrained_llm2clip import load_pretrained_text
+
+from .adaptor_keys import Adaptor, find_adaptor
+from .checkpoint_files import Checkpoint, read_checkpoint
+from .output_folder import check_output, temporary_folder
+from .vision_keys import Tower, eva_tower, open_clip_tower, siglip_tower, transformers_clip_tower
+
+
+logger = logging.get_logger(__name__)
+
+# Where each kind keeps its text adaptor; the online setting wraps it around its LLM.
+_ADAPTOR_PREFIXES = ("text_adapter.adaptor.", "text.text_adaptor.", "text.text_proj.text_adaptor.")
+# Model types of transformers whose vision tower can start an LLM2CLIP, by the projection that the original gives it.
+_START_TYPES = {"clip": "linear", "siglip": "none"}
+# The parts of such a model that are not its vision tower.
+_START_LEFT_OVER = re.compile(
+    r"text_model\..*|text_projection.*|visual_projection.*|logit_(scale|bias)|.*position_ids"
+)
+# Agreement of the written folder with the converted model: rounding of matrix products, nothing else.
+_TOLERANCE = 1e-5
+_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+# The published LLMs by their widths.
+PUBLISHED_LLMS = {
+    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
+}
+
+
+class _TextModel(NamedTuple):
+    name: str
+    config: PreTrainedConfig
+    tokenizer: Any
+
+
+@dataclass
+class ConversionReport:
+    """
+    What [`convert_checkpoint`] did.
+
+    Args:
+        kind (`str`): What the source was found to be.
+        output_dir (`Path`): The folder that was written.
+        config (`LLM2CLIPConfig`): Config of the model in it.
+        dropped_keys (`list[str]`): Keys of the source that were declared to carry nothing, and left behind.
+        new_keys (`list[str]`): Weights that the source does not have and that are initialised (a starting tower).
+        max_difference (`float`): Largest difference between outputs of the folder and of the converted model.
+    """
+
+    kind: str
+    output_dir: Path
+    config: LLM2CLIPConfig
+    dropped_keys: list[str]
+    new_keys: list[str]
+    max_difference: float
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    text_model: str | None = None,
+    text_weights: str = "external",
+    model_config: str | Path | None = None,
+) -> ConversionReport:
+    r"""
+    Converts a published checkpoint of LLM2CLIP, or a vision tower to start one from.
+
+    The kind is told by the names of the weights, every size by their shapes: the Hugging Face folders with an OpenAI
+    tower, the `.pt` files with an EVA tower, training checkpoints with an OpenAI tower, SigLIP2 with the LLM online,
+    and as starting towers CLIP and SigLIP folders of transformers and checkpoints of open_clip. The LLM is not part of
+    them; `text_model` names it. A starting tower gets a new projection and adaptor, with fixed seeds.
+
+    Weights are written as float32. The folder appears whole or not at all; converting again replaces it.
+
+    Args:
+        source (`str` or `Path`): File, folder or repository. Pickled files are read as tensors only.
+        output_dir (`str` or `Path`): Folder to write: new, empty, or one that holds an LLM2CLIP, which is replaced.
+        text_model (`str`, *optional*):
+            Repository or folder of the LLM, checked against the adaptor's width. `None` or `"none"` for a model that
+            takes stored LLM embeddings.
+        text_weights (`str`, *optional*, defaults to `"external"`):
+            `"external"` names the LLM in the config; `"bundled"` copies its weights into the folder.
+        model_config (`str` or `Path`, *optional*):
+            The original model JSON, for what shapes do not tell: `head_width`, `postnorm`, `quick_gelu`. Defaults to
+            a JSON file of the same name beside the weights, if there is one, else to the published towers' values.
+
+    Returns:
+        [`ConversionReport`]
+
+    Raises:
+        ValueError: if the source cannot be read, is of no known kind or incomplete, has keys that are not known or
+            weights that are not finite, if the LLM does not fit, or the written folder does not give the same outputs.
+    """
+    output = Path(output_dir)
+    check_output(output, Path(source))
+    if text_weights not in ("external", "bundled"):
+        raise ValueError(f"`text_weights` must be 'external' or 'bundled', got {text_weights!r}.")
+    # Step (1)
+    checkpoint = read_checkpoint(source, model_config)
+    prefix = next((p for p in _ADAPTOR_PREFIXES if any(key.startswith(p) for key in checkpoint.weights)), None)
+    # Step (2)
+    kind, tower = _read_tower(checkpoint, is_start=prefix is None)
+    adaptor = None if prefix is None else find_adaptor(checkpoint.weights, prefix)
+    weights, dropped = _collect(checkpoint, tower, adaptor)
+    text = _read_text_model(text_model, adaptor)
+    config = _build_config(checkpoint, tower, adaptor, text, normalize=prefix != _ADAPTOR_PREFIXES[2])
+    with _quiet_transformers():
+        # Step (3)
+        model, new_keys = _build_model(checkpoint, config, weights, is_start=adaptor is None)
+        if text is not None and text_weights == "bundled":
+            _bundle_text_model(model)
+        # Step (4)
+        difference = _write(model, checkpoint, text, output)
+    logger.info("%s is %s; left behind: %s", checkpoint.name, kind, ", ".join(dropped) or "nothing")
+    return ConversionReport(kind, output, model.config, dropped, new_keys, difference)
+
+
+def _read_tower(checkpoint: Checkpoint, is_start: bool) -> tuple[str, Tower]:
+    """The vision tower, by the weights that only one kind has."""
+    weights = checkpoint.weights
+    start = "starting tower" if is_start else "LLM2CLIP"
+    if "visual.trunk.pos_embed" in weights:
+        return f"{start}, SigLIP tower of timm", siglip_tower(checkpoint)
+    if "visual.patch_embed.proj.weight" in weights:
+        return f"{start}, EVA tower", eva_tower(checkpoint)
+    if "visual.conv1.weight" in weights:
+        return f"{start}, OpenAI tower of open_clip", open_clip_tower(checkpoint, is_start)
+    if not is_start and "vision_model.embeddings.position_embedding.weight" in weights:
+        return f"{start}, OpenAI tower of transformers", transformers_clip_tower(checkpoint)
+    model_type = (checkpoint.config or {}).get("model_type")
+    if is_start and model_type in _START_TYPES:
+        return f"{start}, {model_type} of transformers", _transformers_start(checkpoint, str(model_type))
+    tops = sorted({key.split(".")[0] for key in weights})
+    shown = ", ".join(tops[:8]) + (", ..." if len(tops) > 8 else "")
+    raise ValueError(
+        f"{checkpoint.name!r} is none of the checkpoints that can be converted: its weights are `{shown}`"
+        f"{f', its model type {model_type!r}' if model_type else ''}. Expected are LLM2CLIP with an OpenAI, EVA or "
+        "SigLIP tower, or CLIP or SigLIP as a starting tower; `LLM2CLIPModel.from_vision_text_pretrained` takes any "
+        "other vision backbone of transformers."
+    )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its tables of missing keys and progress bars: what matters of it is reported here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
+    """The vision tower of a CLIP or SigLIP folder, loaded by transformers itself."""
+    folder = str(checkpoint.folder)
+    vision_config = AutoConfig.from_pretrained(folder).vision_config
+    model_class: Any = MODEL_MAPPING[type(vision_config)]
+    with _quiet_transformers():
+        model, info = model_class.from_pretrained(
+            folder, config=vision_config, dtype=torch.float32, output_loading_info=True
+        )
+    unexpected = [key for key in info["unexpected_keys"] if not _START_LEFT_OVER.fullmatch(key)]
+    _check_keys(checkpoint, sorted(info["missing_keys"]), sorted(unexpected), sorted(info["mismatched_keys"]))
+    tower = Tower(vision_config, _START_TYPES[model_type], droppable=(_START_LEFT_OVER.pattern,))
+    for key, value in model.state_dict().items():
+        tower.put(f"vision_model.{key}", value)
+    # Loading has renamed and checked them.
+    tower.source_keys.update(key for key in checkpoint.weights if not _START_LEFT_OVER.fullmatch(key))
+    return tower
+
+
+def _collect(
+    checkpoint: Checkpoint, tower: Tower, adaptor: Adaptor | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """All weights under our names in float32, and the keys that were dropped; fails for any other key."""
+    weights = dict(tower.weights)
+    known = set(tower.source_keys)
+    droppable = tower.droppable
+    if adaptor is None:
+        droppable += tower.start_droppable
+        # The original starts with a new projection, but keeps the temperature.
+        weights = {key: value for key, value in weights.items() if not key.startswith("visual_projection.")}
+    else:
+        weights.update(adaptor.weights)
+        known |= adaptor.source_keys
+    for name in ("logit_scale", "logit_bias"):
+        value = checkpoint.weights.get(name)
+        if value is not None:
+            if value.numel() != 1:
+                raise ValueError(f"`{name}` must be one number, got shape {tuple(value.shape)}.")
+            weights[name] = value.reshape(1)
+            known.add(name)
+    dropped = [
+        key
+        for key in checkpoint.weights
+        if key not in ("logit_scale", "logit_bias") and any(re.fullmatch(pattern, key) for pattern in droppable)
+    ]
+    unexpected = sorted(set(checkpoint.weights) - known - set(dropped))
+    _check_keys(checkpoint, [], unexpected, [])
+    for key, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"The weight for `{key}` must be floating-point, got {value.dtype}; quantised weights "
+                "cannot be converted."
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"The weight for `{key}` holds NaN or infinite values in {checkpoint.name!r}.")
+    return {key: value.float().contiguous() for key, value in weights.items()}, dropped
+
+
+def _check_keys(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
+    groups = {"missing": missing, "unexpected": unexpected, "of another shape": [str(key) for key in mismatched]}
+    problems = [f"{len(keys)} {name}: {', '.join(keys)}" for name, keys in groups.items() if keys]
+    if problems:
+        raise ValueError(
+            f"The weights of {checkpoint.name!r} do not make up the model that they name; {'; '.join(problems)}. The "
+            "checkpoint is incomplete, or of another kind."
+        )
+
+
+def _read_text_model(name: str | None, adaptor: Adaptor | None) -> _TextModel | None:
+    """The LLM's config and its tokenizer with the template applied; code of its repository is never run."""
+    if name is None or name == "none":
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"The LLM {name!r} cannot be read ({reason}). Give the repository or folder of a decoder with its "
+            "tokenizer, or 'none'."
+        ) from error
+    width = getattr(config, "hidden_size", None)
+    if adaptor is not None and width is not None and width != adaptor.llm_hidden_size:
+        published = PUBLISHED_LLMS.get(adaptor.llm_hidden_size)
+        raise ValueError(
+            f"The LLM {name!r} is {width} wide, but the text adaptor takes {adaptor.llm_hidden_size}. Name the LLM "
+            f"that the checkpoint was trained with{f', for example {published!r}' if published else ''}."
+        )
+    # It names code of the LLM's repository, which is not used.
+    vars(config).pop("auto_map", None)
+    # A folder is found again from anywhere.
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return _TextModel(name, config, apply_text_template(tokenizer))
+
+
+def _build_config(
+    checkpoint: Checkpoint, tower: Tower, adaptor: Adaptor | None, text: _TextModel | None, normalize: bool
+) -> LLM2CLIPConfig:
+    fields: dict[str, Any] = {"vision_config": tower.config, "vision_projection": tower.projection}
+    if tower.projection == "none":
+        fields["projection_dim"] = tower.config.hidden_size
+    if adaptor is not None:
+        _check_adaptor(checkpoint, tower, adaptor)
+        fields.update(
+            projection_dim=adaptor.projection_dim,
+            adapter_num_layers=adaptor.num_layers,
+            adapter_expansion=adaptor.expansion,
+            llm_hidden_size=adaptor.llm_hidden_size,
+            # As coded in the original: not where the adaptor is wrapped around an LLM that runs online.
+            normalize_llm_embeds=normalize,
+        )
+    if "logit_bias" in checkpoint.weights:
+        fields["logit_bias_init_value"] = float(checkpoint.weights["logit_bias"].float())
+    if text is not None:
+        fields.update(
+            text_config=text.config,
+            text_weights="external",
+            text_base_model=text.name,
+            text_base_revision=getattr(text.config, "_commit_hash", None),
+            text_prefix_length=text_prefix_length(text.tokenizer),
+        )
+    return LLM2CLIPConfig(**fields)
+
+
+def _check_adaptor(checkpoint: Checkpoint, tower: Tower, adaptor: Adaptor) -> None:
+    """Both sides must end in one space, and a config that came along must agree."""
+    projection = tower.weights.get("visual_projection.weight")
+    width = tower.config.hidden_size if projection is None else projection.shape[0]
+    if width != adaptor.projection_dim:
+        raise ValueError(
+            f"The images of {checkpoint.name!r} end in {width} dimensions, its texts in {adaptor.projection_dim}. The "
+            "parts come from different models."
+        )
+    original = checkpoint.model_config or {}
+    stated = {
+        "`embed_dim`": (original.get("embed_dim"), adaptor.projection_dim),
+        "`llm_embedding_dim`": (original.get("text_cfg", {}).get("llm_embedding_dim"), adaptor.llm_hidden_size),
+        "`projection_dim`": ((checkpoint.config or {}).get("projection_dim"), adaptor.projection_dim),
+    }
+    wrong = [f"{name} is {a} but {b} in the weights" for name, (a, b) in stated.items() if a not in (None, b)]
+    if wrong:
+        raise ValueError(f"The config does not belong to the weights of {checkpoint.name!r}: {'; '.join(wrong)}.")
+
+
+def _build_model(
+    checkpoint: Checkpoint, config: LLM2CLIPConfig, weights: dict[str, torch.Tensor], is_start: bool
+) -> tuple[LLM2CLIPModel, list[str]]:
+    """The model in evaluation mode without its LLM, and the names of the weights that are new."""
+    weights = dict(weights)
+    # A model whose top-level parameters are all there initialises none of the rest from the top, where the adaptor's
+    # initialisation is; so they follow.
+    later = {name: weights.pop(name) for name in ("logit_scale", "logit_bias") if is_start and name in weights}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same starting model every time
+        model, info = LLM2CLIPModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            load_text_model=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    with torch.no_grad():
+        for name, value in later.items():
+            model.get_parameter(name).copy_(value)
+    added = ("visual_projection.", "text_adapter.", "logit_") if is_start else ()
+    new = sorted(key for key in info["missing_keys"] if key.startswith(added) and key not in later)
+    missing = sorted(set(info["missing_keys"]) - set(new) - set(later))
+    _check_keys(checkpoint, missing, sorted(info["unexpected_keys"]), sorted(info["mismatched_keys"]))
+    return model, new
+
+
+def _bundle_text_model(model: LLM2CLIPModel) -> None:
+    config = model.config
+    text_model = load_pretrained_text(config.text_base_model, config.text_base_revision, None)
+    vars(text_model.config).pop("auto_map", None)
+    model.attach_text_model(text_model, text_weights="bundled")
+
+
+def _image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
+    """The checkpoint's own, else OpenAI's statistics, bicubic resize of the shorter side and centre crop."""
+    folder = checkpoint.folder
+    if checkpoint.config is not None and folder and any((folder / n).is_file() for n in _IMAGE_PROCESSOR_FILES):
+        return AutoImageProcessor.from_pretrained(folder)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+
+
+def _write(model: LLM2CLIPModel, checkpoint: Checkpoint, text: _TextModel | None, output: Path) -> float:
+    """Writes the folder and checks it; returns the largest difference of its outputs."""
+    processor: Any = _image_processor(checkpoint, model.config.vision_config.image_size)
+    if text is not None:
+        processor = LLM2CLIPProcessor(processor, text.tokenizer)
+    with temporary_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return _verify(model, folder)
+
+
+@torch.no_grad()
+def _verify(model: LLM2CLIPModel, folder: Path) -> float:
+    """Loads `folder` and compares its weights and outputs with those of `model`."""
+    loaded = LLM2CLIPModel.from_pretrained(folder, load_text_model=model.text_model is not None)
+    expected, given = model.state_dict(), loaded.state_dict()
+    changed = sorted(set(expected) ^ set(given))
+    changed += [key for key in expected if key in given and not torch.equal(expected[key], given[key])]
+    if changed:
+        raise ValueError(f"The written folder does not load as it was written: {', '.join(changed[:5])} changed.")
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    size = config.vision_config.image_size
+    inputs = {
+        "pixel_values": torch.randn(2, config.vision_config.num_channels, size, size, generator=generator),
+        "llm_embeds": torch.randn(3, config.llm_hidden_size, generator=generator),
+    }
+    before, after = model.eval()(**inputs), loaded.eval()(**inputs)
+    difference = max(float((before[name] - after[name]).abs().max()) for name in ("image_embeds", "text_embeds"))
+    if not difference <= _TOLERANCE:
+        raise ValueError(f"The written folder gives outputs that differ by {difference:.1e} from the source's.")
+    return difference
+
+
+__all__ = ["ConversionReport", "convert_checkpoint"]

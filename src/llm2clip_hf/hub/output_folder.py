@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that appear whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_output(output: Path, source: Path) -> None:
+    """
+    Refuses a target that a conversion must not replace.
+
+    Raises:
+        ValueError: if it is the source, a file, or a folder that holds anything but an LLM2CLIP.
+    """
+    if output.exists() and source.exists() and output.resolve() == source.resolve():
+        raise ValueError(f"`output_dir` {str(output)!r} is the source. Give another folder.")
+    if output.is_dir() and any(output.iterdir()):
+        try:
+            ours = '"model_type": "llm2clip"' in (output / "config.json").read_text(encoding="utf-8")
+        except OSError:
+            ours = False
+        if not ours:
+            raise ValueError(f"`output_dir` {str(output)!r} holds other files. Give a new or empty folder.")
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"`output_dir` {str(output)!r} is a file. Give a folder.")
+
+
+@contextmanager
+def temporary_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when the block ends, and is removed when it fails."""
+    output = output.absolute()
+    temporary, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("tmp", "old"))
+    created = [parent for parent in output.parents if not parent.exists()]
+    for leftover in (temporary, old):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if output.exists():
+            output.rename(old)
+        temporary.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in created:
+            parent.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+__all__ = ["check_output", "temporary_folder"]
