@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ContrastiveLoss`: one process equals the operators, many processes equal one process on the full batch."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from process_groups import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm2clip_hf import distributed
+from llm2clip_hf.losses import ContrastiveLoss
+from llm2clip_hf.ops import contrastive_loss, sigmoid_loss
+
+
+SIZES = [3, 5, 2, 4]
+IDS = torch.tensor([5, 1, 5, 2, 3, 3, 9, 5, 1, 0, 7, 8, 7, 2])
+
+
+class Towers(nn.Module):
+    """Two linear towers and the scalars of a CLIP model, in fp64."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        draw = lambda *shape: nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))  # noqa: E731
+        self.image, self.text = draw(6, 4), draw(5, 4)
+        self.log_scale = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor([-3.0], dtype=torch.float64))
+
+    def forward(self, images, texts):
+        image_embeds = F.normalize(images @ self.image, dim=1)
+        text_embeds = F.normalize(texts @ self.text, dim=1)
+        return image_embeds, text_embeds, self.log_scale.exp(), self.bias
+
+
+def batch(sizes):
+    generator = torch.Generator().manual_seed(11)
+    return (torch.randn(sum(sizes), width, generator=generator, dtype=torch.float64) for width in (6, 5))
+
+
+def loss_and_gradients(model, loss, images, texts, ids):
+    image_embeds, text_embeds, scale, bias = model(images, texts)
+    sigmoid = loss.loss_type == "sigmoid"
+    # A parameter that gets no gradient would stop DDP.
+    value = loss(image_embeds, text_embeds, scale, bias if sigmoid else None, ids) + 0.0 * bias.sum()
+    value.backward()
+    return value.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def every_variant_under_ddp(sizes):
+    rank, count = distributed.rank(), distributed.world_size()
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    images, texts = batch(sizes)
+    ids = IDS[: sum(sizes)]
+    for loss_type in ("softmax", "sigmoid"):
+        for same_group in (None, "positive", "ignore"):
+            for ring in (False, True):
+                options = {"same_group": same_group or "positive"}
+                whole = loss_and_gradients(
+                    Towers(),
+                    ContrastiveLoss(loss_type, gather_across_devices=False, **options),
+                    images,
+                    texts,
+                    ids if same_group else None,
+                )
+                value, gradients = loss_and_gradients(
+                    DistributedDataParallel(Towers()),
+                    ContrastiveLoss(loss_type, ring=ring, **options),
+                    images[own],
+                    texts[own],
+                    ids[own] if same_group else None,
+                )
+                dist.all_reduce(value)
+                torch.testing.assert_close(value / count, whole[0], rtol=1e-12, atol=1e-13)
+                for ours, exact in zip(gradients, whole[1]):
+                    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", [[4], [4, 4], SIZES[:2], SIZES[:3], SIZES], ids=str)
+def test_gradients_under_ddp_equal_one_process_on_the_full_batch(sizes):
+    run_ranks(len(sizes), every_variant_under_ddp, sizes)
+
+
+def subgroup_losses():
+    # Ranks 1 and 3 form a group, 0 and 2 another; the batch of a loss is that of its group.
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = dist.get_rank() % 2
+    group = groups[mine]
+    images, texts = batch([3, 2, 4, 1])
+    owned = [slice(0, 3), slice(3, 5), slice(5, 9), slice(9, 10)]
+    members = torch.cat([torch.arange(10)[owned[r]] for r in (mine, mine + 2)])
+    for loss_type in ("softmax", "sigmoid"):
+        for ring in (False, True):
+            whole = loss_and_gradients(
+                Towers(),
+                ContrastiveLoss(loss_type, gather_across_devices=False),
+                images[members],
+                texts[members],
+                None,
+            )
+            value, gradients = loss_and_gradients(
+                DistributedDataParallel(Towers(), process_group=group),
+                ContrastiveLoss(loss_type, ring=ring, process_group=group),
+                images[owned[dist.get_rank()]],
+                texts[owned[dist.get_rank()]],
+                None,
+            )
+            dist.all_reduce(value, group=group)
+            torch.testing.assert_close(value / 2, whole[0], rtol=1e-12, atol=1e-13)
+            for ours, exact in zip(gradients, whole[1]):
+                torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-13)
+
+
+def test_other_process_group_than_the_default():
+    run_ranks(4, subgroup_losses)
+
+
+def count_traffic():
+    """Elements that this rank puts into each collective, for 4 pairs of width 16 on each of two ranks."""
+    sent = {"gather": [], "scatter": [], "ring": []}
+    originals = distributed._gather_into, distributed._reduce_scatter_into, distributed.ring_shift
+
+    def gather(output, tensor, group):
+        sent["gather"].append(tensor.numel())
+        originals[0](output, tensor, group)
+
+    def scatter(output, tensor, group):
+        sent["scatter"].append(tensor.numel())
+        originals[1](output, tensor, group)
+
+    def ring(tensor, group=None):
+        sent["ring"].append(tensor.numel())
+        return originals[2](tensor, group)
+
+    distributed._gather_into, distributed._reduce_scatter_into, distributed.ring_shift = gather, scatter, ring
+    found = {}
+    for variant in (False, True):
+        for name in sent:
+            sent[name] = []
+        x, y = (torch.randn(4, 16, requires_grad=True) for _ in range(2))
+        ContrastiveLoss(ring=variant)(x, y, torch.tensor(5.0)).backward()
+        assert x.grad.isfinite().all()
+        found[variant] = {name: list(values) for name, values in sent.items()}
+    return found
+
+
+def test_only_texts_travel_and_the_ring_holds_one_block():
+    for found in run_ranks(2, count_traffic):
+        # One size, one block of texts out, one gradient back: images stay where they are.
+        assert found[False] == {"gather": [1, 64], "scatter": [128], "ring": []}
+        # Texts once forward and once backward, their gradient twice; nothing is as large as all texts.
+        assert found[True]["gather"] == [1]
+        assert found[True]["scatter"] == []
+        assert found[True]["ring"] == [64] * 4
+
+
+def half_precision_with_autocast():
+    torch.manual_seed(distributed.rank())
+    x, y = (F.normalize(torch.randn(6, 16), dim=1).bfloat16() for _ in range(2))
+    scale = torch.tensor(30.0)
+    results = []
+    for enabled in (False, True):
+        for loss in (ContrastiveLoss(), ContrastiveLoss(ring=True)):
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                value = loss(a, b, scale)
+            value.backward()
+            assert value.dtype == torch.float32
+            results.append((value.detach(), a.grad, b.grad))
+    for other in results[1:]:
+        for mine, reference in zip(other[1:], results[0][1:]):
+            # The ring adds in fp32 what the gather rounds to bf16 once per rank.
+            assert (mine.float() - reference.float()).norm() <= 5e-3 * reference.float().norm()
+        torch.testing.assert_close(other[0], results[0][0], rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_and_autocast_keep_fp32_logits():
+    run_ranks(2, half_precision_with_autocast)
+
+
+def without_gathering():
+    torch.manual_seed(distributed.rank())
+    x, y = (F.normalize(torch.randn(5, 4), dim=1) for _ in range(2))
+    scale = torch.tensor(7.0)
+    local = ContrastiveLoss(gather_across_devices=False)(x, y, scale)
+    torch.testing.assert_close(local, contrastive_loss(x, y, scale))
+    for ring, message in ((True, "once_differentiable"), (False, "Second derivatives")):
+        a = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(ContrastiveLoss(ring=ring)(a, y, scale), a, create_graph=True)
+        with pytest.raises(RuntimeError, match=message):
+            grad.sum().backward()
+
+
+def test_local_negatives_only_and_double_backward():
+    run_ranks(2, without_gathering)
+
+
+def test_one_process_equals_the_operators():
+    x, y = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    scale, bias, ids = torch.tensor([9.0]), torch.tensor([-2.0]), torch.tensor([1, 2, 2, 3, 1, 4])
+    assert torch.equal(ContrastiveLoss()(x, y, scale), contrastive_loss(x, y, scale))
+    assert torch.equal(ContrastiveLoss("sigmoid")(x, y, scale, bias), sigmoid_loss(x, y, scale, bias))
+    got = ContrastiveLoss(same_group="ignore", ring=True)(x, y, scale, group_ids=ids)
+    assert torch.equal(got, contrastive_loss(x, y, scale, group_ids=ids, same_group="ignore"))
+    assert not list(ContrastiveLoss().parameters())
+    assert "sigmoid" in repr(ContrastiveLoss("sigmoid"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "hinge"}, "`loss_type` must be .*'hinge'"),
+        ({"implementation": "cuda"}, "`implementation` must be .*'cuda'"),
+        ({"same_group": "drop"}, "`same_group` must be .*'drop'"),
+        ({"ring": True, "gather_across_devices": False}, "`ring=True` has no effect"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveLoss(**options)
+
+
+def test_bad_inputs_are_named():
+    x = torch.eye(4)
+    with pytest.raises(ValueError, match="`logit_bias` is needed by the sigmoid loss"):
+        ContrastiveLoss("sigmoid")(x, x, torch.tensor(2.0))
+    with pytest.raises(ValueError, match="`logit_bias` has no effect on the softmax loss"):
+        ContrastiveLoss()(x, x, torch.tensor(2.0), torch.tensor(0.0))
+    with pytest.raises(ValueError, match="Images \\(3\\) and texts \\(4\\) must pair one to one"):
+        ContrastiveLoss()(x[:3], x, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("module", ["llm2clip_hf.losses", "llm2clip_hf.distributed", "llm2clip_hf.ops.contrastive"])
+def test_examples_in_docstrings_run(module):
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process groups as the rest of the package sees them: rank and size at call time, collectives that carry gradients.
+
+Everything works without `torch.distributed` being initialised and then behaves as one process. `group=None` means the
+default group.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+__all__ = [
+    "all_gather",
+    "all_gather_sizes",
+    "all_reduce_sum",
+    "is_initialized",
+    "merge_log_sum_exp",
+    "rank",
+    "ring_shift",
+    "world_size",
+]
+
+Group = Any  # dist.ProcessGroup | None; not every build of torch has the class
+
+
+def is_initialized() -> bool:
+    """Whether a default process group exists at this moment."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: Group = None) -> int:
+    """Rank of this process in `group`; 0 without a process group."""
+    return int(dist.get_rank(group)) if is_initialized() else 0
+
+
+def world_size(group: Group = None) -> int:
+    """Number of processes in `group`; 1 without a process group."""
+    return int(dist.get_world_size(group)) if is_initialized() else 1
+
+
+def _gather_into(output: Tensor, tensor: Tensor, group: Group) -> None:
+    # torch 2.13 renames the collective and warns about the old name. Remove when 2.13 is the oldest supported torch.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(output, tensor, group=group)
+
+
+def _reduce_scatter_into(output: Tensor, tensor: Tensor, group: Group) -> None:
+    # As above: `reduce_scatter_single` from torch 2.13 on.
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(output, tensor, group=group)
+
+
+def all_gather_sizes(size: int, device: torch.device, group: Group = None) -> list[int]:
+    """`size` of every rank of `group`, in rank order. Waits for the device."""
+    count = world_size(group)
+    if count == 1:
+        return [size]
+    sizes = torch.empty(count, dtype=torch.int64, device=device)
+    _gather_into(sizes, torch.tensor([size], dtype=torch.int64, device=device), group)
+    return [int(each) for each in sizes.tolist()]
+
+
+class _AllGather(torch.autograd.Function):
+    """Equal blocks of rows, concatenated in rank order; the gradient is summed over ranks and scattered back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        output = tensor.new_empty((world_size(group) * tensor.shape[0], *tensor.shape[1:]))
+        _gather_into(output, tensor.contiguous(), group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0]
+        # Partial gradients of many ranks are added in fp32: each sum in 16 bits would round once more per rank.
+        wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        output = wide.new_empty((grad.shape[0] // world_size(ctx.group), *grad.shape[1:]))
+        _reduce_scatter_into(output, wide.contiguous(), ctx.group)
+        return output.to(grad.dtype), None
+
+
+def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = None) -> Tensor:
+    """
+    Concatenate the rows of all ranks, in rank order, with gradient.
+
+    The gradient of a rank's rows is the sum over ranks of the gradients of its block, so that the mean over ranks
+    which DDP takes of the parameter gradients is the gradient of the mean of the ranks' losses.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(n, ...)`):
+            Rows of this rank; every rank calls with the same dtype and trailing shape.
+        group (*optional*):
+            Process group; the default group when None.
+        sizes (`list[int]`, *optional*):
+            Number of rows of each rank if known, e.g. from `all_gather_sizes`; otherwise asked for. Ranks may differ.
+
+    Returns:
+        `torch.Tensor` of shape `(sum of sizes, ...)`; `tensor` itself when there is one process.
+
+    Example:
+
+    >>> all_gather(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    if world_size(group) == 1:
+        return tensor
+    if sizes is None:
+        sizes = all_gather_sizes(tensor.shape[0], tensor.device, group)
+    longest = max(sizes)
+    if tensor.shape[0] < longest:
+        padding = tensor.new_zeros((longest - tensor.shape[0], *tensor.shape[1:]))
+        tensor = torch.cat([tensor, padding])
+    gathered: Tensor = _AllGather.apply(tensor, group)
+    if min(sizes) == longest:
+        return gathered
+    return torch.cat([block[:size] for block, size in zip(gathered.split(longest), sizes)])
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        output = tensor.clone()
+        dist.all_reduce(output, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def all_reduce_sum(tensor: Tensor, group: Group = None) -> Tensor:
+    """Sum over ranks, with gradient (the sum over ranks of their gradients). One process: `tensor` itself."""
+    if world_size(group) == 1:
+        return tensor
+    result: Tensor = _AllReduceSum.apply(tensor, group)
+    return result
+
+
+class _MergeLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
+        top = partial.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        # -inf everywhere stays -inf; the shift must be finite for it.
+        shift = top.masked_fill(torch.isneginf(top), 0.0)
+        total = (partial - shift).exp()
+        dist.all_reduce(total, group=group)
+        merged = shift + total.log()
+        ctx.group = group
+        ctx.save_for_backward(partial, merged)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        partial, merged = ctx.saved_tensors
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad * (partial - merged).exp().nan_to_num(0.0), None
+
+
+def merge_log_sum_exp(partial: Tensor, group: Group = None) -> Tensor:
+    """Elementwise log of the sum over ranks of `exp(partial)`, with gradient. One process: `partial` itself."""
+    if world_size(group) == 1:
+        return partial
+    result: Tensor = _MergeLogSumExp.apply(partial, group)
+    return result
+
+
+def ring_shift(tensor: Tensor, group: Group = None) -> Callable[[], Tensor]:
+    """
+    Start sending `tensor` to the next rank of `group` and receiving the previous rank's, without gradient.
+
+    Args:
+        tensor (`torch.Tensor`):
+            Same shape and dtype on every rank; must not change until the transfer is complete.
+        group (*optional*):
+            Process group; the default group when None.
+
+    Returns:
+        A function that waits for the transfer and returns the received tensor.
+    """
+    count, position = world_size(group), rank(group)
+    if count == 1:
+        return lambda: tensor
+    scope: Any = dist.group.WORLD if group is None else group
+    following = dist.get_global_rank(scope, (position + 1) % count)
+    preceding = dist.get_global_rank(scope, (position - 1) % count)
+    tensor = tensor.contiguous()
+    received = torch.empty_like(tensor)
+    transfers = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, following, group),
+            dist.P2POp(dist.irecv, received, preceding, group),
+        ]
+    )
+
+    def wait() -> Tensor:
+        for transfer in transfers:
+            transfer.wait()
+        return received
+
+    return wait

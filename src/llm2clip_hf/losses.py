@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+The contrastive loss of stage 2 over the batch of all processes.
+
+1. Texts travel, images stay: a rank computes its images against all texts, either gathered at once or block by block
+   around a ring.
+2. The log-sum-exp of a text over all images needs all ranks: two all-reduces of N floats merge the partial ones.
+3. Each rank returns the part of its own pairs, so scaled that the mean over ranks is the loss of the full batch. DDP
+   and FSDP take that mean of the gradients, so towers, `logit_scale` and `logit_bias` get the full batch's gradient.
+
+Legend: `n` pairs of this rank, `N` pairs of all ranks, `W` ranks, `D` embedding width.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .ops import contrastive_loss, registration, sigmoid_loss
+from .ops.contrastive import (
+    Implementation,
+    SameGroup,
+    choose_triton,
+    count_equal,
+    dense_ids,
+    prepare,
+    weighted_sigmoid_sum,
+)
+
+
+__all__ = ["ContrastiveLoss"]
+
+
+class ContrastiveLoss(nn.Module):
+    r"""
+    Softmax (CLIP) or sigmoid (SigLIP) contrastive loss over the batches of all processes, without the logits matrix.
+
+    With one process it equals `llm2clip_hf.ops.contrastive_loss(image_embeds, text_embeds, logit_scale)` or
+    `sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)`. With several, the mean of the returned values
+    over ranks equals that of the concatenated batch, and so do the gradients under DDP's mean, also when the ranks
+    hold different numbers of pairs. A wrapper that sums gradients over ranks must divide by their number.
+
+    Args:
+        loss_type (`str`, *optional*, defaults to `"softmax"`):
+            `"softmax"`: mean of the two directions' mean cross-entropies (paper section 3.2). `"sigmoid"`: sum over
+            all pairs divided by the number of rows; needs `logit_bias`.
+        gather_across_devices (`bool`, *optional*, defaults to `True`):
+            Use the pairs of all ranks as negatives. Without it each rank has its own batch only.
+        implementation (`str`, *optional*, defaults to `"auto"`):
+            `"triton"`, `"torch"`, or `"auto"`: triton for large problems on CUDA, torch elsewhere.
+        ring (`bool`, *optional*, defaults to `False`):
+            Pass the texts around a ring instead of gathering them: O(n D) memory per rank instead of O(N D).
+        same_group (`str`, *optional*, defaults to `"positive"`):
+            What `group_ids` mean: `"positive"` or `"ignore"`, as in `contrastive_loss`.
+        process_group (*optional*):
+            `torch.distributed` group over which to gather; the default group when None.
+
+    Inputs:
+        image_embeds, text_embeds (`torch.Tensor` of shape `(n, D)`): this rank's pairs, usually L2-normalized.
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): positive multiplier, not its logarithm.
+        logit_bias (`torch.Tensor` of shape `()` or `(1,)`, *optional*): only for `"sigmoid"`, and needed there.
+        group_ids (`torch.Tensor` of shape `(n,)`, *optional*): integer id of each pair, comparable across ranks;
+            either every rank passes it or none.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32 (float64 for float64 embeddings), in nats.
+
+    Raises:
+        ValueError: for unknown options, unpaired embeddings, or a `logit_bias` that is missing or not used.
+
+    Example:
+
+    >>> loss = ContrastiveLoss()
+    >>> embeds = torch.eye(3)
+    >>> round(loss(embeds, embeds, torch.tensor(2.0)).item(), 4)
+    0.2395
+    """
+
+    def __init__(
+        self,
+        loss_type: Literal["softmax", "sigmoid"] = "softmax",
+        gather_across_devices: bool = True,
+        implementation: Implementation = "auto",
+        *,
+        ring: bool = False,
+        same_group: SameGroup = "positive",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        if loss_type not in ("softmax", "sigmoid"):
+            raise ValueError(f'`loss_type` must be "softmax" or "sigmoid", got {loss_type!r}.')
+        if implementation not in ("auto", "triton", "torch"):
+            raise ValueError(f'`implementation` must be "auto", "triton" or "torch", got {implementation!r}.')
+        if same_group not in ("positive", "ignore"):
+            raise ValueError(f'`same_group` must be "positive" or "ignore", got {same_group!r}.')
+        if ring and not gather_across_devices:
+            raise ValueError("`ring=True` has no effect with `gather_across_devices=False`. Drop one of the two.")
+        self.loss_type = loss_type
+        self.gather_across_devices = gather_across_devices
+        self.implementation: Implementation = implementation
+        self.ring = ring
+        self.same_group: SameGroup = same_group
+        self.process_group = process_group
+
+    def extra_repr(self) -> str:
+        return f"{self.loss_type}, gather_across_devices={self.gather_across_devices}, ring={self.ring}"
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        group_ids: Tensor | None = None,
+    ) -> Tensor:
+        if (logit_bias is None) == (self.loss_type == "sigmoid"):
+            raise ValueError(
+                "`logit_bias` is needed by the sigmoid loss. Give the model one with `logit_bias_init_value`."
+                if logit_bias is None
+                else '`logit_bias` has no effect on the softmax loss. Pass None, or use `loss_type="sigmoid"`.'
+            )
+        if image_embeds.shape[:1] != text_embeds.shape[:1]:
+            raise ValueError(
+                f"Images ({image_embeds.shape[0]}) and texts ({text_embeds.shape[0]}) must pair one to one."
+                " Check the collator, or drop rows without a caption."
+            )
+        if not self.gather_across_devices or distributed.world_size(self.process_group) == 1:
+            groups = {"group_ids": group_ids, "same_group": self.same_group, "implementation": self.implementation}
+            if logit_bias is None:
+                return contrastive_loss(image_embeds, text_embeds, logit_scale, **groups)  # type: ignore[arg-type]
+            return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, **groups)  # type: ignore[arg-type]
+        with torch.autocast(device_type=image_embeds.device.type, enabled=False):
+            return self._across_ranks(image_embeds, text_embeds, logit_scale, logit_bias, group_ids)
+
+    def _across_ranks(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        group_ids: Tensor | None,
+    ) -> Tensor:
+        batch = prepare(
+            image_embeds, text_embeds, logit_scale, group_ids=group_ids, implementation=self.implementation
+        )
+        x, y, scale, group = batch.x, batch.y, batch.scale, self.process_group
+        sizes = distributed.all_gather_sizes(len(x), x.device, group)
+        position, count, total = distributed.rank(group), len(sizes), sum(sizes)
+        start = sum(sizes[:position])
+        own = slice(start, start + len(x))
+        use_triton = choose_triton(self.implementation, x, len(x) * (max(sizes) if self.ring else total))
+        ids = None if group_ids is None else dense_ids(distributed.all_gather(group_ids, group, sizes))
+        row_ids = None if ids is None else ids[own]
+        layout = _Layout(row_ids, ids, start, self.same_group == "ignore", use_triton, sizes, group)
+        y_all = None if self.ring else distributed.all_gather(y, group, sizes)
+        if logit_bias is not None:
+            bias = logit_bias.reshape(()).to(scale.dtype)
+            if y_all is None:
+                row_losses: Tensor = _RingSigmoid.apply(x, y, scale, bias, layout)
+                return row_losses.sum() * (count / total)
+            weights = torch.full((len(x),), count / total, dtype=scale.dtype, device=x.device)
+            return weighted_sigmoid_sum(x, y_all, scale, bias, weights, (*layout.pairs, False))
+        if y_all is None:
+            row_lse, col_lse, row_pos, col_pos = _RingLsePair.apply(x, y, scale, layout)
+        else:
+            row_lse, col_lse, row_pos, col_pos = registration.lse_pair(x, y_all, scale, *layout.pairs, False)
+        col_lse = distributed.merge_log_sum_exp(col_lse, group)[own]
+        if ids is not None and row_ids is not None and not layout.ignore:
+            counts = count_equal(row_ids, ids)
+            row_pos = row_pos / counts
+            col_pos = distributed.all_reduce_sum(col_pos, group)[own] / counts
+        else:
+            col_pos = col_pos[own]
+        return 0.5 * ((row_lse - row_pos).sum() + (col_lse - col_pos).sum()) * (count / total)
+
+
+class _Layout:
+    """Which columns belong to which rank, and the pair rule of this rank's rows against all or some of them."""
+
+    def __init__(
+        self,
+        row_ids: Tensor | None,
+        col_ids: Tensor | None,
+        row_offset: int,
+        ignore: bool,
+        use_triton: bool,
+        sizes: list[int],
+        group: Any,
+    ) -> None:
+        self.row_ids, self.col_ids, self.row_offset = row_ids, col_ids, row_offset
+        self.ignore, self.use_triton, self.sizes, self.group = ignore, use_triton, sizes, group
+
+    @property
+    def pairs(self) -> tuple[Tensor | None, Tensor | None, int, bool, bool]:
+        """Arguments of the primitives for all columns at once."""
+        return self.row_ids, self.col_ids, self.row_offset, self.ignore, self.use_triton
+
+    def blocks(
+        self, y: Tensor
+    ) -> Iterator[tuple[Tensor, slice, tuple[Tensor | None, Tensor | None, int, bool, bool]]]:
+        """Each rank's texts in turn, starting with this rank's: the block, its columns, arguments for the block."""
+        count, position = len(self.sizes), distributed.rank(self.group)
+        block = y.new_zeros((max(self.sizes), y.shape[1]))
+        block[: len(y)] = y
+        for step in range(count):
+            owner = (position - step) % count
+            # The transfer of the next block runs behind the arithmetic on this one.
+            received = distributed.ring_shift(block, self.group) if step + 1 < count else None
+            start = sum(self.sizes[:owner])
+            columns = slice(start, start + self.sizes[owner])
+            col_ids = None if self.col_ids is None else self.col_ids[columns]
+            arguments = (self.row_ids, col_ids, self.row_offset - start, self.ignore, self.use_triton)
+            yield block[: self.sizes[owner]], columns, arguments
+            if received is not None:
+                block = received()
+
+
+class _TravellingSum:
+    """The gradient of a travelling block: each rank adds its part, then hands it on, until the owner has it back."""
+
+    def __init__(self, y: Tensor, layout: _Layout, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.own_rows = len(y)
+        self.total = y.new_zeros((max(layout.sizes), y.shape[1]), dtype=dtype)
+
+    def add(self, part: Tensor) -> None:
+        self.total[: len(part)] += part
+        self.total = distributed.ring_shift(self.total, self.layout.group)()
+
+    def result(self) -> Tensor:
+        return self.total[: self.own_rows]
+
+
+class _RingLsePair(torch.autograd.Function):
+    """`lse_pair` of this rank's images and all ranks' texts, which pass by; columns in rank order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
+        row_lse = x.new_full((len(x),), -torch.inf, dtype=scale.dtype)
+        row_pos = torch.zeros_like(row_lse)
+        col_lse = x.new_empty((sum(layout.sizes),), dtype=scale.dtype)
+        col_pos = torch.empty_like(col_lse)
+        for block, columns, arguments in layout.blocks(y):
+            rows, col_lse[columns], positives, col_pos[columns] = registration.lse_pair(
+                x, block, scale, *arguments, False
+            )
+            row_lse = torch.logaddexp(row_lse, rows)
+            row_pos += positives
+        ctx.layout = layout
+        ctx.save_for_backward(x, y, scale, row_lse, col_lse)
+        return row_lse, col_lse, row_pos, col_pos
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, row_lse, col_lse = ctx.saved_tensors
+        grad_row, grad_col, grad_row_pos, grad_col_pos = grads
+        dx, dscale = torch.zeros_like(x, dtype=scale.dtype), torch.zeros_like(scale)
+        dy = _TravellingSum(y, ctx.layout, scale.dtype)
+        for block, columns, arguments in ctx.layout.blocks(y):
+            dx_part, dy_part, dscale_part = registration.lse_pair_backward(
+                grad_row,
+                grad_col[columns],
+                grad_row_pos,
+                grad_col_pos[columns],
+                row_lse,
+                col_lse[columns],
+                x,
+                block,
+                scale,
+                *arguments,
+                True,
+                True,
+            )
+            dx += dx_part
+            dscale += dscale_part
+            dy.add(dy_part)
+        return dx.to(x.dtype), dy.result().to(y.dtype), dscale, None
+
+
+class _RingSigmoid(torch.autograd.Function):
+    """`sigmoid_rows` of this rank's images and all ranks' texts, which pass by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, layout: _Layout) -> Tensor:
+        losses = x.new_zeros((len(x),), dtype=scale.dtype)
+        for block, _, arguments in layout.blocks(y):
+            losses += registration.sigmoid_rows(x, block, scale, bias, *arguments, False)
+        ctx.layout = layout
+        ctx.save_for_backward(x, y, scale, bias)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, bias = ctx.saved_tensors
+        dx = torch.zeros_like(x, dtype=scale.dtype)
+        dscale, dbias = torch.zeros_like(scale), torch.zeros_like(bias)
+        dy = _TravellingSum(y, ctx.layout, scale.dtype)
+        for block, _, arguments in ctx.layout.blocks(y):
+            _, _, dx_part, dy_part, dscale_part, dbias_part = registration.sigmoid_sum(
+                x, block, scale, bias, grads[0].contiguous(), *arguments, False, True, True
+            )
+            dx += dx_part
+            dscale += dscale_part
+            dbias += dbias_part
+            dy.add(dy_part)
+        return dx.to(x.dtype), dy.result().to(y.dtype), dscale, dbias, None
