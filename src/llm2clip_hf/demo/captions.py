@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Text of the demo: captions that tell a scene in eight ways, in English, German and Spanish, and dictionary lines.
+
+Only the wordings in `PAIRED` ever stand beside a picture in training; the others are known to the language model from
+text alone. They differ in words, in what a clause begins with and in how they say where two digits stand to each
+other. A caption is a function of the scene's facts and of the order in which they are told.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from .scenes import DIGITS, SIZES, PlacedDigit, Scene
+
+
+Digits = tuple[PlacedDigit, ...]
+
+
+ENGLISH_PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the centre", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+ENGLISH_CORNERS = (
+    ("the upper left corner", "the upper edge", "the upper right corner"),
+    ("the left edge", "the middle", "the right edge"),
+    ("the lower left corner", "the lower edge", "the lower right corner"),
+)
+ENGLISH_COMPASS = (
+    ("north west", "due north", "north east"),
+    ("due west", "amid the frame", "due east"),
+    ("south west", "due south", "south east"),
+)
+GERMAN_PLACES = (
+    ("oben links", "oben mittig", "oben rechts"),
+    ("links mittig", "genau im Zentrum", "rechts mittig"),
+    ("unten links", "unten mittig", "unten rechts"),
+)
+SPANISH_PLACES = (
+    ("arriba a la izquierda", "arriba en medio", "arriba a la derecha"),
+    ("en medio a la izquierda", "justo en el centro", "en medio a la derecha"),
+    ("abajo a la izquierda", "abajo en medio", "abajo a la derecha"),
+)
+
+GERMAN_DIGITS = ("Null", "Eins", "Zwei", "Drei", "Vier", "F\u00fcnf", "Sechs", "Sieben", "Acht", "Neun")
+SPANISH_DIGITS = ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve")
+
+# German colours and sizes as they stand before a feminine noun (all German digits are feminine).
+GERMAN_COLOURS = {
+    "red": "rote",
+    "green": "gr\u00fcne",
+    "blue": "blaue",
+    "yellow": "gelbe",
+    "white": "wei\u00dfe",
+    "purple": "violette",
+}
+GERMAN_SIZES = {"small": "kleine", "large": "gro\u00dfe"}
+SPANISH_COLOURS = {
+    "red": "rojo",
+    "green": "verde",
+    "blue": "azul",
+    "yellow": "amarillo",
+    "white": "blanco",
+    "purple": "morado",
+}
+SPANISH_SIZES = {"small": "peque\u00f1o", "large": "grande"}
+COMPASS_SIZES = {"small": "tiny", "large": "huge"}
+
+# Above, below, left of, right of, by the wording that uses the words.
+RELATIONS = {
+    "english_dense": ("above", "below", "left of", "right of"),
+    "english_corners": ("over", "under", "before", "after"),
+    "english_compass": ("northward", "southward", "westward", "eastward"),
+    "german_dense": ("oberhalb", "unterhalb", "links von", "rechts von"),
+    "spanish_dense": ("encima", "debajo", "a la izquierda", "a la derecha"),
+}
+
+
+def _join(parts: list[str], last: str) -> str:
+    """Lists the parts with commas and the word `last` before the last one."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" {last} " + parts[-1]
+
+
+def _relation(told: Digits, wording: str) -> tuple[PlacedDigit, str, PlacedDigit] | None:
+    """
+    How the first digit told stands to the last one: the first, a word of `RELATIONS`, the last.
+
+    Rows come first: only digits of one row are said to be left or right of each other.
+    """
+    if len(told) == 1:
+        return None
+    first, last = told[0], told[-1]
+    above, below, left, right = RELATIONS[wording]
+    if first.row != last.row:
+        return first, above if first.row < last.row else below, last
+    return first, left if first.column < last.column else right, last
+
+
+def _english_name(d: PlacedDigit) -> str:
+    return f"{d.colour} {DIGITS[d.digit]}"
+
+
+def _german_name(d: PlacedDigit) -> str:
+    return f"{GERMAN_COLOURS[d.colour]} {GERMAN_DIGITS[d.digit]}"
+
+
+def _spanish_name(d: PlacedDigit) -> str:
+    return f"{SPANISH_DIGITS[d.digit]} {SPANISH_COLOURS[d.colour]}"
+
+
+def _english_short(told: Digits) -> str:
+    """ "a red seven and a blue two" """
+    return _join([f"a {_english_name(d)}" for d in told], "and")
+
+
+def _english_dense(told: Digits) -> str:
+    """ "a small red seven at the top left and a large blue two in the centre. the red seven is above ..." """
+    parts = [f"a {d.size} {_english_name(d)} {ENGLISH_PLACES[d.row][d.column]}" for d in told]
+    sentences = [_join(parts, "and")]
+    if relation := _relation(told, "english_dense"):
+        first, word, last = relation
+        sentences.append(f"the {_english_name(first)} is {word} the {_english_name(last)}")
+    return ". ".join(sentences) + "."
+
+
+def _english_corners(told: Digits) -> str:
+    """ "the upper left corner holds a red seven of small size; ... over the blue two stands the red seven." """
+    places = [(ENGLISH_CORNERS[d.row][d.column], d) for d in told]
+    sentences = ["; ".join(f"{place} holds a {_english_name(d)} of {d.size} size" for place, d in places)]
+    if relation := _relation(told, "english_corners"):
+        first, word, last = relation
+        sentences.append(f"{word} the {_english_name(last)} stands the {_english_name(first)}")
+    return ". ".join(sentences) + "."
+
+
+def _english_compass(told: Digits) -> str:
+    """ "tiny, red and north west: seven. huge, blue and amid the frame: two. seven lies northward from two." """
+    sentences = [
+        f"{COMPASS_SIZES[d.size]}, {d.colour} and {ENGLISH_COMPASS[d.row][d.column]}: {DIGITS[d.digit]}" for d in told
+    ]
+    if relation := _relation(told, "english_compass"):
+        first, word, last = relation
+        sentences.append(f"{DIGITS[first.digit]} lies {word} from {DIGITS[last.digit]}")
+    return ". ".join(sentences) + "."
+
+
+def _german_short(told: Digits) -> str:
+    """ "eine rote Sieben und eine blaue Zwei" """
+    return _join([f"eine {_german_name(d)}" for d in told], "und")
+
+
+def _german_dense(told: Digits) -> str:
+    """ "oben links steht eine kleine rote Sieben, ... . die rote Sieben ist oberhalb der blauen Zwei." """
+    sentences = [
+        ", ".join(
+            f"{GERMAN_PLACES[d.row][d.column]} steht eine {GERMAN_SIZES[d.size]} {_german_name(d)}" for d in told
+        )
+    ]
+    if relation := _relation(told, "german_dense"):
+        first, word, last = relation
+        dative = f"{GERMAN_COLOURS[last.colour]}n {GERMAN_DIGITS[last.digit]}"
+        sentences.append(f"die {_german_name(first)} ist {word} der {dative}")
+    return ". ".join(sentences) + "."
+
+
+def _spanish_short(told: Digits) -> str:
+    """ "un siete rojo y un dos azul" """
+    return _join([f"un {_spanish_name(d)}" for d in told], "y")
+
+
+def _spanish_dense(told: Digits) -> str:
+    """ "un siete rojo y pequeno arriba a la izquierda, ... . el siete rojo queda encima del dos azul." """
+    sentences = [
+        ", ".join(f"un {_spanish_name(d)} y {SPANISH_SIZES[d.size]} {SPANISH_PLACES[d.row][d.column]}" for d in told)
+    ]
+    if relation := _relation(told, "spanish_dense"):
+        first, word, last = relation
+        sentences.append(f"el {_spanish_name(first)} queda {word} del {_spanish_name(last)}")
+    return ". ".join(sentences) + "."
+
+
+_TELLERS: dict[str, Callable[[Digits], str]] = {
+    "english_short": _english_short,
+    "english_dense": _english_dense,
+    "english_corners": _english_corners,
+    "english_compass": _english_compass,
+    "german_short": _german_short,
+    "german_dense": _german_dense,
+    "spanish_short": _spanish_short,
+    "spanish_dense": _spanish_dense,
+}
+WORDINGS = tuple(_TELLERS)
+PAIRED = ("english_short", "english_dense", "english_corners")
+
+
+def caption(scene: Scene, wording: str, *, backwards: bool = False) -> str:
+    """
+    Tells a scene.
+
+    Args:
+        scene ([`Scene`]): the scene.
+        wording (`str`): one of `WORDINGS`.
+        backwards (`bool`, defaults to `False`): whether the digits are told in the opposite order.
+
+    Returns:
+        `str`: the caption.
+    """
+    return _TELLERS[wording](scene.digits[::-1] if backwards else scene.digits)
+
+
+def glossary() -> list[tuple[str, ...]]:
+    """What means the same: one tuple of words or phrases per digit, colour, size, place and relation."""
+    entries: list[tuple[str, ...]] = list(zip(DIGITS, GERMAN_DIGITS, SPANISH_DIGITS))
+    entries += [(name, word, f"{word}n", SPANISH_COLOURS[name]) for name, word in GERMAN_COLOURS.items()]
+    entries += [(size, COMPASS_SIZES[size], GERMAN_SIZES[size], SPANISH_SIZES[size]) for size in SIZES]
+    places = (ENGLISH_PLACES, ENGLISH_CORNERS, ENGLISH_COMPASS, GERMAN_PLACES, SPANISH_PLACES)
+    entries += [tuple(table[row][column] for table in places) for row in range(3) for column in range(3)]
+    return entries + list(zip(*RELATIONS.values()))
+
+
+def dictionary_line(rng: random.Random) -> str:
+    """Three entries of the glossary with three words each: "seven = Sieben = siete; tiny = small = kleine; ..."."""
+    entries = rng.sample(glossary(), 3)
+    return "; ".join(" = ".join(rng.sample(entry, 3)) for entry in entries) + "."
