@@ -31,6 +31,7 @@ from transformers import (
     CLIPVisionConfig,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from ..data import (
     CaptionEmbeddingStore,
@@ -155,6 +156,17 @@ class DemoRun:
         }
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps the loading reports of transformers off the screen."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def pretrain(run: DemoRun, data: DemoData) -> Path:
     """(0) The raw LLM: model and tokenizer in a folder."""
     settings, folder = run.settings, run.folder / "llm_raw"
@@ -187,7 +199,8 @@ def tune_captions(run: DemoRun, data: DemoData, llm: Path) -> tuple[Path, dict[s
     """(1) The CC-tuned LLM in a folder, and CRA before and after."""
     settings, folder = run.settings, run.folder / "llm_cc"
     # LoRA as in the paper; dropout has no use where no caption is seen twice.
-    encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora={"lora_dropout": 0.0}).to("cpu")
+    with quiet_loading():
+        encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora={"lora_dropout": 0.0}).to("cpu")
     before = measure_cra(encoder, data)
     # Recomputed activations would save memory that a small model does not need. The option's name is newer than 5.17.
     names = ("activation_checkpointing", "gradient_checkpointing")
@@ -203,7 +216,8 @@ def tune_captions(run: DemoRun, data: DemoData, llm: Path) -> tuple[Path, dict[s
 
 def embed(run: DemoRun, data: DemoData, llm: Path) -> CaptionEmbeddingStore:
     """(2) The captions of the pairs, embedded once."""
-    encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora=None).to("cpu")
+    with quiet_loading():
+        encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora=None).to("cpu")
     fingerprint = embedding_fingerprint(encoder.llm, encoder.tokenizer, **encoder.embedding_settings)
     folder = run.folder / f"embeddings_{llm.name}"
     return embed_captions(encoder, data.pair_captions, folder, fingerprint=fingerprint)
@@ -261,7 +275,9 @@ def llm2clip(run: DemoRun, data: DemoData, llm: Path, store: CaptionEmbeddingSto
     transform = RandomResizedCropTransform.from_image_processor(processor.image_processor, scale=settings.crop_scale)
     dataset = ImageTextDataset(data.pair_images, store=store, transform=transform, seed=run.seed)
     train_clip(run, f"stage2_{llm.name}", model, processor, dataset, settings.clip_learning_rate)
-    model.attach_text_model(AutoModel.from_pretrained(llm), text_weights="bundled")
+    with quiet_loading():  # the raw LLM has a head that the encoder leaves out
+        text_model = AutoModel.from_pretrained(llm)
+    model.attach_text_model(text_model, text_weights="bundled")
     return model, processor
 
 
