@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## Train a miniature LLM2CLIP end to end on this CPU (about six minutes)
+demo: $(VENV)/.demo  ## Train a miniature LLM2CLIP end to end on this CPU (about five minutes)
 	$(BIN)/llm2clip demo --output-dir $(OUTPUT) $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## Run the tests
