@@ -21,52 +21,24 @@ TEXT_WIDTH = 32
 PROJECTION = 20
 VOCAB = 331
 
+_VIT = {
+    "hidden_size": VISION_WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 6,
+}
 VISION: dict[str, dict[str, Any]] = {
-    "clip": {
-        "model_type": "clip_vision_model",
-        "hidden_size": VISION_WIDTH,
-        "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": 6,
-    },
-    "siglip": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": VISION_WIDTH,
-        "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": 6,
-    },
+    "clip": {"model_type": "clip_vision_model", "intermediate_size": 37, **_VIT},
+    "siglip": {"model_type": "siglip_vision_model", "intermediate_size": 37, **_VIT},
     "siglip_without_head": {
         "model_type": "siglip_vision_model",
-        "hidden_size": VISION_WIDTH,
         "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": 6,
         "vision_use_head": False,
+        **_VIT,
     },
-    "dinov2": {
-        "model_type": "dinov2",
-        "hidden_size": VISION_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": 6,
-    },
-    "eva02": {
-        "model_type": "eva02_vision",
-        "hidden_size": VISION_WIDTH,
-        "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": 6,
-    },
+    "dinov2": {"model_type": "dinov2", **_VIT},
+    "eva02": {"model_type": "eva02_vision", "intermediate_size": 37, **_VIT},
     "mobilenet_v2": {"model_type": "mobilenet_v2", "depth_multiplier": 0.1, "image_size": IMAGE_SIZE},
 }
 

@@ -40,7 +40,6 @@ from ..data import (
     ImageTextDataset,
     RandomResizedCropTransform,
     embed_captions,
-    embedding_fingerprint,
 )
 from ..evaluation import (
     CaptionRetrievalEvaluator,
@@ -218,9 +217,8 @@ def embed(run: DemoRun, data: DemoData, llm: Path) -> CaptionEmbeddingStore:
     """(2) The captions of the pairs, embedded once."""
     with quiet_loading():
         encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora=None).to("cpu")
-    fingerprint = embedding_fingerprint(encoder.llm, encoder.tokenizer, **encoder.embedding_settings)
     folder = run.folder / f"embeddings_{llm.name}"
-    return embed_captions(encoder, data.pair_captions, folder, fingerprint=fingerprint)
+    return embed_captions(encoder, data.pair_captions, folder, fingerprint=encoder.fingerprint())
 
 
 def vision_config(settings: DemoSettings) -> CLIPVisionConfig:

@@ -245,6 +245,16 @@ class LLM2CLIPConfig(PreTrainedConfig):
                 "`text_weights` is 'bundled', but there is no `text_config`. Give the config of the LLM, or set "
                 "`text_weights='none'` for a model that takes stored LLM embeddings."
             )
+        self.check_vision_width()
+
+    def check_vision_width(self) -> None:
+        """
+        Checks that a tower without a projection gives vectors of the joint space's width; the model repeats it for a
+        tower whose width it had to measure.
+
+        Raises:
+            ValueError: if it does not.
+        """
         if self.vision_projection == "none" and self.vision_hidden_size not in (None, self.projection_dim):
             raise ValueError(
                 f"`vision_projection='none'` needs `projection_dim` to equal the width of the vision tower, got "

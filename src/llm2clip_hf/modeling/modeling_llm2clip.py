@@ -119,13 +119,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         config.vision_config = vision_model.config
         if config.vision_hidden_size is None:
             config.vision_hidden_size = measure_vision_width(config)
+            config.check_vision_width()
         self.visual_projection: nn.Module
         if config.vision_projection == "none":
-            if config.vision_hidden_size != config.projection_dim:
-                raise ValueError(
-                    "`vision_projection='none'` needs `projection_dim` to equal the width of the vision tower, got "
-                    f"{config.projection_dim} and {config.vision_hidden_size}."
-                )
             self.visual_projection = nn.Identity()
         else:
             bias = config.vision_projection == "linear_bias"

@@ -264,6 +264,11 @@ def check_loading_info(name: Any, info: dict[str, Any]) -> None:
         )
 
 
+def check_complete(name: Any, info: dict[str, Any]) -> None:
+    # A head or the other tower may be left over from a pretrained part; nothing may be missing.
+    check_loading_info(name, {kind: info[kind] for kind in ("missing_keys", "mismatched_keys")})
+
+
 def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[str, Any] | None) -> PreTrainedModel:
     if not name:
         raise ValueError(
@@ -279,8 +284,7 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
     # Set here, since loading drops it from keyword arguments.
     config.is_causal = False
     model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-    # A causal language model's head is left over; nothing may be missing.
-    check_loading_info(name, {"missing_keys": info["missing_keys"], "mismatched_keys": info["mismatched_keys"]})
+    check_complete(name, info)
     return model
 
 
@@ -292,7 +296,7 @@ def load_pretrained_vision(name: str) -> PreTrainedModel:
         config = config.vision_config
         model_class = MODEL_MAPPING[type(config)]
     model, info = model_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    check_loading_info(name, {"missing_keys": info["missing_keys"], "mismatched_keys": info["mismatched_keys"]})
+    check_complete(name, info)
     return model
 
 
