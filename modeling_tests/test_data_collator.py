@@ -69,3 +69,10 @@ def test_mixed_missing_and_unknown_keys_are_refused():
     for samples, message in cases:
         with pytest.raises(ValueError, match=message):
             ImageTextCollator()(samples)
+
+
+def test_a_batch_of_empty_samples_is_empty_and_a_mixed_one_is_refused():
+    sample = {"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.ones(4)}
+    assert ImageTextCollator()([{}, {}]) == {}
+    with pytest.raises(ValueError, match="All samples of a batch need the same keys"):
+        ImageTextCollator()([sample, {}])

@@ -4,10 +4,7 @@
 import hashlib
 import itertools
 import json
-import signal
-import subprocess
-import sys
-import time
+import re
 
 import pytest
 import tiny_models
@@ -163,73 +160,6 @@ def test_a_finished_shard_that_was_truncated_is_done_again(tmp_path):
     assert len(recorder.texts) == 45 - 10
 
 
-# Encodes two shards of 10 captions and stalls in the third, while encoding or with half of the file written.
-KILLED_RUN = """
-import json, pathlib, sys, time, torch
-import llm2clip_hf.data.embed as embed
-captions, fingerprint, folder, stalls_in = json.loads(sys.argv[1])
-count = 0
-
-def stall():
-    pathlib.Path(folder + ".stalled").touch()
-    time.sleep(600)
-
-def encode(texts):
-    global count
-    count += len(texts)
-    if stalls_in == "encoding" and count > 25:
-        stall()
-    return torch.tensor([[float(len(text)), float(sum(text.encode()))] for text in texts])
-
-def save_half(tensors, path, save=embed.save_file):
-    save(tensors, path)
-    if stalls_in == "writing" and count > 20:
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-        stall()
-
-embed.save_file = save_half
-options = {"rows_per_shard": 10, "max_tokens_per_batch": 1, "dtype": "float32"}
-embed.embed_captions(encode, captions, folder, fingerprint=fingerprint, **options)
-"""
-
-
-def encode_like_the_killed_run(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[float(len(text)), float(sum(text.encode()))] for text in texts])
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("stalls_in", ["encoding", "writing"])
-def test_a_killed_process_leaves_a_folder_that_resumes(tmp_path, stalls_in):
-    folder = tmp_path / "store"
-    arguments = json.dumps([CAPTIONS, FINGERPRINT, str(folder), stalls_in])
-    process = subprocess.Popen([sys.executable, "-c", KILLED_RUN, arguments], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "store.stalled").is_file():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    finished = sorted(folder.glob("embeddings-*.json"))
-    assert len(finished) == 2
-    assert bool(list(folder.glob(".*"))) == (stalls_in == "writing")
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("embeddings-*.safetensors")}
-    assert len(times) == 2
-    encoded: list[str] = []
-    store = embed(folder, lambda texts: encoded.extend(texts) or encode_like_the_killed_run(texts), dtype="float32")
-    store.verify()
-    assert len(encoded) == 45 - 20
-    for record in finished:
-        shard = record.with_suffix(".safetensors")
-        assert shard.stat().st_mtime_ns == times[shard]
-    reference = embed(tmp_path / "reference", encode_like_the_killed_run, dtype="float32")
-    assert torch.equal(store.gather(range(45)), reference.gather(range(45)))
-    assert not list(folder.glob(".*"))
-
-
 def test_an_embedding_that_is_not_finite_in_the_dtype_is_refused(tmp_path):
     def encode(texts):
         return torch.tensor([[1e5 if text == "loud" else 1.0] for text in texts])
@@ -239,6 +169,47 @@ def test_an_embedding_that_is_not_finite_in_the_dtype_is_refused(tmp_path):
         embed_captions(encode, ["a", "b", "loud"], tmp_path / "half", **arguments)
     store = embed_captions(encode, ["a", "b", "loud"], tmp_path / "single", dtype="float32", **arguments)
     assert store.gather([2]).item() == 1e5
+
+
+class FakeBar:
+    """What tqdm is told."""
+
+    def __init__(self, **kwargs):
+        self.options, self.updates, self.postfix = kwargs, [], ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+    def update(self, number):
+        self.updates.append(number)
+
+    def set_postfix_str(self, text, refresh):
+        self.postfix = text
+
+
+def test_progress_counts_captions_and_leaves_finished_ones_out_of_the_rate(tmp_path, monkeypatch, caplog):
+    bars = []
+    monkeypatch.setattr("llm2clip_hf.data.embed.tqdm", lambda **kwargs: bars.append(FakeBar(**kwargs)) or bars[-1])
+    with pytest.raises(Interrupted):
+        embed(tmp_path, interrupt_after(Recorder(), 23), max_tokens_per_batch=1, show_progress=True)
+    with caplog.at_level("INFO", logger="llm2clip_hf.data"):
+        embed(tmp_path, Recorder(), show_progress=True)
+    first, second = bars
+    assert (first.options["total"], first.options["initial"], first.options["unit"]) == (45, 0, "caption")
+    assert (second.options["total"], second.options["initial"], second.options["disable"]) == (45, 20, False)
+    assert sum(second.updates) == 25
+    assert re.fullmatch(r"\d+ tokens/s", second.postfix)
+    assert "Embedded 25 captions in" in caplog.text
+
+
+def test_the_log_tells_the_share_of_padding(tmp_path, caplog):
+    # By the estimate of four bytes per token, 3 and 1 tokens: two rows of three, of which two are padding.
+    with caplog.at_level("INFO", logger="llm2clip_hf.data"):
+        embed_captions(Recorder(), ["x" * 8, "y"], tmp_path, fingerprint={}, show_progress=False)
+    assert "33.3 % of the encoder's tokens padding" in caplog.text
 
 
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):

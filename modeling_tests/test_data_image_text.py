@@ -205,3 +205,65 @@ def test_bad_arguments_are_refused(images, store):
     for index in (-1, COUNT):
         with pytest.raises(IndexError):
             dataset[index]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_replaced_by_another_row_and_counted(images, tmp_path, num_workers):
+    damaged = {3: tmp_path / "empty.jpg", 7: tmp_path / "page.jpg"}
+    damaged[3].write_bytes(b"")
+    damaged[7].write_bytes(b"<html>Not found</html>")
+    rows = [damaged.get(row, image) for row, image in enumerate(images)]
+    options = {"transform": RandomResizedCropTransform(8), "seed": 2}
+    good = ImageTextDataset(images, CAPTIONS, **options)
+    dataset = ImageTextDataset(rows, CAPTIONS, on_bad_image="skip", **options)
+    replaced = set()
+    for epoch in range(4):
+        good.set_epoch(epoch)
+        dataset.set_epoch(epoch)
+        loader = DataLoader(dataset, batch_size=5, num_workers=num_workers, collate_fn=list)
+        samples = [sample for batch in loader for sample in batch]
+        assert len(samples) == COUNT
+        for row, sample in enumerate(samples):
+            assert sample["index"] == row or row in damaged
+            assert sample["index"] not in damaged
+            expected = good[sample["index"]]
+            assert sample["text"] == expected["text"]
+            assert torch.equal(sample["pixel_values"], expected["pixel_values"])
+        assert [dataset[row]["index"] for row in damaged] == [samples[row]["index"] for row in damaged]
+        replaced |= {(row, samples[row]["index"]) for row in damaged}
+    assert len(replaced) > 2
+    report = dataset.skipped
+    assert report.number == 2 * 2 * 4
+    assert any("Image 3 (`" in reason and "empty.jpg" in reason for reason in report.reasons)
+    assert any("Image 7 (`" in reason and "page.jpg" in reason for reason in report.reasons)
+
+
+def test_images_that_cannot_be_read_at_all_are_refused(tmp_path):
+    paths = [str(tmp_path / f"{row}.jpg") for row in range(COUNT)]
+    dataset = ImageTextDataset(paths, CAPTIONS, transform=CenterCropTransform(8), on_bad_image="skip")
+    with pytest.raises(ValueError, match="Image 4 and 32 images chosen in its place cannot be read"):
+        dataset[4]
+    with pytest.raises(ValueError, match='`on_bad_image` must be "error" or "skip"'):
+        ImageTextDataset(paths, CAPTIONS, transform=CenterCropTransform(8), on_bad_image="drop")
+
+
+def test_sub_captions_are_parts_of_the_caption_that_would_be_drawn(images, store):
+    captions = [f"One {row}. Two {row}. Three {row}." for row in range(COUNT)]
+    transform = CenterCropTransform(4)
+    whole = ImageTextDataset(images, captions, transform=transform)
+    parts = ImageTextDataset(images, captions, transform=transform, sub_captions=0.5)
+    shorter = 0
+    for epoch in range(20):
+        whole.set_epoch(epoch)
+        parts.set_epoch(epoch)
+        for row in range(COUNT):
+            text, part = whole[row]["text"], parts[row]["text"]
+            assert part in text
+            assert part == parts[row]["text"]
+            shorter += part != text
+    # 240 draws of probability 1/2, standard deviation 8.
+    assert 85 < shorter < 155
+    with pytest.raises(ValueError, match="stored embeddings, which cannot be cut"):
+        ImageTextDataset(images, store=store, transform=transform, sub_captions=0.5)
+    with pytest.raises(ValueError, match=r"probability in \[0, 1\], got -1"):
+        ImageTextDataset(images, captions, transform=transform, sub_captions=-1)

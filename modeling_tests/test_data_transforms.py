@@ -143,3 +143,13 @@ def test_transforms_refuse_bad_options():
     unfixed = CLIPImageProcessorPil(size={"shortest_edge": 30}, do_center_crop=False)
     with pytest.raises(ValueError, match="is not fixed"):
         RandomResizedCropTransform.from_image_processor(unfixed)
+
+
+def test_the_tensor_equals_transformers_arithmetic_bit_for_bit_in_channels_first_memory():
+    transform = RandomResizedCropTransform(20, scale=(1, 1), ratio=(1, 1))
+    resized = image(40, 40).resize((20, 20), Image.Resampling.BICUBIC)
+    levels = torch.from_numpy(np.array(resized)).to(torch.float32).permute(2, 0, 1) / 255
+    expected = (levels - transform.mean) / transform.std
+    actual = transform(image(40, 40), seeded(0))
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous()

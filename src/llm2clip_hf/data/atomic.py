@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 _READ_BYTES = 1 << 22
 
@@ -22,15 +24,27 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path (`Path`): the file to create or replace; its folder must exist.
         write: called once with the temporary path; must create that file.
+
+    Raises:
+        OSError: if the file cannot be written, e.g. because the disk is full; nothing of it stays behind.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":
-        # The rename itself is durable only once the folder is flushed; elsewhere a folder cannot be opened.
-        _flush_folder(path.parent)
+    try:
+        write(temporary)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":
+            # The rename itself is durable only once the folder is flushed; elsewhere a folder cannot be opened.
+            _flush_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        # Half of a file may be the gigabyte that is missing.
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            getattr(error, "errno", None) or 0,
+            f"`{path}` could not be written: {error}. Free space (or raise the quota) in `{path.parent}`, check that "
+            "it may be written to, and call again; finished files stay valid.",
+        ) from error
 
 
 def write_json_atomically(path: Path, content: dict[str, Any]) -> None:

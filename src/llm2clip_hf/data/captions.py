@@ -10,16 +10,14 @@ embedding store and the image-text dataset share.
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-import torch
 
+from .load_report import LoadReport, text_problem
+from .pair_dataset import PairDataset
+from .pair_draws import draw_pair, pair_bits, resolve_sides, side_pairs
 from .sampling import random_bits
-
-
-if TYPE_CHECKING:
-    import datasets
 
 
 __all__ = ["CaptionPairDataset", "CaptionTable", "Captions"]
@@ -30,8 +28,9 @@ Captions = Sequence[CaptionsOfImage] | Mapping[str, Sequence[CaptionsOfImage]]
 
 DEFAULT_SOURCE = "caption"
 
-# Streams of `random_bits`; every kind of choice has its own number.
-_FIRST_CAPTION, _SECOND_CAPTION = 10, 11
+# Streams of `random_bits` for hard negatives: one per attempt, from this number on.
+_NEGATIVE, _NEGATIVE_DRAWS = 100, 32
+_PARTS_PER_UPDATE = 8192
 
 
 class CaptionTable:
@@ -52,7 +51,11 @@ class CaptionTable:
         offsets (`np.ndarray` of shape `(num_images + 1,)`, int64): captions of image `i` are the flat rows
             `offsets[i]` to `offsets[i + 1]`.
         source_ids (`np.ndarray` of shape `(num_captions,)`, int16): position in `source_names` of each flat row.
+        distinct_counts (`np.ndarray` of shape `(num_images,)`, int32): distinct captions of each image.
+        num_shared_captions (`int`): captions whose text another image has too; as negatives of each other they are
+            false.
         sha256 (`str`): digest of all captions, their sources and their grouping.
+        report (`LoadReport` or `None`): what `load_captions` read and left out, if it made the table.
 
     Raises:
         ValueError: if there is no image, sources differ in length, an image has no caption, or a caption is not a
@@ -70,7 +73,8 @@ class CaptionTable:
         self.source_names = tuple(sources)
         self._columns = tuple(sources.values())
         self._num_images = len(self._columns[0])
-        self.offsets, self.source_ids, self.sha256 = self._scan()
+        self.report: LoadReport | None = None
+        self._scan()
 
     def __len__(self) -> int:
         return self._num_images
@@ -94,98 +98,194 @@ class CaptionTable:
         begin = start - int(self.offsets[first])
         return texts[begin : begin + stop - start]
 
-    def _scan(self) -> tuple[np.ndarray, np.ndarray, str]:
+    def caption(self, row: int) -> str:
+        """Caption of the flat row `row`."""
+        image = self.image_of(row)
+        return self[image][row - int(self.offsets[image])]
+
+    def image_of(self, row: int) -> int:
+        """Image of the flat row `row`."""
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
+
+    def select(self, images: Sequence[int]) -> "CaptionTable":
+        """
+        The table of some images, in the given order, e.g. to hold some out; the texts are not copied.
+
+        Raises:
+            IndexError: if an image is out of range.
+        """
+        for image in images:
+            if not 0 <= image < len(self):
+                raise IndexError(f"Image {image} is out of range for {len(self)} images.")
+        return CaptionTable({name: _Selection(c, images) for name, c in zip(self.source_names, self._columns)})
+
+    def _scan(self) -> None:
+        """One pass over all captions: checks, layout, digest, repeated texts."""
         counts = np.zeros(self._num_images, dtype=np.int64)
-        source_ids = array("h")
+        self.distinct_counts = np.zeros(self._num_images, dtype=np.int32)
+        source_ids, hashes = array("h"), array("q")
         digest = hashlib.sha256("\0".join(self.source_names).encode())
+        parts: list[bytes] = []
         for image, entries in enumerate(zip(*self._columns)):
+            own: list[str] = []
             for source, entry in enumerate(entries):
                 texts = _as_list(entry)
                 for text in texts:
                     _check_caption(text, image, self.source_names[source])
                     encoded = text.encode()
                     # The length prefix keeps ["ab", "c"] apart from ["a", "bc"].
-                    digest.update(f"{image},{source},{len(encoded)}:".encode() + encoded)
+                    parts.append(b"%d,%d,%d:%b" % (image, source, len(encoded), encoded))
+                    hashes.append(hash(text))
                 source_ids.extend([source] * len(texts))
-                counts[image] += len(texts)
-            if not counts[image]:
+                own.extend(texts)
+            if not own:
                 raise ValueError(f"Image {image} has no caption. Give every image at least one, or drop the row.")
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        return offsets, np.array(source_ids, dtype=np.int16), digest.hexdigest()
+            counts[image] = len(own)
+            self.distinct_counts[image] = len(set(own))
+            if len(parts) > _PARTS_PER_UPDATE:
+                digest.update(b"".join(parts))
+                parts.clear()
+        digest.update(b"".join(parts))
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        self.source_ids = np.array(source_ids, dtype=np.int16)
+        self.sha256 = digest.hexdigest()
+        self.num_shared_captions = _count_shared(np.array(hashes, dtype=np.int64), counts)
 
 
-class CaptionPairDataset(torch.utils.data.Dataset):
+class _Selection(Sequence[CaptionsOfImage]):
+    """Some entries of a column."""
+
+    def __init__(self, column: Sequence[CaptionsOfImage], rows: Sequence[int]) -> None:
+        self._column, self._rows = column, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._column[self._rows[index]]
+
+
+class CaptionPairDataset(PairDataset):
     """
     Two distinct captions per image, drawn anew each epoch: the positives of caption-contrastive tuning.
 
-    Every image gives one row `{"anchor": str, "positive": str}`. The two captions are drawn uniformly among the
-    distinct captions of the image (over all its sources), without replacement, as a pure function of
-    `(seed, epoch, row)`. Source: paper section 3.1, any two captions of an image are positives.
+    Every image gives one row `{"anchor": str, "positive": str, "label": int}`, with `"negative": str` before the label
+    if `hard_negatives` is set. The label is the number of the image: rows of equal label are never each other's
+    negatives. By default the pair is drawn uniformly among the distinct captions of the image (over all its sources),
+    without replacement. All draws are pure functions of `(seed, epoch, row)`. Source: paper section 3.1, any two
+    captions of an image are positives.
 
     Args:
-        captions: as for `CaptionTable`; at least two distinct captions per image.
-        seed (`int`, defaults to 0): seed of the draw.
+        captions: as for `CaptionTable`, or a `CaptionTable`; at least two distinct captions per image.
+        seed (`int`, defaults to 0): seed of the draws.
+        hard_negatives (`bool`, defaults to `False`):
+            Add a random caption of another image, from the same source as the positive and different in text from all
+            captions of the anchor's image. Source: released stage-1 data code.
+        pair_sources (two name patterns, *optional*):
+            Draw the two captions from two kinds of sources, for example `("short*", "long*")`: a coin per row decides
+            which of the two is the anchor's. Patterns as in `fnmatch`. Source: released stage-1 data code.
+        instruction (`str`, *optional*):
+            Instruction of the anchor column; positives and negatives get none. For a trainer to read; the texts stay
+            as they are. The paper's is "Given a caption, retrieve a similar relevant caption." (section 3.1).
+
+    Attributes:
+        table (`CaptionTable`): the captions.
 
     Raises:
-        ValueError: if an image has fewer than two distinct captions; the message names the row.
+        ValueError: if an image has fewer than two distinct captions (the message names the row), no caption in one of
+            the `pair_sources`, or there is no caption to draw negatives from.
 
     Example:
     >>> pairs = CaptionPairDataset([["a cat", "a grey cat", "a cat asleep"]], seed=1)
     >>> pairs.set_epoch(3)
-    >>> pairs[0]["anchor"] != pairs[0]["positive"]
-    True
+    >>> pairs[0]["anchor"] != pairs[0]["positive"], pairs[0]["label"]
+    (True, 0)
     """
 
-    def __init__(self, captions: "Captions | CaptionTable", seed: int = 0) -> None:
-        self._table = captions if isinstance(captions, CaptionTable) else CaptionTable(captions)
-        self._seed = seed
-        # In shared memory, so that the workers of a loader with `persistent_workers=True` see `set_epoch`.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        for row in range(len(self._table)):
-            if len(set(self._table[row])) < 2:
+    def __init__(
+        self,
+        captions: "Captions | CaptionTable",
+        seed: int = 0,
+        *,
+        hard_negatives: bool = False,
+        pair_sources: tuple[str, str] | None = None,
+        instruction: str | None = None,
+    ) -> None:
+        self.table = captions if isinstance(captions, CaptionTable) else CaptionTable(captions)
+        super().__init__(len(self.table), seed, instruction, has_negatives=hard_negatives)
+        self._sides = None if pair_sources is None else resolve_sides(pair_sources, self.table.source_names)
+        self._check_pairs()
+        self._captions_of_source: dict[int, np.ndarray] = {}
+        if hard_negatives:
+            self._captions_of_source = self._index_sources()
+
+    def _check_pairs(self) -> None:
+        few = np.flatnonzero(self.table.distinct_counts < 2)
+        if few.size:
+            row = int(few[0])
+            raise ValueError(
+                f"Row {row} has fewer than two distinct captions: {self.table[row]!r} ({few.size} such rows). "
+                'Caption pairs need two per image; drop the rows (`load_captions(..., on_bad_row="skip", '
+                "min_captions=2)`) or add captions."
+            )
+        if self._sides is None:
+            return
+        # A row can only lack a pair if a side is empty or texts repeat within the image.
+        counts = np.diff(self.table.offsets)
+        suspicious = self.table.distinct_counts < counts
+        for side in self._sides:
+            present = np.concatenate([[0], np.cumsum(np.isin(self.table.source_ids, list(side)))])
+            suspicious |= np.diff(present[self.table.offsets]) == 0
+        for row in np.flatnonzero(suspicious).tolist():
+            if not side_pairs(self.table[row], self._source_ids(row), self._sides):
                 raise ValueError(
-                    f"Row {row} has fewer than two distinct captions: {self._table[row]!r}. "
-                    "Caption pairs need two per image; drop the row or add captions."
+                    f"Row {row} has no two distinct captions in the two `pair_sources`: {self.table[row]!r}. "
+                    "Drop the row, or widen the patterns."
                 )
 
-    def __len__(self) -> int:
-        return len(self._table)
+    def _index_sources(self) -> dict[int, np.ndarray]:
+        index = {}
+        drawn = range(len(self.table.source_names)) if self._sides is None else set().union(*self._sides)
+        for source in drawn:
+            rows = np.flatnonzero(self.table.source_ids == source)
+            if rows.size and self.table.image_of(rows[0]) == self.table.image_of(rows[-1]):
+                raise ValueError(
+                    f"Only one image has captions in the source `{self.table.source_names[source]}`, so there is no "
+                    "caption of that kind to draw hard negatives from. Leave the source out, or add images."
+                )
+            index[source] = rows
+        return index
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the pairs of epoch `epoch` from the next access on."""
-        self._epoch.fill_(epoch)
+    def _source_ids(self, row: int) -> list[int]:
+        return self.table.source_ids[self.table.offsets[row] : self.table.offsets[row + 1]].tolist()
 
-    def __getitem__(self, row: int) -> dict[str, str]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"Row {row} is out of range for {len(self)} images.")
-        return next(self._pairs(np.array([row])))
+    def _draw(self, epoch: int, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        bits = pair_bits(self._seed, epoch, rows)
+        negative_bits = random_bits(self._seed, epoch, rows, _NEGATIVE).tolist()
+        for row, first_try, *row_bits in zip(rows.tolist(), negative_bits, *bits):
+            texts, source_ids = self.table[row], self._source_ids(row)
+            anchor, positive, source = draw_pair(texts, source_ids, self._sides, *row_bits)
+            drawn: dict[str, Any] = {"anchor": anchor, "positive": positive}
+            if self._captions_of_source:
+                drawn["negative"] = self._negative(epoch, row, source, set(texts), first_try)
+            yield drawn | {"label": row}
 
-    def to_dataset(self) -> "datasets.Dataset":
-        """
-        The pairs of the current epoch as a `datasets.Dataset` with the columns `anchor` and `positive`.
-
-        Returns:
-            `datasets.Dataset` with one row per image, in image order; ready for `SentenceTransformerTrainer`.
-        """
-        try:
-            from datasets import Dataset
-        except ImportError as error:
-            raise ImportError(
-                "`CaptionPairDataset.to_dataset` needs `datasets`. Install it with `pip install llm2clip-hf[train]`."
-            ) from error
-        rows = list(self._pairs(np.arange(len(self))))
-        return Dataset.from_dict({name: [row[name] for row in rows] for name in ("anchor", "positive")})
-
-    def _pairs(self, rows: np.ndarray) -> Iterator[dict[str, str]]:
-        epoch = int(self._epoch)
-        first_bits = random_bits(self._seed, epoch, rows, _FIRST_CAPTION)
-        second_bits = random_bits(self._seed, epoch, rows, _SECOND_CAPTION)
-        for row, first_draw, second_draw in zip(rows.tolist(), first_bits.tolist(), second_bits.tolist()):
-            texts = list(dict.fromkeys(self._table[row]))
-            first = first_draw % len(texts)
-            # A step of 1 to n - 1 around the circle: uniform over the other captions.
-            second = (first + 1 + second_draw % (len(texts) - 1)) % len(texts)
-            yield {"anchor": texts[first], "positive": texts[second]}
+    def _negative(self, epoch: int, row: int, source: int, own: set[str], bits: int) -> str:
+        candidates = self._captions_of_source[source]
+        position = bits % len(candidates)
+        for attempt in range(1, _NEGATIVE_DRAWS + 1):
+            if (text := self.table.caption(int(candidates[position]))) not in own:
+                return text
+            bits = int(random_bits(self._seed, epoch, np.array([row]), _NEGATIVE + attempt)[0])
+            position = bits % len(candidates)
+        # Nearly all captions of the source are the image's own texts: look at every one of them.
+        for flat_row in np.roll(candidates, -position).tolist():
+            if (text := self.table.caption(flat_row)) not in own:
+                return text
+        raise ValueError(
+            f"Row {row} has no hard negative: all captions in the source `{self.table.source_names[source]}` are "
+            "equal to one of its own. Leave the source out, or set `hard_negatives=False`."
+        )
 
 
 def _as_list(entry: CaptionsOfImage) -> Sequence[str]:
@@ -209,8 +309,19 @@ def _check_sources(sources: Mapping[str, Sequence[CaptionsOfImage]]) -> None:
 
 
 def _check_caption(text: object, image: int, source: str) -> None:
-    if not isinstance(text, str) or not text.strip():
+    if (problem := text_problem(text)) is not None:
         raise ValueError(
-            f"Caption {text!r} of image {image}, source `{source}`, is not a non-empty string. "
+            f"Caption {text!r} of image {image}, source `{source}`, is not a non-empty string: it {problem}. "
             "Drop the caption, or use [] where an image has none in this source."
         )
+
+
+def _count_shared(hashes: np.ndarray, counts: np.ndarray) -> int:
+    """Captions whose text more than one image has; texts by their 64-bit hashes, which all but never collide."""
+    images = np.repeat(np.arange(len(counts)), counts)
+    # Stable, so that the images ascend within a text: its first and last caption tell whether there are several.
+    order = np.argsort(hashes, kind="stable")
+    hashes, images = hashes[order], images[order]
+    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+    ends = np.concatenate([starts[1:], [len(hashes)]])
+    return int((ends - starts)[images[starts] != images[ends - 1]].sum())

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 
-__all__ = ["ImageTextCollator"]
+__all__ = ["PLACEHOLDER", "ImageTextCollator"]
+
+PLACEHOLDER: dict[str, Any] = {}
+"""Stands in for a sample of a batch that a resumed loop reads and drops; a batch of them becomes `{}`."""
 
 _KNOWN_KEYS = {"pixel_values", "llm_embeds", "text", "index"}
 
@@ -41,12 +44,15 @@ class ImageTextCollator:
         Returns:
             `dict`: `pixel_values` `(batch, 3, height, width)`; `index` `(batch,)` int64 if the samples have one;
             and `llm_embeds` `(batch, dim)`, or `input_ids` and `attention_mask` `(batch, length)`, padded to the
-            longest text on the side of the tokenizer. Nothing else, in particular no labels.
+            longest text on the side of the tokenizer. Nothing else, in particular no labels. `{}` for a batch of
+            empty samples, which a resumed `ImageTextStream` yields for batches that are dropped.
 
         Raises:
             ValueError: if the keys are missing, unknown or differ between samples, shapes differ, or texts come
                 without a processor.
         """
+        if samples and not any(samples):
+            return {}
         keys = _common_keys(samples)
         batch = {"pixel_values": _stack(samples, "pixel_values")}
         if "index" in keys:

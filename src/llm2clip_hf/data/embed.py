@@ -3,35 +3,29 @@
 Embed all captions of a data set once, into a `CaptionEmbeddingStore`.
 
 (1) Number the captions in one flat order and write the plan and the layout.
-(2) Shard by shard: sort the captions by length, cut them into batches of a token budget, encode, write the shard.
+(2) Shard by shard: sort the captions by length, cut them into batches of a token budget, encode, write the shard. Of
+    several processes, each does every n-th shard.
 (3) When every shard is there, write the index, which makes the folder a store.
 
-A killed run leaves finished shards with their records; the next call with the same arguments does the rest.
+A killed run leaves finished shards with their records; the next call with the same arguments does the rest, with any
+number of processes.
 """
 
-import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .atomic import sha256_of_file, write_atomically, write_json_atomically
 from .captions import Captions, CaptionTable
-from .embedding_store import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    INDEX_FILE,
-    LAYOUT_FILE,
-    PLAN_FILE,
-    CaptionEmbeddingStore,
-    fingerprint_differences,
-    torch_dtype_of,
-)
+from .embedding_store import CaptionEmbeddingStore, torch_dtype_of
 from .fingerprint import FingerprintValue
+from .store_build import StoreBuild
+from .store_keys import check_keys
+from .store_processes import StoreProcesses
 from .text_encoders import TextEncoder, as_text_encoder
 
 
@@ -51,6 +45,8 @@ def embed_captions(
     dtype: str = "float16",
     max_tokens_per_batch: int = 16384,
     rows_per_shard: int = 32768,
+    keys: Sequence[str] | None = None,
+    timeout: float = 1800.0,
     show_progress: bool = True,
 ) -> CaptionEmbeddingStore:
     """
@@ -58,6 +54,11 @@ def embed_captions(
 
     The call is idempotent: a finished store of the same captions and fingerprint is returned as it is, an unfinished
     one is resumed at the first missing shard. A folder made with anything else is refused, never overwritten.
+
+    Under torchrun or `accelerate launch`, also on several machines with a shared folder, every process must make the
+    call, with an encoder on its own device. Process `i` of `n` embeds the shards `i`, `i + n`, ...; all return the
+    store when it is complete, and an error in one is an error in all. Without a process group, the environment
+    variables `RANK` and `WORLD_SIZE` say the same.
 
     Args:
         encoder:
@@ -75,9 +76,18 @@ def embed_captions(
         dtype (`str`, defaults to `"float16"`):
             `"float16"`, `"bfloat16"` or `"float32"`. Halves have 11 bits of precision, bfloat16 8; an embedding that
             overflows in the chosen dtype is an error.
-        max_tokens_per_batch (`int`, defaults to 16384): rows times length of the longest caption in a batch.
+        max_tokens_per_batch (`int`, defaults to 16384):
+            Rows times length of the longest caption in a batch. With an `LLM2CLIPModel` whose LLM runs flash
+            attention, captions are packed without padding and this is the sum of their lengths.
         rows_per_shard (`int`, defaults to 32768): captions per file; also the work that a kill can cost.
-        show_progress (`bool`, defaults to `True`): show a progress bar over the captions.
+        keys (sequence of `str`, *optional*):
+            One unique key per image for `CaptionEmbeddingStore.index_of`, e.g. the `__key__` of webdataset samples.
+            Keys can be added to a finished store; that encodes nothing.
+        timeout (`float`, defaults to 1800.0):
+            Seconds that a process waits for others that give no sign of life. They give one after every batch.
+        show_progress (`bool`, defaults to `True`):
+            Show a progress bar over the captions of process 0, with captions per second and tokens per second
+            (estimated from the bytes unless the encoder is an `LLM2CLIPModel`).
 
     Returns:
         `CaptionEmbeddingStore`: the finished store, opened.
@@ -85,6 +95,9 @@ def embed_captions(
     Raises:
         ValueError: if an argument is invalid, the folder belongs to other captions or another encoder, or the encoder
             gives a wrong shape or a value that is not finite in `dtype`.
+        OSError: if a file cannot be written, e.g. because the disk is full.
+        RuntimeError: if another process failed, or another run is filling the folder.
+        TimeoutError: if another process gives no sign of life; names the missing shards.
 
     Example:
     >>> import tempfile
@@ -98,43 +111,39 @@ def embed_captions(
     for name, value in {"max_tokens_per_batch": max_tokens_per_batch, "rows_per_shard": rows_per_shard}.items():
         if value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")
-    text_encoder = as_text_encoder(encoder, tokenizer, max_length)
-    fingerprint = text_encoder.fingerprint() if fingerprint is None else dict(fingerprint)
-    table = captions if isinstance(captions, CaptionTable) else CaptionTable(captions)
     folder = Path(output_dir)
-
-    # Step (1)
-    plan = _plan(table, fingerprint, dtype, rows_per_shard)
-    if (folder / INDEX_FILE).is_file():
-        return _reopen(folder, plan)
-    _start(folder, plan, table)
-
-    # Step (2)
-    with tqdm(total=table.num_captions, desc="Embedding captions", disable=not show_progress) as progress:
-        for shard in range(_num_shards(plan)):
-            start = shard * rows_per_shard
-            stop = min(start + rows_per_shard, table.num_captions)
-            if not _is_finished(folder, shard):
-                texts = table.rows(start, stop)
-                embeddings = _encode_shard(text_encoder, texts, start, torch_dtype, max_tokens_per_batch, progress)
-                _write_shard(folder, shard, embeddings)
-            else:
-                progress.update(stop - start)
-
-    # Step (3)
-    return _finish(folder, plan)
+    processes = StoreProcesses(folder, timeout)
+    with processes.working():
+        text_encoder = as_text_encoder(encoder, tokenizer, max_length)
+        fingerprint = text_encoder.fingerprint() if fingerprint is None else dict(fingerprint)
+        table = captions if isinstance(captions, CaptionTable) else CaptionTable(captions)
+        if keys is not None:
+            check_keys(keys, len(table))
+        build = StoreBuild(folder, processes, table, fingerprint, dtype, rows_per_shard)
+        if build.has_index:
+            logger.info("The embeddings in %s are complete; nothing to encode.", folder)
+            return build.open(keys)
+        # Step (1)
+        with build.filling():
+            # Step (2)
+            _embed_shards(build, processes, table, text_encoder, torch_dtype, max_tokens_per_batch, show_progress)
+            # Step (3)
+            build.finish(keys)
+        return build.open(keys)
 
 
-def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def token_budget_batches(lengths: Sequence[int], max_tokens: int, pads: bool = True) -> Iterator[list[int]]:
     """
-    Cut items into batches of similar length under a budget of padded tokens.
+    Cut items into batches of similar length under a budget of tokens.
 
     Longest first, so that a batch that does not fit in memory fails at the start. An item longer than the budget
     makes a batch of its own.
 
     Args:
         lengths (sequence of `int`): tokens of each item.
-        max_tokens (`int`): largest allowed number of items times the longest length in a batch.
+        max_tokens (`int`): largest allowed cost of a batch.
+        pads (`bool`, defaults to `True`):
+            Whether a batch costs its number of items times its longest length; otherwise the sum of its lengths.
 
     Returns:
         Iterator over lists of item numbers; every item is in exactly one list.
@@ -144,71 +153,90 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[li
     [[1], [2, 0], [3]]
     """
     batch: list[int] = []
+    tokens = 0
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+        cost = (len(batch) + 1) * lengths[batch[0]] if batch and pads else tokens + lengths[item]
+        if batch and cost > max_tokens:
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(item)
+        tokens += lengths[item]
     if batch:
         yield batch
 
 
-def _plan(
-    table: CaptionTable, fingerprint: Mapping[str, FingerprintValue], dtype: str, rows_per_shard: int
-) -> dict[str, Any]:
-    """Everything that must agree between the runs that fill one folder."""
-    plan = {
-        "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
-        "dtype": dtype,
-        "num_images": len(table),
-        "num_captions": table.num_captions,
-        "rows_per_shard": rows_per_shard,
-        "source_names": list(table.source_names),
-        "captions_sha256": table.sha256,
-        "fingerprint": dict(fingerprint),
-    }
-    # Through JSON and back, so that a comparison with a file never fails on a tuple or a numpy number.
-    return json.loads(json.dumps(plan))
+class _Progress:
+    """Counts what has been encoded, and shows it."""
 
+    def __init__(self, processes: StoreProcesses, captions: int, finished: int, show: bool) -> None:
+        self._processes = processes
+        self._start = time.perf_counter()
+        self.captions = self.tokens = self.paid_tokens = 0
+        several = f" (process {processes.rank} of {processes.size})" if processes.size > 1 else ""
+        # `initial` keeps what an earlier run finished out of the rate and the time that is left.
+        self.bar: tqdm[Any] = tqdm(
+            total=captions,
+            initial=finished,
+            desc="Embedding captions" + several,
+            unit="caption",
+            disable=not (show and processes.is_first),
+        )
 
-def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan with the fingerprint's keys beside its own, for messages that name single keys."""
-    rest = {key: value for key, value in plan.items() if key != "fingerprint"}
-    return rest | {f"fingerprint.{key}": value for key, value in plan["fingerprint"].items()}
+    @property
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
 
+    def update(self, captions: int, tokens: int, paid_tokens: int) -> None:
+        """
+        Args:
+            captions (`int`): captions of the batch, repeated ones too.
+            tokens (`int`): tokens of its texts.
+            paid_tokens (`int`): the same with padding.
+        """
+        self.captions, self.tokens = self.captions + captions, self.tokens + tokens
+        self.paid_tokens += paid_tokens
+        self.bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+        self.bar.update(captions)
+        self._processes.sign_of_life(captions)
 
-def _refuse_differences(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    differences = fingerprint_differences(_flat(found), _flat(plan))
-    if differences:
-        raise ValueError(
-            f"`{folder}` holds embeddings made in another way: {differences}. "
-            "Choose another `output_dir`, or delete the folder to embed again."
+    def log(self) -> None:
+        """Log the rates of the whole run."""
+        logger.info(
+            "Embedded %d captions in %.1f s: %.1f captions/s, %.0f tokens/s, %.1f %% of the encoder's tokens padding.",
+            self.captions,
+            self.seconds,
+            self.captions / self.seconds,
+            self.tokens / self.seconds,
+            100 * (1 - self.tokens / max(self.paid_tokens, 1)),
         )
 
 
-def _reopen(folder: Path, plan: Mapping[str, Any]) -> CaptionEmbeddingStore:
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    _refuse_differences(folder, {key: index.get(key) for key in plan}, plan)
-    logger.info("The embeddings in %s are complete; nothing to do.", folder)
-    return CaptionEmbeddingStore.open(folder)
-
-
-def _start(folder: Path, plan: dict[str, Any], table: CaptionTable) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    plan_file = folder / PLAN_FILE
-    if plan_file.is_file():
-        _refuse_differences(folder, json.loads(plan_file.read_text(encoding="utf-8")), plan)
-        finished = sum(_is_finished(folder, shard) for shard in range(_num_shards(plan)))
-        logger.info("Resuming in %s: %d of %d shards are finished.", folder, finished, _num_shards(plan))
-    elif leftovers := sorted(file.name for file in folder.glob("embeddings-*")):
-        raise ValueError(
-            f"`{folder}` holds {leftovers[:3]} of an unknown run, but no `{PLAN_FILE}` and no `{INDEX_FILE}`. "
-            "Choose another `output_dir`, or delete the folder."
-        )
-    layout = {"offsets": torch.from_numpy(table.offsets), "source_ids": torch.from_numpy(table.source_ids)}
-    write_atomically(folder / LAYOUT_FILE, lambda temporary: save_file(layout, temporary))
-    write_json_atomically(plan_file, plan)
+def _embed_shards(
+    build: StoreBuild,
+    processes: StoreProcesses,
+    table: CaptionTable,
+    encoder: TextEncoder,
+    dtype: torch.dtype,
+    max_tokens: int,
+    show_progress: bool,
+) -> None:
+    """Embed the unfinished shards of this process."""
+    finished, unfinished = build.own_shards()
+    rows = {shard: build.rows_of(shard) for shard in [*finished, *unfinished]}
+    done = sum(rows[shard][1] - rows[shard][0] for shard in finished)
+    progress = _Progress(processes, sum(stop - start for start, stop in rows.values()), done, show_progress)
+    with progress.bar:
+        for shard in unfinished:
+            processes.check()
+            with build.claimed(shard):
+                # A run that ended between the first look and the claim may have done it.
+                if not build.is_finished(shard):
+                    start, stop = rows[shard]
+                    build.write_shard(
+                        shard, _encode_shard(encoder, table.rows(start, stop), start, dtype, max_tokens, progress)
+                    )
+    if unfinished:
+        progress.log()
 
 
 def _encode_shard(
@@ -217,14 +245,15 @@ def _encode_shard(
     first_row: int,
     dtype: torch.dtype,
     max_tokens: int,
-    progress: "tqdm[Any]",
+    progress: _Progress,
 ) -> torch.Tensor:
     # Web captions repeat; equal texts are encoded once and then have exactly equal embeddings.
     unique = list(dict.fromkeys(texts))
     position = {text: number for number, text in enumerate(unique)}
     repeats = torch.bincount(torch.tensor([position[text] for text in texts]), minlength=len(unique))
     encoded: torch.Tensor | None = None
-    for batch in token_budget_batches(encoder.token_lengths(unique), max_tokens):
+    lengths = encoder.token_lengths(unique)
+    for batch in token_budget_batches(lengths, max_tokens, encoder.pads):
         embeddings = encoder.encode([unique[item] for item in batch])
         if embeddings.ndim != 2 or len(embeddings) != len(batch):
             raise ValueError(
@@ -243,57 +272,8 @@ def _encode_shard(
         if encoded is None:
             encoded = torch.empty(len(unique), converted.shape[1], dtype=dtype)
         encoded[batch] = converted
-        progress.update(int(repeats[batch].sum()))
+        tokens = sum(lengths[item] for item in batch)
+        paid_tokens = len(batch) * lengths[batch[0]] if encoder.pads else tokens
+        progress.update(int(repeats[batch].sum()), tokens, paid_tokens)
     assert encoded is not None, "a shard always has captions"
     return encoded[[position[text] for text in texts]]
-
-
-def _write_shard(folder: Path, shard: int, embeddings: torch.Tensor) -> None:
-    file = folder / _shard_name(shard)
-    write_atomically(file, lambda temporary: save_file({"embeddings": embeddings}, temporary))
-    record = {
-        "file": file.name,
-        "rows": embeddings.shape[0],
-        "dim": embeddings.shape[1],
-        "bytes": file.stat().st_size,
-        "sha256": sha256_of_file(file),
-    }
-    # The record comes last: a shard without one is done again.
-    write_json_atomically(folder / _record_name(shard), record)
-
-
-def _is_finished(folder: Path, shard: int) -> bool:
-    record, file = folder / _record_name(shard), folder / _shard_name(shard)
-    if not record.is_file() or not file.is_file():
-        return False
-    return file.stat().st_size == json.loads(record.read_text(encoding="utf-8"))["bytes"]
-
-
-def _finish(folder: Path, plan: dict[str, Any]) -> CaptionEmbeddingStore:
-    names = [_record_name(shard) for shard in range(_num_shards(plan))]
-    records = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
-    dims = {record.pop("dim") for record in records}
-    if len(dims) > 1:
-        raise ValueError(
-            f"The shards in `{folder}` have different embedding widths {sorted(dims)}: the encoder changed between "
-            "runs with the same fingerprint. Delete the folder and embed again."
-        )
-    layout = folder / LAYOUT_FILE
-    layout_entry = {"file": layout.name, "bytes": layout.stat().st_size, "sha256": sha256_of_file(layout)}
-    index = plan | {"embedding_dim": dims.pop(), "layout": layout_entry, "shards": records}
-    write_json_atomically(folder / INDEX_FILE, index)
-    for name in [PLAN_FILE, *names]:
-        (folder / name).unlink(missing_ok=True)
-    return CaptionEmbeddingStore.open(folder)
-
-
-def _num_shards(plan: Mapping[str, Any]) -> int:
-    return -(-plan["num_captions"] // plan["rows_per_shard"])
-
-
-def _shard_name(shard: int) -> str:
-    return f"embeddings-{shard:05d}.safetensors"
-
-
-def _record_name(shard: int) -> str:
-    return f"embeddings-{shard:05d}.json"

@@ -6,6 +6,7 @@ A store is a folder:
 
     index.json                  format version, sizes, dtype, source names, fingerprint, and a digest per file
     layout.safetensors          `offsets` (num_images + 1,) and `source_ids` (num_captions,)
+    keys.safetensors            a string key per image, if keys were given; see `store_keys`
     embeddings-00000.safetensors, ...   `embeddings` (rows, dim); every shard but the last has `rows_per_shard` rows
 
 Captions are flat rows, image by image. Files are memory-mapped: opening reads `index.json` only, and an access touches
@@ -13,16 +14,18 @@ the pages of its rows. `embed_captions` writes a store.
 """
 
 import json
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from .atomic import sha256_of_file
 from .fingerprint import FingerprintValue
+from .mapped_tensors import map_tensor
+from .store_keys import KeyIndex
+from .text_encoders import model_fingerprint
 
 
 __all__ = ["CaptionEmbeddingStore"]
@@ -32,6 +35,9 @@ FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 LAYOUT_FILE = "layout.safetensors"
 PLAN_FILE = "build.json"
+
+# `gather` copies blocks of about this size through a temporary that stays in the cache of a core.
+_BLOCK_BYTES = 1 << 18
 
 # Name of the dtype -> (torch dtype, safetensors tag, integer type of the same width). numpy has no bfloat16, so every
 # dtype is mapped as integers and reinterpreted by torch.
@@ -58,6 +64,7 @@ class CaptionEmbeddingStore:
         source_names (`tuple[str, ...]`): names of the caption sources, e.g. `("real", "dense")`.
         captions_sha256 (`str`): `CaptionTable.sha256` of the captions that were embedded.
         fingerprint (`dict`): what the embeddings depend on, see `embedding_fingerprint`.
+        has_keys (`bool`): whether images can be looked up by a string key, see `index_of`.
 
     Example:
     >>> import tempfile
@@ -82,8 +89,12 @@ class CaptionEmbeddingStore:
         self._rows_per_shard: int = index["rows_per_shard"]
         self._layout_entry: dict[str, Any] = index["layout"]
         self._shard_entries: list[dict[str, Any]] = index["shards"]
+        # Absent in stores without keys, which older releases wrote too.
+        self._keys_entry: dict[str, Any] | None = index.get("keys")
+        self.has_keys = self._keys_entry is not None
         self._shards: dict[int, np.ndarray] = {}
         self._layout: tuple[np.ndarray, np.ndarray] | None = None
+        self._keys: KeyIndex | None = None
 
     @classmethod
     def open(
@@ -105,7 +116,7 @@ class CaptionEmbeddingStore:
         """
         path = Path(path)
         store = cls(path, _read_index(path))
-        for entry in [store._layout_entry, *store._shard_entries]:
+        for entry in store._entries:
             file = path / entry["file"]
             size = file.stat().st_size if file.is_file() else None
             if size != entry["bytes"]:
@@ -114,12 +125,7 @@ class CaptionEmbeddingStore:
                     "Copy the store again, or delete it and embed the captions again."
                 )
         if expected_fingerprint is not None:
-            differences = fingerprint_differences(store.fingerprint, expected_fingerprint)
-            if differences:
-                raise ValueError(
-                    f"The embeddings in `{path}` were made by another text encoder: {differences}. "
-                    "Embed the captions with this model, or use the model that the store was made with."
-                )
+            store.check_compatible(expected_fingerprint)
         return store
 
     def __len__(self) -> int:
@@ -159,15 +165,124 @@ class CaptionEmbeddingStore:
             IndexError: if a row is out of range.
         """
         rows = np.asarray(caption_rows, dtype=np.int64).reshape(-1)
-        outside = np.flatnonzero((rows < 0) | (rows >= self.num_captions))
-        if outside.size:
-            raise IndexError(f"Caption row {rows[outside[0]]} is out of range for {self.num_captions} captions.")
-        shard_of_row = rows // self._rows_per_shard
         gathered = np.empty((len(rows), self.embedding_dim), dtype=self._integer)
-        for shard in np.unique(shard_of_row).tolist():
-            members = shard_of_row == shard
-            gathered[members] = self._mapped_shard(shard)[rows[members] - shard * self._rows_per_shard]
+        if len(rows) == 0:
+            return torch.from_numpy(gathered).view(self.dtype)
+        if rows.min() < 0 or rows.max() >= self.num_captions:
+            outside = rows[(rows < 0) | (rows >= self.num_captions)]
+            raise IndexError(f"Caption row {outside[0]} is out of range for {self.num_captions} captions.")
+        shard_of_row = rows // self._rows_per_shard
+        first = int(shard_of_row[0])
+        if (shard_of_row == first).all():
+            self._copy_rows(first, rows, slice(None), gathered)
+        else:
+            # Sorted by shard, so that every shard is one stretch of `order`.
+            order = np.argsort(shard_of_row, kind="stable")
+            bounds = np.flatnonzero(np.diff(shard_of_row[order])) + 1
+            for members in np.split(order, bounds):
+                self._copy_rows(int(shard_of_row[members[0]]), rows[members], members, gathered)
         return torch.from_numpy(gathered).view(self.dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """
+        Embeddings of the caption rows `start` to `stop` (exclusive), read from the mapped file without a copy.
+
+        Rows of one shard are not copied; where the range crosses shards, their parts are joined in memory. Changing
+        the result changes neither the files nor what other calls return.
+
+        Args:
+            start (`int`): first row, in `[0, num_captions]`.
+            stop (`int`): row after the last one, in `[start, num_captions]`.
+
+        Returns:
+            `torch.Tensor` of shape `(stop - start, embedding_dim)` and the dtype of the store.
+
+        Raises:
+            IndexError: if the range is not within the store.
+        """
+        if not 0 <= start <= stop <= self.num_captions:
+            raise IndexError(f"Caption rows {start} to {stop} are no range within {self.num_captions} captions.")
+        if start == stop:
+            return self.gather([])
+        parts = []
+        for shard in range(start // self._rows_per_shard, (stop - 1) // self._rows_per_shard + 1):
+            first = shard * self._rows_per_shard
+            # A private map per call: torch knows no read-only tensors, and a shared one would keep a user's changes.
+            part = self._map_shard(shard, "c")[max(start - first, 0) : stop - first]
+            parts.append(torch.from_numpy(part).view(self.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def iter_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """
+        All embeddings in the order of the caption rows.
+
+        Args:
+            batch_size (`int`): rows of a batch; the last one may have fewer. Large batches cost least.
+
+        Returns:
+            Iterator over tensors of shape `(batch_size, embedding_dim)`, as from `rows`.
+
+        Raises:
+            ValueError: if `batch_size` is not positive.
+        """
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}. Take about 4096.")
+        return (
+            self.rows(start, min(start + batch_size, self.num_captions))
+            for start in range(0, self.num_captions, batch_size)
+        )
+
+    def index_of(self, key: str) -> int:
+        """
+        Image with the key `key`, found in O(log(num_images)) without loading the keys.
+
+        Args:
+            key (`str`): one of the `keys` that `embed_captions` was given, e.g. the `__key__` of a webdataset sample.
+
+        Returns:
+            `int`: number of the image, for `store[index]`.
+
+        Raises:
+            KeyError: if no image has this key.
+            ValueError: if the store has no keys.
+        """
+        if self._keys_entry is None:
+            raise ValueError(
+                f"The store `{self.path}` has no keys. Call `embed_captions` again with the same arguments and "
+                "`keys`; it adds them without encoding."
+            )
+        if self._keys is None:
+            self._keys = KeyIndex(self.path, self._keys_entry, self.num_images)
+        image = self._keys.find(key)
+        if image is None:
+            raise KeyError(f"No image of the store `{self.path}` has the key {key!r}.")
+        return image
+
+    def check_compatible(self, other: Any, tokenizer: Any = None) -> None:
+        """
+        Check that these embeddings are what `other` needs; to be called before training on them.
+
+        Args:
+            other:
+                A fingerprint (see `embedding_fingerprint`); another `CaptionEmbeddingStore` that is to be mixed with
+                this one; or an `LLM2CLIPModel`. Of a model, the width is compared with `config.llm_hidden_size`, and
+                with `tokenizer` also the LLM that it holds, template and pooling; that reads all its weights.
+            tokenizer (*optional*): tokenizer of the model.
+
+        Raises:
+            ValueError: naming what differs, with both values.
+        """
+        if isinstance(other, Mapping):
+            self._require_fingerprint(other, "the expected text encoder")
+        elif isinstance(other, CaptionEmbeddingStore):
+            self._require_width(other.embedding_dim, f"the store `{other.path}`")
+            self._require_fingerprint(other.fingerprint, f"that of the store `{other.path}`")
+        else:
+            self._require_width(other.config.llm_hidden_size, "`config.llm_hidden_size` of the model")
+            if tokenizer is not None and other.text_model is not None:
+                # A model has no maximal length of its own; what was cut off is the choice of the store.
+                max_length = int(self.fingerprint.get("max_length") or 0)
+                self._require_fingerprint(model_fingerprint(other, tokenizer, max_length), "that of the model")
 
     def verify(self) -> None:
         """
@@ -176,8 +291,9 @@ class CaptionEmbeddingStore:
         Raises:
             ValueError: naming the files that differ.
         """
-        entries = [self._layout_entry, *self._shard_entries]
-        damaged = [entry["file"] for entry in entries if sha256_of_file(self.path / entry["file"]) != entry["sha256"]]
+        damaged = [
+            entry["file"] for entry in self._entries if sha256_of_file(self.path / entry["file"]) != entry["sha256"]
+        ]
         if damaged:
             raise ValueError(
                 f"Files of the store `{self.path}` do not match their SHA-256: {damaged}. "
@@ -186,7 +302,27 @@ class CaptionEmbeddingStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the data; the other process maps the files again.
-        return {**self.__dict__, "_shards": {}, "_layout": None}
+        return {**self.__dict__, "_shards": {}, "_layout": None, "_keys": None}
+
+    @property
+    def _entries(self) -> list[dict[str, Any]]:
+        keys = [] if self._keys_entry is None else [self._keys_entry]
+        return [self._layout_entry, *keys, *self._shard_entries]
+
+    def _require_width(self, width: int, owner: str) -> None:
+        if width != self.embedding_dim:
+            raise ValueError(
+                f"The embeddings in `{self.path}` have width {self.embedding_dim}, {owner} has {width}. "
+                "Use embeddings and model of the same LLM."
+            )
+
+    def _require_fingerprint(self, expected: Mapping[str, FingerprintValue], owner: str) -> None:
+        differences = fingerprint_differences(self.fingerprint, expected)
+        if differences:
+            raise ValueError(
+                f"The embeddings in `{self.path}` were made by another text encoder than {owner}: {differences}. "
+                "Embed the captions with this model, or use the model that the store was made with."
+            )
 
     def _caption_range(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self.num_images:
@@ -201,49 +337,23 @@ class CaptionEmbeddingStore:
             self._layout = (offsets, source_ids)
         return self._layout
 
-    def _mapped_shard(self, shard: int) -> np.ndarray:
+    def _copy_rows(self, shard: int, rows: np.ndarray, members: np.ndarray | slice, output: np.ndarray) -> None:
+        """Copy the flat rows `rows`, all of one shard, to the positions `members` of `output`."""
         if shard not in self._shards:
-            entry = self._shard_entries[shard]
-            shape = (entry["rows"], self.embedding_dim)
-            file = self.path / entry["file"]
-            self._shards[shard] = map_tensor(file, "embeddings", self._tag, shape, self._integer)
-        return self._shards[shard]
+            self._shards[shard] = self._map_shard(shard, "r")
+        mapped, local = self._shards[shard], rows - shard * self._rows_per_shard
+        if isinstance(members, slice):
+            # "clip" only leaves out a check that has been made.
+            np.take(mapped, local, axis=0, out=output, mode="clip")
+            return
+        block = max(16, _BLOCK_BYTES // max(1, mapped.itemsize * self.embedding_dim))
+        for start in range(0, len(local), block):
+            output[members[start : start + block]] = mapped[local[start : start + block]]
 
-
-def map_tensor(path: Path, name: str, tag: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-    """
-    Memory-map one tensor of a safetensors file as a numpy array.
-
-    The lazy slices of the safetensors library cost about 50 microseconds per access and cannot gather; a numpy map of
-    the same bytes costs 4 and gathers 4096 rows of 512 halves in 2 milliseconds instead of 300.
-
-    Args:
-        path (`Path`): safetensors file.
-        name (`str`): tensor in it.
-        tag (`str`): dtype the header must state, e.g. `"F16"`.
-        shape (`tuple[int, ...]`): shape the header must state.
-        dtype: numpy type of the same width to map the bytes as.
-
-    Returns:
-        `np.ndarray`, read-only.
-
-    Raises:
-        ValueError: if the header does not state this tensor.
-    """
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_bytes))
-    found = header.get(name)
-    if found is None or found["dtype"] != tag or tuple(found["shape"]) != shape:
-        raise ValueError(
-            f"`{path}` should hold a tensor `{name}` of dtype {tag} and shape {shape}, got {found}. "
-            "The file does not belong to this store; copy the store again, or embed the captions again."
-        )
-    if 0 in shape:
-        return np.empty(shape, dtype=dtype)
-    offset = 8 + header_bytes + found["data_offsets"][0]
-    # A plain array over the map: the memmap subclass pays for its bookkeeping at every slice.
-    return np.asarray(np.memmap(path, mode="r", dtype=dtype, offset=offset, shape=shape))
+    def _map_shard(self, shard: int, mode: Literal["r", "c"]) -> np.ndarray:
+        entry = self._shard_entries[shard]
+        shape = (entry["rows"], self.embedding_dim)
+        return map_tensor(self.path / entry["file"], "embeddings", self._tag, shape, self._integer, mode)
 
 
 def fingerprint_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def embedding_fingerprint(
         tokenizer: a fast tokenizer of transformers; its post-processor holds the chat template.
         text_prefix_length (`int`, defaults to 0): leading template tokens that are not pooled.
         max_length (`int`, defaults to 512): tokens a caption is truncated to; the paper's value (section 4.1).
-        pooling (`str`, defaults to `"mean"`): pooling over the tokens.
+        pooling (`str`, defaults to `"mean"`): pooling over the tokens, `text_pooling` of `LLM2CLIPConfig`.
         is_causal (`bool`, defaults to `False`): whether the LLM attends causally.
         other: further JSON scalars to compare, e.g. `quantization="nf4"`.
 

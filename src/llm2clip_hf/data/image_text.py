@@ -7,22 +7,24 @@ or that uses another number of workers, sees the same samples.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .captions import Captions, CaptionTable
 from .embedding_store import CaptionEmbeddingStore
 from .images import ImageSource, load_image
-from .sampling import choose_caption, random_bits, random_uniform
+from .sample_draws import SampleDraws, check_choice, check_sub_captions, checked_weights
+from .skips import SkipLog, SkipReport
 from .transforms import ImageTransform
 
 
 __all__ = ["ImageTextDataset"]
 
-# Streams of `random_bits`; every kind of choice has its own number.
-_SOURCE, _CAPTION, _TRANSFORM = 0, 1, 2
+# So many unreadable images in a row are no accident of the hash: the images as a whole cannot be read.
+_MAX_ATTEMPTS = 32
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -45,6 +47,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
             Non-negative weights of all sources; 0 leaves a source out. Equal by default, which with a real and a
             dense source is the paper's 50 % / 50 % (section 4.1).
         seed (`int`, defaults to 0): seed of captions and crops.
+        sub_captions (`float`, defaults to 0):
+            Probability of returning a random run of sentences of the drawn caption instead of all of it, an option of
+            long-caption training (DreamLIP, arXiv 2403.17007); for `text` only, see `split_sub_captions` for stores.
+        on_bad_image (`"error"` or `"skip"`, defaults to `"error"`):
+            What to do with an image that cannot be read. `"skip"` returns another row in its place, chosen by a hash
+            of (seed, epoch, index), so that batches keep their size; `skipped` counts and names them.
 
     Raises:
         ValueError: if the lengths differ, the weights do not fit the sources, an image has captions only in sources
@@ -70,6 +78,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         transform: ImageTransform,
         caption_weights: Mapping[str, float] | None = None,
         seed: int = 0,
+        sub_captions: float = 0.0,
+        on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         table = CaptionTable(captions) if captions is not None and not isinstance(captions, CaptionTable) else captions
         if table is None and store is None:
@@ -88,17 +98,25 @@ class ImageTextDataset(torch.utils.data.Dataset):
                 f"Images ({len(images)}) and images with captions ({found}) must agree in number. "
                 "Check that both come from the same rows."
             )
+        check_choice("on_bad_image", on_bad_image)
+        check_sub_captions(sub_captions, store is not None)
         self.images = images
         self.transform = transform
         self._layout = layout
-        self._seed = seed
-        self._weights = _checked_weights(caption_weights, layout.source_names)
-        _check_drawable(layout, self._weights)
+        self._draws = SampleDraws(seed, checked_weights(caption_weights, layout.source_names), sub_captions)
         # In shared memory, so that the workers of a loader with `persistent_workers=True` see `set_epoch`.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._on_bad_image = on_bad_image
+        self._skips = SkipLog()
+        _check_drawable(layout, self._draws.weights)
 
     def __len__(self) -> int:
         return len(self._layout)
+
+    @property
+    def skipped(self) -> SkipReport:
+        """Unreadable images that were replaced so far, in worker processes too."""
+        return self._skips.report()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the captions and crops of epoch `epoch` from the next access on, in worker processes too."""
@@ -106,17 +124,12 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     def caption_row(self, index: int) -> int:
         """Flat caption row (as in `CaptionTable`) that image `index` is paired with in the current epoch."""
-        epoch, rows = int(self._epoch), np.array([index])
         start, stop = int(self._layout.offsets[index]), int(self._layout.offsets[index + 1])
-        source_draw = float(random_uniform(self._seed, epoch, rows, _SOURCE)[0])
-        caption_draw = float(random_uniform(self._seed, epoch, rows, _CAPTION)[0])
-        return start + choose_caption(self._layout.source_ids[start:stop], self._weights, source_draw, caption_draw)
+        return start + self._draws.caption(int(self._epoch), index, self._layout.source_ids[start:stop])
 
     def pixel_values(self, index: int) -> torch.Tensor:
         """Image `index` through `transform`, with the crop of the current epoch."""
-        bits = random_bits(self._seed, int(self._epoch), np.array([index]), _TRANSFORM)
-        generator = torch.Generator().manual_seed(int(bits[0]))
-        return self.transform(load_image(self.images, index), generator)
+        return self.transform(load_image(self.images, index), self._draws.generator(int(self._epoch), index))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
@@ -124,38 +137,45 @@ class ImageTextDataset(torch.utils.data.Dataset):
             index (`int`): image number in `[0, len(self))`.
 
         Returns:
-            `dict` with `pixel_values` (what `transform` returns), `index` (`int`), and either `llm_embeds`
-            (`torch.Tensor` of shape `(embedding_dim,)`, float32) or `text` (`str`).
+            `dict` with `pixel_values` (what `transform` returns), `index` (`int`, the row that was read), and either
+            `llm_embeds` (`torch.Tensor` of shape `(embedding_dim,)`, float32) or `text` (`str`).
 
         Raises:
-            ValueError: if the image cannot be read; the message names the row.
+            ValueError: if the image cannot be read, or with `on_bad_image="skip"` if 32 images tried in its place
+                cannot be read either; the message names the row.
         """
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} is out of range for {len(self)} images.")
+        image, index = self._readable_image(index)
         row = self.caption_row(index)
-        sample: dict[str, Any] = {"pixel_values": self.pixel_values(index), "index": index}
+        sample: dict[str, Any] = {
+            "pixel_values": self.transform(image, self._draws.generator(int(self._epoch), index)),
+            "index": index,
+        }
         if self.store is not None:
             sample["llm_embeds"] = self.store.gather([row])[0].float()
         elif self.captions is not None:
-            sample["text"] = self.captions[index][row - int(self.captions.offsets[index])]
+            text = self.captions[index][row - int(self.captions.offsets[index])]
+            sample["text"] = self._draws.sub_caption(int(self._epoch), index, text)
         return sample
 
-
-def _checked_weights(caption_weights: Mapping[str, float] | None, source_names: tuple[str, ...]) -> np.ndarray:
-    if caption_weights is None:
-        return np.ones(len(source_names))
-    if set(caption_weights) != set(source_names):
+    def _readable_image(self, wanted: int) -> tuple[Image.Image, int]:
+        index = wanted
+        for attempt in range(_MAX_ATTEMPTS + 1):
+            try:
+                return load_image(self.images, index), index
+            except ValueError as error:
+                if self._on_bad_image == "error":
+                    raise
+                if attempt == 0:
+                    # The others are counted when their own turn comes.
+                    self._skips.add(str(error))
+                last_error = error
+            index = self._draws.substitute(int(self._epoch), wanted, attempt, len(self))
         raise ValueError(
-            f"`caption_weights` names {sorted(caption_weights)}, the captions have the sources "
-            f"{sorted(source_names)}. Give every source a weight; 0 leaves it out."
-        )
-    weights = np.array([float(caption_weights[name]) for name in source_names])
-    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise ValueError(
-            f"`caption_weights` must be finite and non-negative with a positive sum, got {dict(caption_weights)}."
-        )
-    return weights
+            f"Image {wanted} and {_MAX_ATTEMPTS} images chosen in its place cannot be read; the last: {last_error}"
+        ) from last_error
 
 
 def _check_drawable(layout: CaptionTable | CaptionEmbeddingStore, weights: np.ndarray) -> None:

@@ -1,21 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read images from whatever a data set holds: PIL images, paths, or the undecoded form of `datasets`."""
+"""
+Read images from whatever a data set holds: PIL images, paths, or the undecoded form of `datasets`.
+
+Every source goes through `decode_image`, so that all give the same pixels: upright by the EXIF orientation (as the
+image column of `datasets` does), in RGB, transparency dropped (as the image processors of transformers do), 16-bit
+gray scaled to 8 bits.
+"""
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 
-__all__ = ["ImageSource", "load_image"]
+__all__ = ["ImageSource", "decode_image", "load_image"]
 
 ImageSource = Sequence[Any]
 """PIL images, paths, `{"bytes": ..., "path": ...}` dictionaries, or an image column of a `datasets.Dataset`."""
 
 # What Pillow raises on damaged files; `UnidentifiedImageError` is an `OSError`.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_ORIENTATION = 0x0112
+_MAX_GRAY_16 = 65535
 
 
 def load_image(images: ImageSource, row: int) -> Image.Image:
@@ -27,30 +48,94 @@ def load_image(images: ImageSource, row: int) -> Image.Image:
         row (`int`): position.
 
     Returns:
-        `PIL.Image.Image` in mode RGB; the orientation in the EXIF data is applied, transparency is dropped.
+        `PIL.Image.Image` in mode RGB, see `decode_image`.
 
     Raises:
         ValueError: if the image cannot be read; the message names the row and, where there is one, the file.
     """
-    item: Any = None
     try:
         # Inside the `try`, because an image column decodes on access.
         item = images[row]
-        return ImageOps.exif_transpose(_open(item)).convert("RGB")
     except _DECODING_ERRORS as error:
-        where = f" (`{item}`)" if isinstance(item, (str, Path)) else ""
-        raise ValueError(
-            f"Image {row}{where} cannot be read: {error}. Repair the file, or drop the row from the data set."
-        ) from error
+        raise _unreadable(f"Image {row}", error) from error
+    return decode_image(item, f"Image {row}{_file_of(item)}")
+
+
+def decode_image(item: Any, name: str = "The image") -> Image.Image:
+    """
+    One image, decoded, upright and in RGB.
+
+    The orientation in the EXIF data is applied and transparency is dropped. 16-bit gray levels are divided by 257, so
+    that white stays white. An image in RGB that needs no turn is returned without a copy.
+
+    Args:
+        item: a PIL image, a path, the `bytes` of a file, or a dictionary with `bytes` or `path`.
+        name (`str`, defaults to `"The image"`): subject of the error message.
+
+    Returns:
+        `PIL.Image.Image` in mode RGB.
+
+    Raises:
+        ValueError: if the image cannot be read, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels; the message
+            begins with `name`.
+    """
+    try:
+        image = _open(item)
+        limit = Image.MAX_IMAGE_PIXELS
+        # Pillow only warns up to twice its limit.
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, more than `PIL.Image.MAX_IMAGE_PIXELS` = {limit}"
+            )
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except _DECODING_ERRORS as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: BaseException) -> ValueError:
+    return ValueError(
+        f"{name} cannot be read: {error}. Repair the file, drop the row from the data set, or pass "
+        '`on_bad_image="skip"`.'
+    )
+
+
+def _file_of(item: Any) -> str:
+    path = item.get("path") if isinstance(item, dict) else item
+    return f" (`{path}`)" if isinstance(path, (str, Path)) else ""
 
 
 def _open(item: Any) -> Image.Image:
+    found = type(item).__name__
+    if isinstance(item, dict):
+        item = item.get("bytes") if item.get("bytes") is not None else item.get("path")
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, (str, Path)):
         return Image.open(item)
-    if isinstance(item, dict) and item.get("bytes") is not None:
-        return Image.open(io.BytesIO(item["bytes"]))
-    if isinstance(item, dict) and item.get("path") is not None:
-        return Image.open(item["path"])
-    raise ValueError(f"expected a PIL image, a path or a dictionary with `bytes` or `path`, got {type(item).__name__}")
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        if not len(item):
+            raise ValueError("the file is empty")
+        return Image.open(io.BytesIO(item))
+    raise ValueError(f"expected a PIL image, a path, bytes, or a dictionary with `bytes` or `path`, got {found}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _gray_16_to_rgb(image)
+    if image.mode == "P" and "transparency" in image.info:
+        # The same pixels as the direct way, without Pillow's warning about transparent palettes.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _gray_16_to_rgb(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion clips at 255, which turns a 16-bit picture white."""
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > _MAX_GRAY_16:
+        raise ValueError(f"gray levels of mode {image.mode} with no known range; save it with 8 or 16 bits")
+    return Image.fromarray((levels.astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")

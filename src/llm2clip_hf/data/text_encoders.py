@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One face for everything that turns captions into LLM embeddings: a function, an object with `encode`, the model."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from .fingerprint import FingerprintValue, embedding_fingerprint
 
 
-__all__ = ["TextEncoder", "as_text_encoder"]
+__all__ = ["TextEncoder", "as_text_encoder", "model_fingerprint"]
 
 # English text has about four bytes per token; only the order and the size of batches depend on it.
 _BYTES_PER_TOKEN = 4
@@ -17,6 +18,10 @@ _BYTES_PER_TOKEN = 4
 
 class TextEncoder(Protocol):
     """What `embed_captions` needs of an encoder."""
+
+    @property
+    def pads(self) -> bool:
+        """Whether a batch costs its rows times its longest text; otherwise the sum of the lengths."""
 
     def token_lengths(self, texts: list[str]) -> list[int]:
         """Tokens of each text, exact or estimated; decides the batches, never the values."""
@@ -64,7 +69,21 @@ def as_text_encoder(encoder: Any, tokenizer: Any, max_length: int) -> TextEncode
     )
 
 
+def model_fingerprint(model: Any, tokenizer: Any, max_length: int) -> dict[str, FingerprintValue]:
+    """`embedding_fingerprint` of an `LLM2CLIPModel` that holds its LLM; reads all weights of the LLM."""
+    return embedding_fingerprint(
+        model.text_model,
+        tokenizer,
+        text_prefix_length=model.config.text_prefix_length,
+        max_length=max_length,
+        is_causal=bool(getattr(model.config.text_config, "is_causal", True)),
+    )
+
+
 class _FunctionEncoder:
+    # To be on the safe side: what happens in the function is not known.
+    pads = True
+
     def __init__(self, function: Callable[[list[str]], torch.Tensor]) -> None:
         self._function = function
 
@@ -91,9 +110,22 @@ class _ModelEncoder:
         encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length)
         return [len(ids) for ids in encoded["input_ids"]]
 
+    @property
+    def pads(self) -> bool:
+        # Every name for flash attention in transformers, also of kernels from the Hub, has the word in it.
+        return "flash" not in str(getattr(self._model.text_model.config, "_attn_implementation", None))
+
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> torch.Tensor:
         text_model = self._model.text_model
+        was_training = text_model.training
+        text_model.eval()
+        try:
+            return self._encode_padded(texts) if self.pads else self._encode_packed(texts)
+        finally:
+            text_model.train(was_training)
+
+    def _encode_padded(self, texts: list[str]) -> torch.Tensor:
         batch = self._tokenizer(
             texts,
             padding=True,
@@ -102,25 +134,55 @@ class _ModelEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        was_training = text_model.training
-        text_model.eval()
-        try:
-            device = text_model.device
-            return self._model.get_llm_embeds(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+        device = self._model.text_model.device
+        return self._model.get_llm_embeds(
+            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+        )
+
+    def _encode_packed(self, texts: list[str]) -> torch.Tensor:
+        """All texts in one row, without padding; flash attention keeps them apart by their boundaries."""
+        text_model = self._model.text_model
+        ids = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
+        lengths = [len(each) for each in ids]
+        limit = getattr(text_model.config, "max_position_embeddings", None)
+        if limit is not None and max(lengths) > limit:
+            raise ValueError(
+                f"A caption has {max(lengths)} tokens, more than the {limit} that the LLM can take. "
+                "Lower `max_length`."
             )
-        finally:
-            text_model.train(was_training)
+        device = text_model.device
+        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        outputs = text_model(
+            input_ids=torch.tensor([list(itertools.chain.from_iterable(ids))], device=device),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+            cu_seq_lens_q=boundaries,
+            cu_seq_lens_k=boundaries,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+            use_cache=False,
+        )
+        return _pool_packed(outputs.last_hidden_state[0], lengths, self._model.config.text_prefix_length)
 
     def fingerprint(self) -> dict[str, FingerprintValue]:
-        config = self._model.config
-        return embedding_fingerprint(
-            self._model.text_model,
-            self._tokenizer,
-            text_prefix_length=config.text_prefix_length,
-            max_length=self._max_length,
-            is_causal=bool(getattr(config.text_config, "is_causal", True)),
-        )
+        return model_fingerprint(self._model, self._tokenizer, self._max_length)
+
+
+def _pool_packed(hidden_states: torch.Tensor, lengths: list[int], prefix_length: int) -> torch.Tensor:
+    """
+    Mean of the hidden states of each text of a packed row, its header left out; as `pool_text` of a padded batch.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(sum(lengths), hidden_size)`): output of the LLM.
+        lengths (`list[int]`): tokens of each text, header included.
+        prefix_length (`int`): tokens of the header; a text that has no other token is pooled over all it has.
+
+    Returns:
+        `torch.Tensor` of shape `(len(lengths), hidden_size)`, float32.
+    """
+    texts = hidden_states.split(lengths)
+    own = [text[prefix_length:] if len(text) > prefix_length else text for text in texts]
+    # One sum per text: its rounding depends on the text alone, and no atomic addition makes it vary.
+    return torch.stack([text.float().mean(0) for text in own])
 
 
 def _encode_method(encoder: Any) -> Callable[[list[str]], torch.Tensor]:

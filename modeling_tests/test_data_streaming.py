@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streamed caption pairs equal the map-style ones, however the stream is split, shuffled or resumed."""
+
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from llm2clip_hf.data import CaptionPairDataset, CaptionTable, stream_caption_pairs
+
+
+rng = np.random.default_rng(7)
+ROWS = [
+    {
+        "key": row,
+        "url": f"https://host/{row}",
+        "raw_caption": f"raw {row}",
+        "long_captions": [f"long {row} {number}" for number in range(rng.integers(1, 4))],
+        "width": 3,
+    }
+    for row in range(150)
+]
+SOURCES = {name: [row[name] for row in ROWS] for name in ("raw_caption", "long_captions")}
+
+
+def stream_of(rows: list[dict] = ROWS, num_shards: int = 1) -> datasets.IterableDataset:
+    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards)
+
+
+def by_label(rows) -> dict[int, dict]:
+    found = {}
+    for row in rows:
+        row = {"anchor": row["anchor"], "positive": row["positive"], "label": int(row["label"])}
+        assert row["label"] not in found
+        found[row["label"]] = row
+    return found
+
+
+@pytest.mark.parametrize("pair_sources", [None, ("raw*", "long*")])
+@pytest.mark.parametrize("id_column", [None, "key"])
+def test_stream_equals_the_map_style_dataset(id_column, pair_sources):
+    pairs = CaptionPairDataset(CaptionTable(SOURCES), seed=4, pair_sources=pair_sources)
+    stream = stream_caption_pairs(
+        stream_of(), id_column=id_column, seed=4, pair_sources=pair_sources, instruction="Given a caption"
+    )
+    assert stream.instruction == "Given a caption"
+    assert stream.column_names == ["anchor", "positive", "label"]
+    assert isinstance(stream, datasets.IterableDataset)
+    seen = []
+    for epoch in (0, 1, 5):
+        pairs.set_epoch(epoch)
+        stream.set_epoch(epoch)
+        assert list(stream) == [pairs[row] for row in range(150)]
+        seen.append([row["anchor"] for row in stream])
+    assert seen[0] != seen[1] != seen[2]
+    assert (stream.report.rows_read, stream.report.rows_kept) == (900, 900)
+
+
+@pytest.mark.parametrize("num_shards", [1, 6])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_stream_is_the_same_over_workers_ranks_and_order(num_shards, num_workers):
+    pairs = CaptionPairDataset(SOURCES, seed=4)
+    stream = stream_caption_pairs(stream_of(num_shards=num_shards), id_column="key", seed=4)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, persistent_workers=True)
+    for epoch in (0, 2):
+        pairs.set_epoch(epoch)
+        stream.set_epoch(epoch)
+        expected = {row: pairs[row] for row in range(150)}
+        assert by_label(loader) == expected
+        ranks = [list(split_dataset_by_node(stream, rank, 3)) for rank in range(3)]
+        assert by_label(row for rank in ranks for row in rank) == expected
+        assert {len(rank) for rank in ranks} == {50}
+        shuffled = list(stream.shuffle(seed=1, buffer_size=40))
+        assert by_label(shuffled) == expected
+        assert [row["label"] for row in shuffled] != list(range(150))
+    # The counts of the workers arrive in this process. Ranks that share one shard read it all and keep a third.
+    assert stream.report.rows_kept == 2 * 150 * (2 + (3 if num_shards == 1 else 1))
+
+
+def test_single_shard_without_id_is_the_same_over_ranks():
+    stream = stream_caption_pairs(stream_of(), seed=4)
+    pairs = CaptionPairDataset(SOURCES, seed=4)
+    ranks = [row for rank in range(2) for row in split_dataset_by_node(stream, rank, 2)]
+    assert by_label(ranks) == {row: pairs[row] for row in range(150)}
+    with pytest.raises(ValueError, match="The stream has 6 shards.*`id_column`.*`id_from_content=True`"):
+        stream_caption_pairs(stream_of(num_shards=6))
+
+
+@pytest.mark.parametrize("options", [{"id_column": "url"}, {"id_from_content": True}])
+def test_text_identifies_rows_wherever_they_are(options):
+    one = by_label(stream_caption_pairs(stream_of(), **options))
+    other = by_label(stream_caption_pairs(stream_of(ROWS[::-1], num_shards=5), **options))
+    assert one == other
+    assert len(one) == 150
+    texts = [tuple(sorted((row["raw_caption"], *row["long_captions"]))) for row in ROWS]
+    for label, row in one.items():
+        assert 0 <= label < 2**63
+        assert any({row["anchor"], row["positive"]} <= set(own) for own in texts)
+
+
+def test_stream_resumes_where_it_stopped():
+    stream = stream_caption_pairs(stream_of(num_shards=3), id_column="key", seed=2)
+    whole = list(stream)
+    iterator = iter(stream)
+    head = [next(iterator) for _ in range(70)]
+    state = stream.state_dict()
+    fresh = stream_caption_pairs(stream_of(num_shards=3), id_column="key", seed=2)
+    fresh.load_state_dict(state)
+    assert head + list(fresh) == whole
+
+
+BAD = [
+    ({"raw_caption": None}, "a caption in column `raw_caption` is null", ("bad_texts", 1, 0)),
+    ({"raw_caption": " ", "long_captions": ["x"]}, "a caption in column `raw_caption` is empty", ("bad_texts", 1, 1)),
+    ({"long_captions": ["raw 1"]}, "the image has no two distinct captions", ("too_few_texts", 1, 1)),
+    ({"key": -1}, "the id is neither", ("bad_rows", 1, 1)),
+    ({"key": None}, "the id is neither", ("bad_rows", 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("change", "message", "counts"), BAD)
+def test_bad_row_stops_the_stream_or_is_counted(caplog, change, message, counts):
+    rows = [ROWS[0], ROWS[1] | {"long_captions": ["x", "y"]} | change, *ROWS[2:9]]
+    with pytest.raises(ValueError) as error:
+        list(stream_caption_pairs(stream_of(rows), id_column="key"))
+    assert f"Row 1 of the stream (`key` {rows[1]['key']!r}): {message}" in str(error.value)
+    stream = stream_caption_pairs(stream_of(rows), id_column="key", on_bad_row="skip")
+    with caplog.at_level(logging.WARNING):
+        drawn = by_label(stream)
+        list(stream)
+    name, count, dropped = counts
+    assert set(drawn) == {row["key"] for row in rows} - ({rows[1]["key"]} if dropped else set())
+    assert getattr(stream.report, name) == 2 * count
+    assert stream.report.rows_kept == 2 * (9 - dropped)
+    assert stream.report.rows_read == 18
+    warnings = [record for record in caplog.records if "Bad rows are left out" in record.getMessage()]
+    assert len(warnings) == 1
+    assert message in warnings[0].getMessage()
+
+
+def test_columns_are_found_without_declared_features():
+    pairs = CaptionPairDataset({name: column[:4] for name, column in SOURCES.items()})
+    stream = stream_of(ROWS[:4]).map(lambda row: row)
+    assert stream.features is None
+    assert list(stream_caption_pairs(stream)) == list(pairs.to_dataset())
+    only = stream_caption_pairs(stream_of(ROWS[2:3]), columns="long_captions", id_column="key")
+    assert all(row["anchor"].startswith("long 2") for row in only)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "caption"}, "has no column `caption`; it has `key` \\(no text\\)"),
+        ({"id_column": "id"}, "no id column `id`; the stream has \\['key'"),
+        ({"id_column": "key", "id_from_content": True}, "exclude each other"),
+        ({"on_bad_row": "drop"}, "`on_bad_row` must be"),
+        ({"pair_sources": ("a", "b")}, "fits none of the sources"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        stream_caption_pairs(stream_of(), **options)
+
+
+def test_wrong_streams_are_refused():
+    with pytest.raises(ValueError, match="must be a `datasets.IterableDataset`, got Dataset"):
+        stream_caption_pairs(datasets.Dataset.from_list(ROWS))
+    with pytest.raises(ValueError, match="The stream has no row"):
+        stream_caption_pairs(stream_of().filter(lambda row: False).map(lambda row: row))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The streamed form of `CaptionPairDataset`: a `datasets.IterableDataset` whose draws follow its epoch."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from .load_report import BadRows, LoadReport, logger, text_problem
+from .pair_draws import Sides, draw_pair, pair_bits, side_pairs
+
+
+_ID_BITS = (1 << 63) - 1
+# One slot of counts per loader worker, so that no two processes write the same number.
+_WORKER_SLOTS = 256
+_COUNTERS = ("rows_read", "rows_kept", "texts_kept", "bad_rows", "bad_texts", "too_few_texts")
+
+FEATURES = {"anchor": "string", "positive": "string", "label": "int64"}
+
+
+class CaptionPairStream(datasets.IterableDataset):
+    """
+    What `stream_caption_pairs` returns.
+
+    Args:
+        mapped: the stream of pairs, made by `map`.
+        draw: the function that it maps.
+        instruction (`str`, *optional*): instruction of the anchor column.
+    """
+
+    def __init__(self, mapped: datasets.IterableDataset, draw: "PairDraw", instruction: str | None) -> None:
+        # A view of `mapped` with one more method: it is already set up.
+        self.__dict__.update(vars(mapped))
+        self._draw = draw
+        self.instruction = instruction
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the pairs (and, after `shuffle`, the order) of epoch `epoch` from the next iteration on."""
+        super().set_epoch(epoch)
+        self._draw.epoch.fill_(epoch)
+
+    @property
+    def report(self) -> LoadReport:
+        """Counts since the stream was made, over all workers of this process and all epochs."""
+        totals = self._draw.counts.sum(dim=0).tolist()
+        return LoadReport(**dict(zip(_COUNTERS, totals)))
+
+
+class PairDraw:
+    """
+    Turns a batch of caption rows into pairs.
+
+    Args:
+        columns: caption columns, in the order of the sources.
+        id_column: column that identifies the row; None for the position in the stream.
+        id_from_content: whether the captions identify the row.
+        seed: seed of the draws.
+        sides: see `draw_pair`.
+        on_bad_row: `"error"` or `"skip"`.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        id_column: str | None,
+        id_from_content: bool,
+        seed: int,
+        sides: Sides | None,
+        on_bad_row: str,
+    ) -> None:
+        self._columns = tuple(columns)
+        self._id_column, self._id_from_content = id_column, id_from_content
+        self._seed, self._sides, self._on_bad_row = seed, sides, on_bad_row
+        BadRows(on_bad_row)  # refuses an unknown policy
+        # In shared memory: workers that live on see a new epoch, and their counts arrive here.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.counts = torch.zeros(_WORKER_SLOTS, len(_COUNTERS), dtype=torch.int64).share_memory_()
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        bad = BadRows(self._on_bad_row)
+        rows = []
+        for position, index in enumerate(indices):
+            entries = [batch[column][position] for column in self._columns]
+            place = f"Row {index} of the stream" + (
+                f" (`{self._id_column}` {batch[self._id_column][position]!r}):" if self._id_column else ":"
+            )
+            texts, source_ids = self._clean(entries, place, bad)
+            if not self._is_usable(texts, source_ids):
+                bad.add("too_few_texts", place, "the image has no two distinct captions to draw from")
+            elif (label := self._label(batch, position, index, texts, place, bad)) is not None:
+                rows.append((label, texts, source_ids))
+        pairs = self._pairs(rows)
+        bad.report.rows_read, bad.report.rows_kept = len(indices), len(rows)
+        bad.report.texts_kept = sum(len(texts) for _, texts, _ in rows)
+        self._count(bad.report)
+        return pairs
+
+    def _clean(self, entries: Sequence[Any], place: str, bad: BadRows) -> tuple[list[str], list[int]]:
+        texts, source_ids = [], []
+        for source, entry in enumerate(entries):
+            for text in entry if isinstance(entry, (list, tuple)) else [entry]:
+                if problem := text_problem(text):
+                    bad.add("bad_texts", place, f"a caption in column `{self._columns[source]}` {problem}")
+                else:
+                    texts.append(text)
+                    source_ids.append(source)
+        return texts, source_ids
+
+    def _is_usable(self, texts: list[str], source_ids: list[int]) -> bool:
+        if self._sides is not None:
+            return bool(side_pairs(texts, source_ids, self._sides))
+        return len(set(texts)) > 1
+
+    def _label(
+        self, batch: Mapping[str, Sequence[Any]], position: int, index: int, texts: list[str], place: str, bad: BadRows
+    ) -> int | None:
+        if self._id_from_content:
+            return _hash("\0".join(texts))
+        if self._id_column is None:
+            return index
+        value = batch[self._id_column][position]
+        if isinstance(value, str) and value:
+            return _hash(value)
+        if isinstance(value, int) and 0 <= value <= _ID_BITS:
+            return value
+        bad.add("bad_rows", place, "the id is neither a non-empty string nor an integer from 0 to 2**63 - 1")
+        return None
+
+    def _pairs(self, rows: Sequence[tuple[int, list[str], list[int]]]) -> dict[str, list[Any]]:
+        labels = [label for label, _, _ in rows]
+        bits = pair_bits(self._seed, int(self.epoch), np.array(labels, dtype=np.int64))
+        pairs: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": labels}
+        for (_, texts, source_ids), *row_bits in zip(rows, *bits):
+            anchor, positive, _ = draw_pair(texts, source_ids, self._sides, *row_bits)
+            pairs["anchor"].append(anchor)
+            pairs["positive"].append(positive)
+        return pairs
+
+    def _count(self, report: LoadReport) -> None:
+        worker = torch.utils.data.get_worker_info()
+        slot = self.counts[(0 if worker is None else worker.id + 1) % _WORKER_SLOTS]
+        had_bad = bool(slot[_COUNTERS.index("bad_rows") :].any())
+        slot += torch.tensor([getattr(report, name) for name in _COUNTERS])
+        if report.num_bad and not had_bad:
+            logger.warning(
+                "Bad rows are left out of the caption stream; its `report` counts them. First: %s",
+                " | ".join(report.examples),
+            )
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & _ID_BITS

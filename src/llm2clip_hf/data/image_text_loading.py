@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Images with captions from folders, tables, parquet files, Hub data sets and `datasets.Dataset`, checked in advance.
+
+(1) Open the source: rows with a path column, or a `datasets.Dataset` with an image column. (2) Read captions and paths
+block by block; images are not decoded. (3) Check that every row has a caption and a file, and every file a row. (4)
+Report, and keep the rows that are good.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .caption_columns import check_columns, describe_kinds, resolve_caption_columns
+from .caption_loading import good_blocks, open_text_source
+from .captions import CaptionTable
+from .image_text import ImageTextDataset
+from .images import ImageSource
+from .load_report import BadRows, LoadReport, Places, describe_place, text_problem
+from .transforms import ImageTransform
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .text_columns import TextColumn
+    from .text_sources import Block, TextSource
+
+
+__all__ = ["ImageTextTable", "load_image_text"]
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_ROWS_PER_CHECK = 1024
+PATH_COLUMN = "file_name"  # of the image folders of `datasets`
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass
+class ImageTextTable:
+    """
+    Images and captions of the same rows.
+
+    Args:
+        images: undecoded images, one per row: paths, or `{"bytes": ..., "path": ...}`.
+        captions (`CaptionTable`): their captions.
+        keys (`list[str]`, *optional*): one key per row, for `embed_captions`; the file names where there are files.
+        report (`LoadReport`): rows and captions that were read and left out.
+
+    Example:
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> from llm2clip_hf.data import CenterCropTransform, load_image_text
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> Image.new("RGB", (9, 7)).save(folder / "a.png")
+    >>> _ = (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a cat"}')
+    >>> table = load_image_text(folder)
+    >>> table.keys, table.dataset(transform=CenterCropTransform(8))[0]["text"]
+    (['a.png'], 'a cat')
+    """
+
+    images: ImageSource
+    captions: CaptionTable
+    keys: list[str] | None
+    report: LoadReport
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def dataset(self, *, transform: ImageTransform, **options: Any) -> ImageTextDataset:
+        """An `ImageTextDataset` of these rows; `options` are its further arguments, such as `store`."""
+        return ImageTextDataset(self.images, self.captions, transform=transform, **options)
+
+
+def load_image_text(
+    source: Any,
+    *,
+    image_column: str | None = None,
+    caption_columns: str | Sequence[str] | Mapping[str, str] | None = None,
+    image_root: str | Path | None = None,
+    key_column: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    on_bad_row: str = "error",
+) -> ImageTextTable:
+    """
+    Images with captions; images stay undecoded and, in a `Dataset`, on disk.
+
+    Args:
+        source:
+            A folder of images with a `metadata.jsonl`, `.csv` or `.parquet` (the image folder of `datasets`); a
+            `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file with a column of image paths; parquet files, a folder
+            or a pattern of them, with an image column; a folder written by `Dataset.save_to_disk`; a
+            `datasets.Dataset` or `DatasetDict`; or the name of a Hub data set.
+        image_column (`str`, *optional*):
+            Column of images or of paths. By default `file_name`, or the only column of images. Rows with the same
+            path become one image with the captions of all of them, at the place of the first.
+        caption_columns (*optional*): caption columns, found or named as by `columns` of `load_captions`.
+        image_root (`str` or `Path`, *optional*): folder that paths are relative to; that of the table by default.
+        key_column (`str`, *optional*): column of keys. Without it the keys of rows with paths are the paths.
+        split (`str`, defaults to `"train"`): split of a Hub data set, a `DatasetDict` or a folder.
+        subset (`str`, *optional*): configuration of a Hub data set.
+        on_bad_row (`str`, defaults to `"error"`):
+            `"error"` raises at the first row that cannot be read, whose image is missing, which has no caption or a
+            null or empty one, and at the first image in a folder that the metadata does not name. `"skip"` leaves them
+            out, counts them, and logs one warning.
+
+    Returns:
+        `ImageTextTable`; its `dataset(transform=...)` makes the data set.
+
+    Raises:
+        ValueError: if the columns cannot be told, no row is left, or, with `on_bad_row="error"`, a row is bad; the
+            message names row and file.
+    """
+    bad = BadRows(on_bad_row)
+    # Step (1)
+    dataset = _open_dataset(source, image_column, split, subset)
+    root, metadata = _folder_of(source, image_root)
+    sources = open_text_source(metadata if dataset is None else dataset, split, subset)
+    kinds = sources[0].kinds
+    column = image_column or (PATH_COLUMN if dataset is None else _image_columns(dataset)[0])
+    if column not in kinds:
+        raise ValueError(
+            f"`{source}` has no column `{column}`; it has {describe_kinds(kinds)}. Name the column of images or of "
+            "paths with `image_column`."
+        )
+    chosen = resolve_caption_columns(
+        caption_columns, {name: kind for name, kind in kinds.items() if name != column}, sources[0].name
+    )
+
+    # Step (2)
+    extra = ([column] if dataset is None else []) + ([key_column] if key_column else [])
+    check_columns(extra, kinds, sources[0].name)
+    places: Places | _PlacesOf
+    texts, places = _read(sources, list(chosen.values()), extra, bad)
+    if dataset is None:
+        texts, places = _merge_rows(texts, len(chosen), places)
+    paths = list(texts[len(chosen)]) if dataset is None else None
+    keys = list(texts[-1]) if key_column else paths
+
+    # Step (3)
+    keep = _has_caption(texts[: len(chosen)], places, bad)
+    if paths is not None:
+        keep &= _has_file(paths, root, places, bad)
+        if metadata != source:
+            _check_unnamed_images(paths, root, Path(metadata).name, bad)
+    elif dataset is not None:
+        keep &= _has_image(dataset, column, places, bad)
+    if key_column is not None and keys is not None:
+        keep &= _has_key(keys, places, bad)
+    if not keep.any():
+        raise ValueError(f"No row is left of {len(keep)} rows of `{source}`. First problems: {bad.report.examples}.")
+
+    # Step (4)
+    kept = np.flatnonzero(keep)
+    images: Any
+    if dataset is not None:
+        images = _ImageColumn(dataset if keep.all() else dataset.select(kept), column)
+    else:
+        images = _PathColumn(root, texts[len(chosen)].filter(keep))
+    table = CaptionTable({name: texts[k].filter(keep) for k, name in enumerate(chosen)})
+    bad.report.rows_kept, bad.report.texts_kept = len(table), table.num_captions
+    bad.report.log(f"`{source}`" if isinstance(source, (str, Path)) else "the image-text table")
+    return ImageTextTable(images, table, None if keys is None else [keys[row] for row in kept.tolist()], bad.report)
+
+
+class _ImageColumn(Sequence[Any]):
+    """The undecoded images of a `datasets.Dataset`; one row is read per access."""
+
+    def __init__(self, dataset: "datasets.Dataset", column: str) -> None:
+        from datasets import Image
+
+        rows = dataset.select_columns([column])
+        self._rows = rows.cast_column(column, Image(decode=False)) if column in _image_features(dataset) else rows
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._rows[row][self._column]
+
+
+class _PathColumn(Sequence[Any]):
+    """Paths below a folder, as compact as the column they come from."""
+
+    def __init__(self, root: Path, names: "TextColumn") -> None:
+        self._root, self._names = str(root), names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return _PathColumn(Path(self._root), self._names[row])
+        return os.path.join(self._root, self._names[row])
+
+
+# ----------------------------------------------------------------------------------------------------------- sources
+
+
+def _open_dataset(source: Any, image_column: str | None, split: str, subset: str | None) -> "datasets.Dataset | None":
+    """The source as a `Dataset` with an image column; None for a table with paths."""
+    try:
+        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    except ImportError as error:
+        raise ImportError("Loading needs `datasets`. Install it with `pip install llm2clip-hf[train]`.") from error
+    dataset = source
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = load_from_disk(str(path))
+        elif files := _parquet_files(path):
+            dataset = Dataset.from_parquet([str(file) for file in files])
+        elif path.exists() or path.suffix or str(source).count("/") > 1 or set(str(source)) & set("*?["):
+            return None
+        else:
+            dataset = load_dataset(str(source), subset, split=split)
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"There is no split {split!r}; the data set has {sorted(dataset)}.")
+        dataset = dataset[split]
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`source` is a {type(source).__name__}. Pass a path, the name of a Hub data set, or a `datasets.Dataset`."
+        )
+    if isinstance(source, (str, Path)) and not _image_columns(dataset):
+        return None  # parquet files with paths
+    columns = [image_column] if image_column else _image_columns(dataset)
+    if len(columns) != 1:
+        raise ValueError(
+            f"The data set has {len(columns)} image columns {columns} among {dataset.column_names}. Name one with "
+            "`image_column`."
+        )
+    return dataset
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    if path.is_dir() and not any((path / name).is_file() for name in METADATA_FILES):
+        return sorted(path.rglob("*.parquet"))
+    if path.suffix == ".parquet" and path.name not in METADATA_FILES:
+        return [path] if path.is_file() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    return []
+
+
+def _image_features(dataset: "datasets.Dataset") -> list[str]:
+    from datasets import Image
+
+    return [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+
+
+def _image_columns(dataset: "datasets.Dataset") -> list[str]:
+    """Image features, and what is one in a parquet file without the features of `datasets`: bytes with a path."""
+    plain = [name for name, feature in dataset.features.items() if _holds_bytes(feature)]
+    return [*_image_features(dataset), *plain]
+
+
+def _holds_bytes(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _folder_of(source: Any, image_root: str | Path | None) -> tuple[Path, Any]:
+    """The folder that paths are relative to, and the table with the paths."""
+    if not isinstance(source, (str, Path)):
+        return Path(image_root or "."), source
+    path = Path(source)
+    metadata: Any = source
+    if path.is_dir():
+        metadata = next((path / name for name in METADATA_FILES if (path / name).is_file()), source)
+        if metadata == source and not any(path.rglob("*.parquet")) and not (path / "dataset_info.json").is_file():
+            raise ValueError(
+                f"The folder `{path}` has none of {list(METADATA_FILES)} with the captions, and no parquet file."
+            )
+    folder = path if path.is_dir() else path.parent
+    root = Path(image_root) if image_root is not None else folder
+    if not root.is_dir():
+        raise ValueError(f"`image_root` `{root}` is no folder. Give the folder that the image paths are relative to.")
+    return root, metadata
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _read(
+    sources: "list[TextSource]", caption_columns: list[str], name_columns: list[str], bad: BadRows
+) -> "tuple[list[TextColumn], Places]":
+    """Captions without the bad ones, `[]` where none is left; paths and keys, empty where one is bad."""
+    from .text_columns import TextColumn, texts_to_array
+
+    columns = caption_columns + name_columns
+    chunks: list[list[Any]] = [[] for _ in columns]
+    places = Places()
+    for block in good_blocks(sources, columns, bad):
+        for k, column in enumerate(columns):
+            rows = [_clean(value, column, block, number, bad) for number, value in _values(block, column)]
+            if k >= len(caption_columns):
+                rows = [value if isinstance(value, str) else "" for value in rows]
+            chunks[k].append(texts_to_array(rows))
+        places.append(block.file, block.unit, block.numbers)
+    return [TextColumn(chunk) for chunk in chunks], places
+
+
+class _PlacesOf:
+    """Where the rows that others were merged into stood."""
+
+    def __init__(self, places: Places, rows: np.ndarray) -> None:
+        self._places, self._rows = places, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def describe(self, row: int) -> str:
+        return self._places.describe(int(self._rows[row]))
+
+
+def _merge_rows(
+    texts: "list[TextColumn]", num_captions: int, places: Places
+) -> "tuple[list[TextColumn], Places | _PlacesOf]":
+    """Rows of equal path as one; the path is the column after the captions."""
+    numbers: dict[Any, int] = {}
+    codes = [numbers.setdefault(path or row, len(numbers)) for row, path in enumerate(texts[num_captions])]
+    if len(numbers) == len(codes):
+        return texts, places
+    order, sizes = np.argsort(codes, kind="stable"), np.bincount(codes)
+    first_rows = order[np.concatenate([[0], np.cumsum(sizes)[:-1]])]
+    is_first = np.zeros(len(codes), dtype=bool)
+    is_first[first_rows] = True
+    captions = [column.group(order, sizes) for column in texts[:num_captions]]
+    return captions + [column.filter(is_first) for column in texts[num_captions:]], _PlacesOf(places, first_rows)
+
+
+def _values(block: "Block", column: str) -> Iterator[tuple[int, Any]]:
+    from .text_columns import to_python
+
+    values = block.columns[column]
+    return zip(block.numbers, values if isinstance(values, list) else to_python(values))
+
+
+def _clean(value: Any, column: str, block: "Block", number: int, bad: BadRows) -> Any:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    problems = [text_problem(text) for text in texts]
+    if not any(problems):
+        return value
+    where = describe_place(block.file, block.unit, number)
+    for text, problem in zip(texts, problems):
+        if problem:
+            bad.add("bad_texts", where, f"a text in column `{column}` {problem}: {str(text)[:60]!r}")
+    return [text for text, problem in zip(texts, problems) if not problem]
+
+
+def _has_caption(texts: "Sequence[TextColumn]", places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:
+    keep = sum((column.lengths() for column in texts), np.zeros(len(places), dtype=np.int64)) > 0
+    for row in np.flatnonzero(~keep).tolist():
+        bad.add("too_few_texts", places.describe(row), "the image has no caption")
+    return keep
+
+
+def _has_file(paths: list[str], root: Path, places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:
+    keep = np.ones(len(paths), dtype=bool)
+    for row, name in enumerate(paths):
+        keep[row] = name != "" and os.path.isfile(os.path.join(root, name))
+        if not keep[row]:
+            problem = "has no image path" if not name else f"the image `{os.path.join(root, name)}` does not exist"
+            bad.add("bad_rows", places.describe(row), problem)
+    return keep
+
+
+def _has_image(dataset: "datasets.Dataset", column: str, places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:
+    """Whether each row has bytes or the path of a file; from Arrow, so that no bytes are copied."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    keep = np.ones(len(dataset), dtype=bool)
+    table = dataset.select_columns([column]).with_format("arrow")
+    for start in range(0, len(dataset), _ROWS_PER_CHECK):
+        values = table[start : start + _ROWS_PER_CHECK][column].combine_chunks()
+        present = pc.is_valid(values)
+        if pa.types.is_struct(values.type):
+            names = [field.name for field in values.type]
+            nothing = pa.nulls(len(values))
+            contents = pc.struct_field(values, "bytes") if "bytes" in names else nothing
+            paths = (pc.struct_field(values, "path") if "path" in names else nothing).to_pylist()
+            has_bytes = pc.and_(present, pc.is_valid(contents)).to_pylist()
+            found = [has or (path is not None and _may_exist(path)) for has, path in zip(has_bytes, paths)]
+        else:
+            found = present.to_pylist()
+        keep[start : start + len(found)] = found
+    for row in np.flatnonzero(~keep).tolist():
+        bad.add("bad_rows", places.describe(row), f"there is no image in column `{column}`")
+    return keep
+
+
+def _may_exist(path: str) -> bool:
+    # An address is left to the reader.
+    return "://" in path or os.path.isfile(path)
+
+
+def _has_key(keys: list[str], places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:
+    keep, seen = np.ones(len(keys), dtype=bool), set[str]()
+    for row, key in enumerate(keys):
+        if not key:
+            # Reported when it was read.
+            keep[row] = False
+        elif key in seen:
+            bad.add("bad_rows", places.describe(row), f"the key {key!r} occurs before")
+            keep[row] = False
+        else:
+            seen.add(key)
+    return keep
+
+
+def _check_unnamed_images(paths: list[str], root: Path, metadata: str, bad: BadRows) -> None:
+    named = {os.path.normpath(os.path.join(root, name)) for name in paths if name}
+    for folder, _, files in os.walk(root):
+        for file in sorted(files):
+            path = os.path.normpath(os.path.join(folder, file))
+            if file.lower().endswith(_IMAGE_ENDINGS) and not file.startswith(".") and path not in named:
+                bad.add("bad_rows", f"`{path}`:", f"the image has no row in `{metadata}`")

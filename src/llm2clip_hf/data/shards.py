@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Shards of image-text samples: webdataset tar files, parquet files, and the shards of a streaming `datasets` data set.
+
+A shard is read in order. `read(wanted)` returns the samples at the wanted positions and passes over the others without
+decoding, or, in tar files, without even reading them.
+"""
+
+import glob
+import io
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .tar_members import Member, iterate_members, open_archive, read_member
+
+
+__all__ = ["DatasetShard", "ParquetShard", "RawSample", "Shard", "TarShard", "expand_shard_paths"]
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_PARQUET_ROWS = 64  # rows decoded at once; an image row is large
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+class RawSample(NamedTuple):
+    """
+    One sample as it lies in its shard.
+
+    Attributes:
+        position (`int`): number of the sample in its shard.
+        key (`str`): its `__key__`.
+        image: undecoded image, or `None` where it is missing.
+        captions (`dict[str, list[str]]`): captions per source.
+        problem (`str`): why the sample cannot be used; empty for a good one.
+    """
+
+    position: int
+    key: str
+    image: Any
+    captions: dict[str, list[str]]
+    problem: str = ""
+
+
+class Shard(Protocol):
+    """What the stream needs of a shard."""
+
+    name: str
+
+    def count(self, damages: list[str] | None = None) -> int:
+        """Number of samples, damaged ones included; see `TarShard.count`."""
+
+    def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
+        """The samples at the ascending positions `wanted`."""
+
+
+class TarShard:
+    """
+    A tar file in the webdataset layout: the members of a sample follow each other and share their name up to the dot.
+
+    Args:
+        path (`Path`): plain tar file, not compressed.
+        fields (`dict[str, str]`): per source the member that holds its captions: an extension such as `"txt"`, or
+            `"json.<name>"` for an entry of the JSON member.
+    """
+
+    def __init__(self, path: Path, fields: dict[str, str]) -> None:
+        self.path, self.name, self.fields = path, str(path), fields
+
+    def count(self, damages: list[str] | None = None) -> int:
+        """
+        Number of samples, from the headers alone.
+
+        Args:
+            damages (`list[str]`, *optional*):
+                With a list, a damaged file counts as far as it can be read and its message is appended.
+
+        Raises:
+            ValueError: for a damaged file, without `damages`.
+        """
+        count = 0
+        try:
+            for _ in self._samples(range(0)):
+                count += 1
+        except ValueError as error:
+            if damages is None:
+                raise
+            damages.append(str(error))
+        return count
+
+    def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
+        """The samples at the ascending positions `wanted`."""
+        if not len(wanted):
+            return
+        remaining = len(wanted)
+        for sample in self._samples(wanted):
+            if sample is not None:
+                remaining -= 1
+                yield sample
+            if not remaining:
+                return
+
+    def _samples(self, wanted: Sequence[int]) -> Iterator[RawSample | None]:
+        """Every sample in order; None for those that are not wanted."""
+        chosen, seen = set(wanted), set[str]()
+        try:
+            with open_archive(self.path) as file:
+                for position, (key, group) in enumerate(itertools.groupby(_named(file), key=lambda named: named[0])):
+                    repeated, parts = key in seen, [(extension, member) for _, extension, member in group]
+                    seen.add(key)
+                    yield self._sample(file, position, key, parts, repeated) if position in chosen else None
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(
+                f"Shard `{self.path}` cannot be read: {error}. Download or write it again, as a plain tar file."
+            ) from error
+
+    def _sample(
+        self,
+        file: io.FileIO,
+        position: int,
+        key: str,
+        parts: list[tuple[str, Member]],
+        repeated: bool,
+    ) -> RawSample:
+        extensions = [extension for extension, _ in parts]
+        images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
+        problem = ""
+        if repeated:
+            problem = "its key occurs before in the shard, so its members do not follow each other"
+        elif len(images) != 1:
+            problem = f"it has {len(images)} images among its members {extensions}, expected one"
+        elif len(set(extensions)) < len(extensions):
+            problem = f"its members {extensions} repeat an extension"
+        if problem:
+            return RawSample(position, key, None, {}, problem)
+        needed = {images[0], *(field.partition(".")[0] for field in self.fields.values())}
+        contents = {extension: read_member(file, member) for extension, member in parts if extension in needed}
+        captions, problem = _captions_of_members(contents, self.fields)
+        return RawSample(position, key, contents[images[0]], captions, problem)
+
+
+class ParquetShard:
+    """
+    A parquet file with an image column, of `{"bytes": ..., "path": ...}` or of bytes.
+
+    Args:
+        path (`Path`): parquet file.
+        fields (`dict[str, str]`): per source the column that holds its captions, or `"<column>.<entry>"`.
+        image_column, key_column (`str`): column of images, and of keys; without keys a sample is called
+            `"<file>:<row>"`.
+    """
+
+    def __init__(self, path: Path, fields: dict[str, str], image_column: str, key_column: str | None) -> None:
+        self.path, self.name, self.fields = path, str(path), fields
+        self.image_column, self.key_column = image_column, key_column
+
+    def count(self, damages: list[str] | None = None) -> int:
+        """Number of rows, from the file's metadata; a file without its metadata cannot be read at all."""
+        try:
+            with self._open() as file:
+                return int(file.metadata.num_rows)
+        except ValueError as error:
+            if damages is None:
+                raise
+            damages.append(str(error))
+            return 0
+
+    def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
+        """The rows at the ascending positions `wanted`."""
+        positions = np.asarray(wanted, dtype=np.int64)
+        columns = columns_of(self.fields, self.image_column, self.key_column)
+        with self._open() as file:
+            _check_columns(self.name, columns, file.schema_arrow.names)
+            first = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if np.any((positions >= first) & (positions < first + rows)):
+                    yield from self._read_group(file, group, first, columns, positions)
+                first += rows
+
+    def _read_group(
+        self, file: Any, group: int, first: int, columns: list[str], wanted: np.ndarray
+    ) -> Iterator[RawSample]:
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group], columns=columns):
+            chosen = wanted[(wanted >= first) & (wanted < first + batch.num_rows)]
+            for position in chosen.tolist():
+                row = {name: batch.column(name)[position - first].as_py() for name in columns}
+                yield _row_sample(position, row, self.fields, self.image_column, self.key_column, self.path.name)
+            first += batch.num_rows
+
+    def _open(self) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.ParquetFile(self.path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"Shard `{self.path}` cannot be read: {error}. Download or write it again.") from error
+
+
+class DatasetShard:
+    """
+    One shard of a `datasets.IterableDataset`.
+
+    Args:
+        dataset (`datasets.IterableDataset`): the data set, images not decoded.
+        number (`int`): which of its shards.
+        fields, image_column, key_column: as for `ParquetShard`.
+    """
+
+    def __init__(
+        self, dataset: Any, number: int, fields: dict[str, str], image_column: str, key_column: str | None
+    ) -> None:
+        self.dataset, self.number, self.fields = dataset, number, fields
+        self.image_column, self.key_column = image_column, key_column
+        self.name = f"shard {number} of {dataset.num_shards}"
+
+    def count(self, damages: list[str] | None = None) -> int:
+        """Number of rows, by reading one column of captions or keys."""
+        names = [field.partition(".")[0] for field in self.fields.values()] + [self.key_column or self.image_column]
+        return sum(1 for _ in self._rows().select_columns(names[:1]))
+
+    def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
+        """The rows at the ascending positions `wanted`."""
+        if not len(wanted):
+            return
+        first = int(wanted[0])
+        chosen, last = set(np.asarray(wanted).tolist()), int(wanted[-1])
+        columns = columns_of(self.fields, self.image_column, self.key_column)
+        for position, row in enumerate(self._rows().skip(first), start=first):
+            if position == first:
+                _check_columns(self.name, columns, list(row))
+            if position in chosen:
+                yield _row_sample(position, row, self.fields, self.image_column, self.key_column, self.name)
+            if position >= last:
+                return
+
+    def _rows(self) -> Any:
+        return self.dataset.shard(num_shards=self.dataset.num_shards, index=self.number)
+
+
+def columns_of(fields: dict[str, str], image_column: str, key_column: str | None) -> list[str]:
+    """Names of the columns that a sample is made of."""
+    names = [image_column, *(field.partition(".")[0] for field in fields.values())]
+    return list(dict.fromkeys(names + ([key_column] if key_column else [])))
+
+
+def _check_columns(shard: str, wanted: Sequence[str], present: Sequence[str]) -> None:
+    missing = sorted(set(wanted) - set(present))
+    if missing:
+        raise ValueError(
+            f"Shard `{shard}` has no columns {missing}, it has {sorted(present)}. Name the columns in "
+            "`caption_fields`, `image_column` and `key_column`."
+        )
+
+
+def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """
+    The files that brace patterns and globs stand for, in order.
+
+    Args:
+        shards: paths or patterns: `"cc3m/{00000..00287}.tar"`, `"{a,b}/*.parquet"`.
+
+    Returns:
+        `list[Path]`.
+
+    Raises:
+        ValueError: if a pattern matches no file, a file does not exist, or one is named twice.
+    """
+    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    paths = []
+    for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
+        found = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
+        if not found:
+            raise ValueError(f"`{pattern}` matches no file. Check the path or pattern of the shards.")
+        paths += found
+    repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    if repeated:
+        raise ValueError(f"Shards are named twice: {repeated[:3]}. Every shard is read once per epoch.")
+    return paths
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, dots, last = match[1].partition("..")
+    if dots and first.isdigit() and last.isdigit():
+        if int(first) > int(last):
+            raise ValueError(f"`{pattern}` counts downwards. Write the smaller number first.")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise ValueError(f"`{pattern}` has braces that are neither `{{000..287}}` nor `{{a,b}}`.")
+    return [
+        text
+        for choice in choices
+        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def _named(file: io.FileIO) -> Iterator[tuple[str, str, Member]]:
+    """Key, extension and place of every file of an archive that belongs to a sample."""
+    for member in iterate_members(file):
+        folder, slash, base = member.name.rpartition("/")
+        if not base.startswith(".") and "." in base:
+            stem, _, extension = base.partition(".")
+            yield folder + slash + stem, extension.lower(), member
+
+
+def _captions_of_members(contents: dict[str, bytes], fields: dict[str, str]) -> tuple[dict[str, list[str]], str]:
+    captions: dict[str, list[str]] = {}
+    record: dict[str, Any] | None = None
+    for source, field in fields.items():
+        extension, dot, name = field.partition(".")
+        if extension not in contents:
+            captions[source] = []
+            continue
+        value: Any
+        try:
+            if not dot:
+                value = contents[extension].decode("utf-8").strip()
+            else:
+                record = json.loads(contents[extension]) if record is None else record
+                value = record.get(name)
+        except (ValueError, AttributeError) as error:
+            return {}, f"its `{extension}` member cannot be read: {error}"
+        captions[source], problem = caption_list(value, source)
+        if problem:
+            return {}, problem
+    return captions, ""
+
+
+def caption_list(value: Any, source: str) -> tuple[list[str], str]:
+    """The captions in a field, where empty ones count as missing, and what is wrong with it, if anything."""
+    if value is None:
+        return [], ""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) or text is None for text in texts):
+        return [], f"its captions of source `{source}` are {value!r:.80}, expected a string or a list of strings"
+    return [text for text in texts if text and text.strip()], ""
+
+
+def _row_sample(
+    position: int, row: dict[str, Any], fields: dict[str, str], image_column: str, key_column: str | None, shard: str
+) -> RawSample:
+    key = f"{shard}:{position}" if key_column is None else str(row[key_column])
+    captions: dict[str, list[str]] = {}
+    problem = ""
+    for source, column in fields.items():
+        name, dot, entry = column.partition(".")
+        value: Any = row[name]
+        if dot:
+            value = value.get(entry) if isinstance(value, dict) else None
+        captions[source], wrong = caption_list(value, source)
+        problem = problem or wrong
+    image = row.get(image_column)
+    if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
+        problem = problem or f"it has no image in the column `{image_column}`"
+    return RawSample(position, key, image, captions, problem)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns of texts in Arrow memory: as compact as the file, shared by forked workers, sequences to everybody else."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+_ROWS_PER_STEP = 8192
+# A character that is surely no white space; a text without one is looked at in Python.
+_VISIBLE = r"[!-~\pL\pN]"
+
+
+class TextColumn(Sequence[Any]):
+    """
+    A column of texts or of lists of texts, from Arrow arrays that may differ in type (string, list of string, large).
+
+    Args:
+        chunks: arrays of strings or of lists of strings.
+
+    Example:
+    >>> column = TextColumn([pa.array(["a", "b"]), pa.array([["c", "d"]])])
+    >>> column[1], column[2], len(column), column.lengths().tolist()
+    ('b', ['c', 'd'], 3, [1, 1, 2])
+    """
+
+    def __init__(self, chunks: Sequence[pa.Array]) -> None:
+        self._chunks = [chunk for chunk in chunks if len(chunk)]
+        self._starts = [0]
+        for chunk in self._chunks:
+            self._starts.append(self._starts[-1] + len(chunk))
+
+    @classmethod
+    def concat(cls, columns: "Sequence[TextColumn]") -> "TextColumn":
+        """The rows of several columns, one after the other, without a copy."""
+        return cls([chunk for column in columns for chunk in column._chunks])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, row: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> "TextColumn": ...
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            keep = np.zeros(len(self), dtype=bool)
+            keep[row] = True
+            if row.step is not None and row.step < 0:
+                raise ValueError("A column of texts cannot be reversed by a slice. Use a positive step.")
+            return self.filter(keep)
+        if not 0 <= row < len(self):
+            raise IndexError(f"Row {row} is out of range for {len(self)} rows.")
+        chunk = bisect_right(self._starts, row) - 1
+        return self._chunks[chunk][row - self._starts[chunk]].as_py()
+
+    def __iter__(self) -> Iterator[Any]:
+        for chunk in self._chunks:
+            for start in range(0, len(chunk), _ROWS_PER_STEP):
+                yield from chunk.slice(start, _ROWS_PER_STEP).to_pylist()
+
+    def lengths(self) -> np.ndarray:
+        """Number of texts of each row, int64."""
+        if not self._chunks:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate([_lengths(chunk) for chunk in self._chunks])
+
+    def filter(self, keep: np.ndarray) -> "TextColumn":
+        """The rows where `keep` (bool, one per row) is set; chunks that stay whole are shared."""
+        chunks = []
+        for start, chunk in zip(self._starts, self._chunks):
+            mask = keep[start : start + len(chunk)]
+            chunks.append(chunk if mask.all() else chunk.filter(pa.array(mask)))
+        return TextColumn(chunks)
+
+    def group(self, order: np.ndarray, group_sizes: np.ndarray) -> "TextColumn":
+        """
+        Merge rows: the rows in the order `order`, cut into groups; each group becomes one list of texts.
+
+        Args:
+            order (`np.ndarray` of shape `(num_rows,)`, int64): a permutation of the rows.
+            group_sizes (`np.ndarray` of shape `(num_groups,)`, int64): rows of each group, in that order.
+        """
+        # 64-bit offsets: the texts of all rows together may exceed 2 GiB.
+        lists = pa.concat_arrays([_as_large_lists(chunk) for chunk in self._chunks]).take(pa.array(order))
+        ends = np.concatenate([[0], np.cumsum(_lengths(lists))])
+        borders = ends[np.concatenate([[0], np.cumsum(group_sizes)])]
+        return TextColumn([pa.LargeListArray.from_arrays(pa.array(borders, pa.int64()), lists.flatten())])
+
+
+def texts_to_array(rows: Sequence[str | Sequence[str]]) -> pa.Array:
+    """Checked Python rows as one Arrow array: strings if every row is one, otherwise lists."""
+    if all(isinstance(row, str) for row in rows):
+        return pa.array(rows, pa.large_string())
+    return pa.array([[row] if isinstance(row, str) else row for row in rows], pa.large_list(pa.large_string()))
+
+
+def is_surely_clean(column: pa.Array) -> bool:
+    """Whether every text is valid UTF-8 with a visible character; a `False` says that one may not be."""
+    if column.null_count or not _is_texts(column.type):
+        return False
+    texts = column.flatten() if _is_list(column.type) else column
+    if texts.null_count:
+        return False
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return bool(pc.all(pc.match_substring_regex(texts, _VISIBLE), min_count=0).as_py())
+
+
+def to_python(column: pa.Array) -> list[Any]:
+    """The values of a column; texts that are not UTF-8 come as the `bytes` they are."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(column, row) for row in range(len(column))]
+
+
+def column_kind(kind: pa.DataType) -> str:
+    """`"string"`, `"list"` (of strings) or `"other"`."""
+    if _is_list(kind):
+        return "list" if _is_string(kind.value_type) else "other"
+    return "string" if _is_string(kind) else "other"
+
+
+def _value(column: pa.Array, row: int) -> Any:
+    try:
+        return column[row].as_py()
+    except UnicodeDecodeError:
+        binary = pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary()
+        return column.slice(row, 1).cast(binary)[0].as_py()
+
+
+def _as_large_lists(chunk: pa.Array) -> pa.LargeListArray:
+    if _is_list(chunk.type):
+        return chunk.cast(pa.large_list(pa.large_string()))
+    return pa.LargeListArray.from_arrays(
+        pa.array(np.arange(len(chunk) + 1), pa.int64()), chunk.cast(pa.large_string())
+    )
+
+
+def _lengths(chunk: pa.Array) -> np.ndarray:
+    if not _is_list(chunk.type):
+        return np.ones(len(chunk), dtype=np.int64)
+    return pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    return column_kind(kind) != "other"
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Sources of texts: files, folders, Hub data sets, `datasets.Dataset` and plain rows, all read in blocks of rows.
+
+Files are read here rather than through `datasets`, so that a bad row is named by file and line, a broken one can be
+left out, and words such as `NA` or `null` in a CSV file stay words.
+"""
+
+import csv
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from .load_report import describe_place
+from .text_columns import column_kind
+
+
+ROWS_PER_BLOCK = 8192
+_ROWS_TO_LEARN_COLUMNS = 100
+_SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"} | {
+    "dev": "validation",
+    "test": "test",
+}
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLIT_NAMES)})(?=[-_./]|$)")
+
+# A row that could not be read is the text that says why.
+Record = Mapping[str, Any] | str
+Records = Iterator[tuple[int, Record]]
+
+
+@dataclass
+class Block:
+    """
+    Consecutive rows of one source.
+
+    Args:
+        columns: Arrow arrays or lists of Python values, by column name.
+        file: name for messages; empty for a source that is no file.
+        unit: `"line"` or `"row"`, what `numbers` counts.
+        numbers: line or row number of each row.
+        broken: number and problem of the rows that could not be read; they are not among the others.
+    """
+
+    columns: dict[str, Any]
+    file: str
+    unit: str
+    numbers: Sequence[int]
+    broken: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass
+class TextSource:
+    """
+    One table of rows.
+
+    Args:
+        name: for messages.
+        kinds: `"string"`, `"list"` or `"other"` by column name.
+        blocks: reads the named columns, block by block.
+    """
+
+    name: str
+    kinds: dict[str, str]
+    blocks: Callable[[Sequence[str]], Iterator[Block]]
+
+
+def open_source(source: Any, split: str = "train", subset: str | None = None) -> list[TextSource]:
+    """
+    The tables behind a source; several if it is a folder or a pattern of several files.
+
+    Args:
+        source: path to a `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` (each also with `.gz`) or `.parquet` file, to a
+            folder of such files of one kind or of `Dataset.save_to_disk`, or a pattern such as `data/part-*.jsonl`;
+            the name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping of columns; or a sequence of
+            rows (mappings).
+        split (`str`): split of a Hub data set, a `DatasetDict`, or a folder whose file names say their split.
+        subset (`str`, *optional*): configuration of a Hub data set.
+
+    Raises:
+        ValueError: if the source cannot be understood, or has no row.
+    """
+    if isinstance(source, (str, Path)):
+        return _open_name(source, split, subset)
+    if isinstance(source, DatasetDict):
+        source = _split_of(source, split)
+    if isinstance(source, Dataset):
+        return [_dataset_source(source)]
+    if isinstance(source, Mapping):
+        return [_record_source("", "row", _rows_of_columns(source))]
+    if isinstance(source, Sequence):
+        return [_record_source("", "row", lambda: enumerate(_checked_rows(source)))]
+    raise ValueError(
+        f"`source` is a {type(source).__name__}. Pass a path, the name of a Hub data set, a `datasets.Dataset`, a "
+        "mapping of columns, or a sequence of rows."
+    )
+
+
+def _open_name(source: str | Path, split: str, subset: str | None) -> list[TextSource]:
+    path = Path(source)
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return open_source(load_from_disk(str(path)), split)
+        files = [file for file in sorted(path.rglob("*")) if _format_of(file) and not _is_hidden(file, path)]
+        files = _files_of_split(_without_notes(files), path, split)
+    elif path.is_file():
+        if not _format_of(path):
+            raise ValueError(f"`{path}` has none of the known endings {sorted(_READERS)} (or these with `.gz`).")
+        files = [path]
+    elif set(str(source)) & set("*?["):
+        anchor = Path(path.anchor)
+        files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+        if not files:
+            raise ValueError(f"No file matches the pattern `{source}`.")
+    elif _format_of(path) or path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise ValueError(f"There is no file or folder `{source}`.")
+    else:
+        loaded = load_dataset(str(source), subset, split=split)
+        return [_dataset_source(loaded, f"{source}, split {split}")]
+    formats = {_format_of(file) for file in files}
+    if len(formats) > 1 or "" in formats:
+        raise ValueError(
+            f"`{source}` mixes files of the kinds {sorted(formats)}: {[file.name for file in files[:5]]}. Pass one "
+            "kind, for example by a pattern such as `folder/*.parquet`."
+        )
+    return [_READERS[_format_of(file)](file) for file in files]
+
+
+def _without_notes(files: list[Path]) -> list[Path]:
+    """Text and JSON files that describe the data beside them are no data."""
+    files = [file for file in files if file.name != "dataset_infos.json"]
+    tables = [file for file in files if _format_of(file) != ".txt"]
+    return tables or files
+
+
+def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    if not files:
+        raise ValueError(f"The folder `{folder}` has no file that ends in one of {sorted(_READERS)}.")
+    split_of = {}
+    for file in files:
+        names = _SPLIT_IN_NAME.findall(file.relative_to(folder).as_posix())
+        split_of[file] = _SPLIT_NAMES[names[-1]] if names else None
+    if not any(split_of.values()):
+        return files
+    # Training on the test files of a folder must never happen by accident.
+    chosen = [file for file in files if split_of[file] == _SPLIT_NAMES.get(split, split)]
+    if not chosen:
+        found = sorted({name for name in split_of.values() if name})
+        raise ValueError(f"The folder `{folder}` has files of the splits {found}, none of the split {split!r}.")
+    return chosen
+
+
+def _split_of(source: DatasetDict, split: str) -> Dataset:
+    if split not in source:
+        raise ValueError(f"There is no split {split!r}; the data set has {sorted(source)}. Choose one with `split`.")
+    return source[split]
+
+
+def _format_of(file: Path) -> str:
+    name = file.name.lower().removesuffix(".gz")
+    ending = name[name.rfind(".") :] if "." in name else ""
+    return ending if ending in _READERS and not (ending == ".parquet" and file.suffix == ".gz") else ""
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- Arrow
+
+
+def _dataset_source(dataset: Dataset, name: str = "") -> TextSource:
+    kinds = {column.name: column_kind(column.type) for column in dataset.features.arrow_schema}
+
+    def blocks(columns: Sequence[str]) -> Iterator[Block]:
+        # Slices of a memory-mapped table are views; only a shuffled or selected data set is gathered, block by block.
+        rows = dataset.select_columns(list(columns)).with_format("arrow")
+        for start in range(0, len(dataset), ROWS_PER_BLOCK):
+            yield from _arrow_blocks(rows[start : start + ROWS_PER_BLOCK], name, start)
+
+    return TextSource(name, kinds, blocks)
+
+
+def _read_parquet(file: Path) -> TextSource:
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"`{file}` is not a readable parquet file: {error}") from error
+
+    def blocks(columns: Sequence[str]) -> Iterator[Block]:
+        start = 0
+        try:
+            with pq.ParquetFile(file) as reader:
+                for batch in reader.iter_batches(ROWS_PER_BLOCK, columns=list(columns)):
+                    yield from _arrow_blocks(pa.Table.from_batches([batch]), str(file), start)
+                    start += len(batch)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"`{file}` cannot be read after row {start}: {error}.") from error
+
+    return TextSource(str(file), {column.name: column_kind(column.type) for column in schema}, blocks)
+
+
+def _arrow_blocks(table: pa.Table, name: str, start: int) -> Iterator[Block]:
+    batches = table.to_batches()
+    if len(batches) > max(8, len(table) // 64):
+        # Gathered row by row: put together. Larger pieces stay where they are, which may be a memory-mapped file.
+        batches = table.combine_chunks().to_batches()
+    for batch in batches:
+        columns = dict(zip(batch.schema.names, batch.columns))
+        yield Block(columns, name, "row", range(start, start + len(batch)))
+        start += len(batch)
+
+
+# ----------------------------------------------------------------------------------------------------------- records
+
+
+def _record_source(name: str, unit: str, open_records: Callable[[], Records]) -> TextSource:
+    def read() -> Records:
+        try:
+            yield from open_records()
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"`{name}` cannot be read to its end: {error}.") from error
+
+    kinds: dict[str, str] = {}
+    for _, record in itertools.islice(read(), _ROWS_TO_LEARN_COLUMNS):
+        for key, value in {} if isinstance(record, str) else record.items():
+            if kinds.get(key, "other") == "other":
+                kinds[key] = _kind_of(value)
+
+    def blocks(columns: Sequence[str]) -> Iterator[Block]:
+        numbered = read()
+        while rows := list(itertools.islice(numbered, ROWS_PER_BLOCK)):
+            good = [(number, row) for number, row in rows if not isinstance(row, str)]
+            broken = [(number, row) for number, row in rows if isinstance(row, str)]
+            values = {column: [row.get(column) for _, row in good] for column in columns}
+            yield Block(values, name, unit, [number for number, _ in good], broken)
+
+    return TextSource(name, kinds, blocks)
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, str):
+        return "string"
+    is_texts = isinstance(value, (list, tuple)) and all(isinstance(text, str) or text is None for text in value)
+    return "list" if is_texts else "other"
+
+
+def _checked_rows(rows: Sequence[Any]) -> Iterator[Record]:
+    for row in rows:
+        if isinstance(row, Mapping):
+            yield row
+        elif isinstance(row, str) or (isinstance(row, Sequence) and not isinstance(row, bytes)):
+            yield {"captions": row}
+        else:
+            yield f"is a {type(row).__name__}, not a mapping from column to text"
+
+
+def _rows_of_columns(columns: Mapping[str, Sequence[Any]]) -> Callable[[], Records]:
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"All columns need the same number of rows, got {lengths}.")
+    return lambda: enumerate(dict(zip(columns, row)) for row in zip(*columns.values()))
+
+
+def _open_bytes(file: Path) -> IO[bytes]:
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def _read_lines(file: Path) -> TextSource:
+    def records() -> Records:
+        with _open_bytes(file) as stream:
+            for number, line in enumerate(stream, 1):
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                try:
+                    yield number, {"text": text.decode("utf-8").rstrip("\r\n")}
+                except UnicodeDecodeError as error:
+                    yield number, _undecodable(error)
+
+    return _record_source(str(file), "line", records)
+
+
+def _undecodable(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})"
+
+
+def _read_json_lines(file: Path) -> TextSource:
+    def records() -> Records:
+        with _open_bytes(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, _parse_json_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+
+    return _record_source(str(file), "line", records)
+
+
+def _parse_json_line(line: bytes) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _undecodable(error)
+    except ValueError as error:
+        return f"is not JSON ({error})"
+    return record if isinstance(record, dict) else f"is a JSON {type(record).__name__}, not an object"
+
+
+def _read_json(file: Path) -> TextSource:
+    with _open_bytes(file) as stream:
+        # Undecodable bytes become lone surrogates, which the check of the single texts refuses with their row.
+        content = stream.read().decode("utf-8-sig", errors="surrogateescape").strip()
+    try:
+        loaded = json.loads(content)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return _read_json_lines(file)  # `Dataset.to_json` writes JSON lines under this ending
+        raise ValueError(f"`{file}` is not a JSON file: {error}.") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("annotations"), list):
+        loaded = loaded["annotations"]  # the form of COCO's caption files
+    elif isinstance(loaded, dict) and "\n" not in content:
+        return _read_json_lines(file)
+    if not isinstance(loaded, list):
+        raise ValueError(f"`{file}` holds a JSON {type(loaded).__name__}. Expected a list with one object per row.")
+    return _record_source(str(file), "row", lambda: enumerate(_checked_rows(loaded)))
+
+
+def _read_csv(file: Path) -> TextSource:
+    delimiter = "\t" if _format_of(file) == ".tsv" else ","
+
+    def records() -> Records:
+        # Undecodable bytes come as lone surrogates, which no valid file can hold, so they mark their row.
+        with _open_bytes(file) as stream:
+            lines = (line.decode("utf-8", errors="surrogateescape") for line in stream)
+            reader = csv.reader(_without_mark(lines), delimiter=delimiter)
+            try:
+                header = next(reader, [])
+                if len(set(header)) < len(header) or not header:
+                    raise ValueError(f"`{file}` needs a first line with one distinct name per column, got {header}.")
+                start = reader.line_num + 1
+                for row in reader:
+                    if row:
+                        yield start, _csv_record(header, row)
+                    start = reader.line_num + 1
+            except csv.Error as error:
+                where = describe_place(str(file), "line", reader.line_num)
+                raise ValueError(f"{where} the file cannot be read as CSV from here on: {error}.") from error
+
+    return _record_source(str(file), "line", records)
+
+
+def _without_mark(lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines):
+        yield line.removeprefix("\ufeff") if number == 0 else line
+
+
+def _csv_record(header: Sequence[str], row: Sequence[str]) -> Record:
+    if len(row) != len(header):
+        return f"has {len(row)} fields, the header has {len(header)}"
+    if not all(map(str.isascii, row)):
+        try:
+            "".join(row).encode()
+        except UnicodeEncodeError:
+            return "is not UTF-8"
+    return dict(zip(header, row))
+
+
+_READERS: dict[str, Callable[[Path], TextSource]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_lines,
+}
