@@ -24,7 +24,7 @@ from llm2clip_hf.training import (
     CaptionContrastiveTrainingArguments,
     build_caption_encoder,
 )
-from llm2clip_hf.training.caption_encoder import lora_config, merged_llm
+from llm2clip_hf.training.adapters import lora_config, merged_llm
 from llm2clip_hf.training.caption_pooling import CaptionPooling
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import AutoModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, TrainingArguments
 
 from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.data import CenterCropTransform, ImageTextDataset
@@ -187,13 +187,14 @@ def test_bf16_autocast_keeps_weights_and_embeddings_in_float32(tmp_path, chunk):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_accumulation_is_the_mean_of_the_losses_of_its_micro_batches(tmp_path):
+def test_accumulation_without_its_negatives_is_the_mean_of_the_losses_of_its_micro_batches(tmp_path):
     dataset = Pairs(8)
     model = tiny_models.model("clip", text=None)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = trainer_for(
         model, tmp_path, dataset, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1,
         optim="sgd", max_grad_norm=0.0, weight_decay=0.0, vision_layer_decay=1.0, lr_scheduler_type="constant",
+        accumulate_negatives=False,
     )  # fmt: skip
     batches: list[dict[str, torch.Tensor]] = []
     trainer.data_collator = lambda rows: batches.append(stack(rows)) or batches[-1]
@@ -406,6 +407,11 @@ def test_settings_that_cannot_work_are_refused(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"loss_type": "hinge"}, "`loss_type` must be one of"),
+        ({"train_vision": "some"}, "`train_vision` must be one of 'full', 'lora', 'projection', 'frozen'"),
+        ({"train_text": "some"}, "`train_text` must be one of"),
+        ({"integration": "some"}, "`integration` must be one of"),
+        ({"vision_lora": {"r": 2}}, "`vision_lora` has no effect with `train_vision='full'`"),
+        ({"text_lora": {"r": 2}}, "`text_lora` has no effect"),
         ({"vision_layer_decay": 0.0}, "`vision_layer_decay`"),
         ({"encoder_chunk_size": 0}, "`encoder_chunk_size`"),
         ({"remove_unused_columns": True}, "`remove_unused_columns=True`"),
@@ -424,7 +430,10 @@ def test_defaults_are_the_recipe_of_the_paper(tmp_path):
     assert (args.remove_unused_columns, args.bf16) == (False, False)
 
 
-@pytest.mark.parametrize("name", ["loss_type", "vision_layer_decay", "encoder_chunk_size"])
+OWN_OPTIONS = set(LLM2CLIPTrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", sorted(OWN_OPTIONS))
 def test_help_of_an_option_is_its_docstring(name):
     help_text = LLM2CLIPTrainingArguments.__dataclass_fields__[name].metadata["help"]
     assert " ".join(help_text.split()) in " ".join(LLM2CLIPTrainingArguments.__doc__.split())

@@ -10,17 +10,25 @@ except ModuleNotFoundError as error:
         f"`llm2clip_hf.training` needs `{error.name}`. Install it with `pip install llm2clip-hf[train]`."
     ) from error
 
-from .caption_contrastive import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments
+from .caption_contrastive import CaptionContrastiveTrainer
 from .caption_encoder import CaptionEncoder, build_caption_encoder
+from .caption_training_args import CaptionContrastiveTrainingArguments
+from .clip_text import ClipTextCollator
 from .clip_trainer import LLM2CLIPTrainer
 from .clip_training_args import LLM2CLIPTrainingArguments
+from .lora import merge_lora
+from .mntp import MNTPTrainer, MNTPTrainingArguments
 
 
 __all__ = [
     "CaptionContrastiveTrainer",
     "CaptionContrastiveTrainingArguments",
     "CaptionEncoder",
+    "ClipTextCollator",
     "LLM2CLIPTrainer",
     "LLM2CLIPTrainingArguments",
+    "MNTPTrainer",
+    "MNTPTrainingArguments",
     "build_caption_encoder",
+    "merge_lora",
 ]

@@ -2,25 +2,25 @@
 """Stage 1 of LLM2CLIP: caption-contrastive tuning of an LLM (arXiv 2411.04997, sections 3.1 and 4.1)."""
 
 import logging
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
+from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
+from .adapters import ADAPTER_WEIGHTS, has_adapters, load_adapter_weights
 from .callbacks import EpochCallback
 from .caption_encoder import CaptionEncoder
-from .precision import gpu_supports_bf16
+from .caption_loss import CaptionContrastiveLoss
+from .caption_sources import INSTRUCTION, CaptionCollator, SourceRows, StreamRows, is_map_style, ordered_columns
+from .caption_training_args import CaptionContrastiveTrainingArguments
+from .checkpoints import AtomicCheckpointTrainer
+from .single_source import SingleSourceBatchSampler
 
 
 logger = logging.getLogger(__name__)
@@ -28,89 +28,46 @@ logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "adapter"
 
 
-@dataclass
-class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
-    r"""
-    Arguments of [`CaptionContrastiveTrainer`]: `SentenceTransformerTrainingArguments` with the recipe of the paper.
-
-    Sources: learning rate, warm-up, epoch, bf16 and recomputed activations from section 4.1; scale, batch per device
-    and direction from the released stage-1 configuration. Runs of a few hundred steps want fewer `warmup_steps`, and
-    benefit from `batch_sampler="no_duplicates"`, which keeps identical captions from being each other's negatives.
-
-    Args:
-        scale (`float`, *optional*, defaults to 50.0): Multiplier of the cosine similarities (inverse temperature).
-        symmetric (`bool`, *optional*, defaults to `False`): Whether positives also retrieve their anchors.
-        mini_batch_size (`int`, *optional*): Rows per forward pass, for batches larger than memory.
-
-    Gradient accumulation adds no negatives: use a larger batch with `mini_batch_size` instead.
-    """
-
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate (paper section 4.1)."})
-    warmup_steps: float = field(default=300, metadata={"help": "Steps of linear warm-up (paper section 4.1)."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (paper section 4.1)."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pairs per device (released recipe)."})
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bf16 autocast; by default where the device is a GPU that supports it."}
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations; on unless turned off here or by its newer name."}
-    )
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last, smaller batch, which would have fewer negatives."}
-    )
-    scale: float = field(
-        default=50.0, metadata={"help": "Multiplier of the cosine similarities (inverse temperature)."}
-    )
-    symmetric: bool = field(default=False, metadata={"help": "Whether positives also retrieve their anchors."})
-    mini_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows per forward pass, for batches larger than memory."}
-    )
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"`scale` must be positive, got {self.scale}. The paper's code uses 50.")
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"`mini_batch_size` must be positive or None, got {self.mini_batch_size}.")
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
-        self._recompute_activations_by_default()
-        super().__post_init__()
-
-    def _recompute_activations_by_default(self) -> None:
-        # The option is called `activation_checkpointing` from transformers 5.22 on, which warns about the old name.
-        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, name)]
-        if all(getattr(self, name) is None for name in names):
-            setattr(self, names[0], True)
-
-
-class CaptionContrastiveTrainer(SentenceTransformerTrainer):
+class CaptionContrastiveTrainer(AtomicCheckpointTrainer, SentenceTransformerTrainer):
     r"""
     Trains a caption encoder so that captions of the same image are close and captions of other images are not.
 
-    The loss of a batch of N pairs on one device, W devices, c = cosine: the mean over the device's anchors i of
-    `-log(exp(scale * c(a_i, p_i)) / sum_j exp(scale * c(a_i, p_j)))`, where j runs over the positives (and the hard
-    negatives, if the data have a third column) of all N * W pairs. With `symmetric=True` it is averaged with the same
-    expression with the roles of anchors and positives exchanged. Gradients flow through the gather.
+    The loss is [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]: each anchor picks its positive among the
+    positives and hard negatives of all devices, with captions that are known to be right as well left out.
 
-    Checkpoints hold the adapters (under `adapter/`) and the state of the run; `save_model(path)` writes the finished
-    encoder with LoRA merged, see [`CaptionEncoder`].
+    The training set is one of
+
+    - a map-style source: `__len__`, `__getitem__(row)` and maybe `set_epoch(epoch)`, such as
+      `data.CaptionPairDataset`, which draws two captions of each image anew in every epoch, or a `datasets.Dataset`;
+    - a mapping from names to such sources: every batch, over all devices, then comes from one of them (released
+      stage-1 code; paper section 4.1 mixes captions and text pairs);
+    - a stream (anything else that is iterable, such as `datasets.IterableDataset`): read again and again until
+      `max_steps`; every process reads all of it and tokenises its own rows.
+
+    Rows are dicts of texts `anchor`, `positive`, optionally `negative` (or `negative_1`, `negative_2`, ...), and
+    optionally a whole number `label`, equal for rows of the same image. A source's attribute `instruction` is put
+    before its anchors; it is read and not pooled. The order of rows and batches depends on `seed` and epoch only, so
+    a run that was killed goes on where it was.
+
+    Checkpoints hold the adapters (under `adapter/`) and the state of the run, and appear whole or not at all;
+    `save_model(path)` writes the finished encoder with LoRA merged, see [`CaptionEncoder`].
 
     Args:
         model ([`CaptionEncoder`]): From [`build_caption_encoder`].
         args ([`CaptionContrastiveTrainingArguments`]): The recipe.
-        train_dataset:
-            A `datasets.Dataset` (or `DatasetDict` for single-source batches) with the columns anchor, positive and
-            optionally negatives; or `data.CaptionPairDataset`, which draws two captions of each image anew in every
-            epoch.
-        eval_dataset: Like `train_dataset`, for the loss.
+        train_dataset: See above.
+        eval_dataset: A map-style source or a mapping of them, for the loss; read once, as of epoch 0.
         evaluator: A `SentenceEvaluator` or a list of them, e.g. `evaluation.CaptionRetrievalEvaluator`.
         kwargs: Further arguments of `SentenceTransformerTrainer`.
 
     Raises:
-        ValueError: if the model is not a `CaptionEncoder`, or the data hold less than one batch.
+        ValueError: if the model is not a `CaptionEncoder`; if a data set has missing or unknown columns, or less than
+            one batch; if a stream comes without `max_steps`.
+        FloatingPointError: in training and evaluation, if the loss is not finite; names the step and the rows.
     """
 
     training_args_class = CaptionContrastiveTrainingArguments
+    data_collator_class = CaptionCollator
     args: CaptionContrastiveTrainingArguments
 
     def __init__(
@@ -126,34 +83,154 @@ class CaptionContrastiveTrainer(SentenceTransformerTrainer):
                 f"`model` must be a CaptionEncoder, got {type(model).__name__}. Make one with `build_caption_encoder`."
             )
         self._is_checkpoint = False
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=_as_dataset(train_dataset),
-            eval_dataset=_as_dataset(eval_dataset),
-            **kwargs,
-        )
-        if hasattr(train_dataset, "set_epoch"):
-            self.add_callback(EpochCallback(train_dataset))
+        self._rows, self._stream = _open_training_set(train_dataset)
+        self._sampler: SingleSourceBatchSampler | None = None
+        super().__init__(model=model, args=args, eval_dataset=_evaluation_set(eval_dataset), **kwargs)
+        self.train_dataset = self._rows if self._stream is None else self._stream
+        self._check_run()
+        if isinstance(self.data_collator, CaptionCollator) and isinstance(self.loss, CaptionContrastiveLoss):
+            self.data_collator.with_text_ids = self.loss.mask_false_negatives
+        if self._rows is not None:
+            self.add_callback(EpochCallback(self))
+            sets: list[Any] = [{"name": n, "size": size} for n, size in zip(self._rows.names, self._rows.sizes)]
+            model.model_card_data.train_datasets = sets
+
+    def _check_run(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. "
+                "Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+        if self._stream is not None and self.args.max_steps < 1:
+            raise ValueError(
+                "The training set is a stream, whose length is not known, and `max_steps` is "
+                f"{self.args.max_steps}. Set `max_steps` to the number of steps to train."
+            )
+        if self._stream is not None and self.args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"`dataloader_num_workers` is {self.args.dataloader_num_workers}, but a stream is read by one worker "
+                "per process, in its order. Set it to 0 or 1."
+            )
+        if self._rows is not None and str(getattr(self.args.batch_sampler, "value", "")) != "batch_sampler":
+            raise ValueError(
+                f"`batch_sampler` is {self.args.batch_sampler}, but batches are drawn from one source each. Leave it "
+                "out: `mask_false_negatives` keeps equal captions from being each other's negatives."
+            )
+        sources = [] if self._rows is None else self._rows.sources
+        if any(getattr(source, INSTRUCTION, None) for source in [*sources, self._stream]):
+            if self.args.prompts:
+                raise ValueError("Sources have instructions and `prompts` is set. Leave one of them out.")
+            if not isinstance(self.data_collator, CaptionCollator):
+                raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
 
     def get_default_loss(self, model: Any) -> nn.Module:
-        """In-batch InfoNCE over all devices; with cached gradients if `mini_batch_size` is set."""
-        options: dict[str, Any] = {"scale": self.args.scale, "gather_across_devices": self.args.world_size > 1}
-        if self.args.symmetric:
-            options |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-        if self.args.mini_batch_size is None:
-            return MultipleNegativesRankingLoss(model, **options)
-        return CachedMultipleNegativesRankingLoss(model, mini_batch_size=self.args.mini_batch_size, **options)
+        """In-batch InfoNCE over all devices, see [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]."""
+        return CaptionContrastiveLoss(
+            model,
+            scale=self.args.scale,
+            symmetric=self.args.symmetric,
+            mask_false_negatives=self.args.mask_false_negatives,
+            mini_batch_size=self.args.mini_batch_size,
+            mini_batch_tokens=self.args.mini_batch_tokens,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Makes sources draw anew and shuffles batches; called at the start of each epoch.
+
+        Args:
+            epoch (`int`): Number of the epoch, from 0.
+        """
+        if self._rows is not None:
+            self._rows.set_epoch(epoch)
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The loader of the training set; refuses one that yields no batch."""
-        loader = super().get_train_dataloader()
-        if has_length(loader) and len(loader) == 0:
+        options: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+        processes, size = self.accelerator.num_processes, self.args.train_batch_size
+        if self._stream is not None:
+            # It shares out its rows itself: accelerate would let one process read and tokenise for all of them.
+            rows = StreamRows(self._stream, size, processes, self.accelerator.process_index)
+            return torch.utils.data.DataLoader(rows, batch_size=size, **options)
+        if self._rows is None:
+            raise ValueError("Training needs a `train_dataset`.")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = SingleSourceBatchSampler(
+            self._rows.sizes,
+            size,
+            # With `split_batches`, accelerate takes one batch per step apart, instead of giving one to each process.
+            1 if self.accelerator.split_batches else processes,
+            seed=seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self._check_sizes(self._sampler)
+        self.accelerator.even_batches = False
+        loader = torch.utils.data.DataLoader(self._rows, batch_sampler=self._sampler, **options)
+        self._train_dataloader = self.accelerator.prepare(loader)
+        return self._train_dataloader
+
+    def _check_sizes(self, sampler: SingleSourceBatchSampler) -> None:
+        assert self._rows is not None, "there is a sampler of rows only"
+        devices = f" on each of {sampler.num_processes} devices" if sampler.num_processes > 1 else " per device"
+        if not len(sampler):
             raise ValueError(
-                f"The training set holds less than one batch of {self.args.train_batch_size} pairs per device. Lower "
-                "`per_device_train_batch_size`."
+                f"The training set holds less than one batch of {sampler.batch_size} pairs{devices}: its sources have "
+                f"{sampler.sizes} rows. Lower `per_device_train_batch_size`."
+            )
+        for number, name in enumerate(self._rows.names):
+            if not sampler.batches_of(number):
+                logger.warning(
+                    "The source `%s` of %d rows holds less than one batch of %d pairs%s, so it takes no part. Lower "
+                    "`per_device_train_batch_size` or leave the source out.",
+                    name,
+                    sampler.sizes[number],
+                    sampler.batch_size,
+                    devices,
+                )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """
+        The loader of an evaluation set; refuses one that yields no batch.
+
+        Args:
+            eval_dataset (*optional*): A data set or the name of one; `self.eval_dataset` by default.
+        """
+        loader = super().get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is not None and has_length(loader) and len(loader) == 0:
+            raise ValueError(
+                f"The evaluation set holds less than one batch of {self.args.eval_batch_size} pairs per device. Lower "
+                "`per_device_eval_batch_size`."
             )
         return loader
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """
+        The loss of the evaluation set and the metrics of the evaluators.
+
+        Args:
+            eval_dataset (*optional*): A data set or the name of one; `self.eval_dataset` by default.
+            args: Further arguments of `SentenceTransformerTrainer.evaluate`.
+            kwargs: Further arguments of `SentenceTransformerTrainer.evaluate`.
+
+        Returns:
+            `dict[str, float]`: metrics by name.
+        """
+        if not isinstance(eval_dataset, str):
+            eval_dataset = _evaluation_set(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    # -------------------------------------------------------------------------------------------------------- training
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning-rate schedule; says so when the warm-up takes the whole run."""
@@ -167,15 +244,50 @@ class CaptionContrastiveTrainer(SentenceTransformerTrainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        The loss of a batch; an error about a loss that is not finite names the step.
+
+        Args:
+            model: The encoder as the Trainer wraps it.
+            inputs (`dict`): The batch.
+            args: Further arguments of `SentenceTransformerTrainer.compute_loss`.
+            kwargs: Further arguments of `SentenceTransformerTrainer.compute_loss`.
+
+        Returns:
+            `torch.Tensor` of shape `()`, or a tuple of it and an empty dict with `return_outputs=True`.
+        """
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        except FloatingPointError as error:
+            where = f"Step {self.state.global_step + 1}" if model.training else "Evaluation"
+            raise FloatingPointError(f"{where}: {error} {self._advice()}") from error
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One step; stops the run at a loss that is not finite, before it reaches the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. The weights are those of step "
-                f"{self.state.global_step}. Lower `learning_rate`, or check the captions of this batch."
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. {self._advice()}"
             )
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
+        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. {self._advice()}"
+            )
+        return grad_norm
+
+    def _advice(self) -> str:
+        return (
+            f"The weights are those of step {self.state.global_step}; checkpoints are intact. Lower `learning_rate`, "
+            "or check the captions of this batch."
+        )
+
+    # ------------------------------------------------------------------------------------------------ saving, resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -192,7 +304,7 @@ class CaptionContrastiveTrainer(SentenceTransformerTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         llm = self._encoder().llm
-        if not self._is_checkpoint or not _has_adapters(llm):
+        if not self._is_checkpoint or not has_adapters(llm):
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -204,35 +316,53 @@ class CaptionContrastiveTrainer(SentenceTransformerTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         llm = self._encoder().llm
-        adapter = Path(checkpoint_path) / ADAPTER_FOLDER / "adapter_model.safetensors"
-        if _has_adapters(llm):
+        adapter = Path(checkpoint_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        if has_adapters(llm):
             if not adapter.is_file():
                 raise ValueError(f"{checkpoint_path} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run.")
-            result: Any = set_peft_model_state_dict(llm, load_file(adapter), llm.active_adapters()[0])
-            wrong = list(result.unexpected_keys) + [key for key in result.missing_keys if "lora_" in key]
-            if wrong:
-                raise ValueError(f"The adapter in {checkpoint_path} does not fit the encoder; first: {wrong[:3]}.")
+            load_adapter_weights(llm, adapter)
             return
         loaded = type(llm).from_pretrained(checkpoint_path, dtype=llm.dtype)
         llm.load_state_dict(loaded.state_dict(), strict=True)
+
+    def _load_best_model(self) -> None:
+        # Not that of sentence-transformers, which logs an error and goes on with the last weights.
+        best = self.state.best_model_checkpoint
+        if best is None:
+            raise ValueError("`load_best_model_at_end` is set, but no evaluation was followed by a checkpoint.")
+        logger.info("Loading the best model, %s (%s).", best, self.state.best_metric)
+        self._load_from_checkpoint(best)
 
     def _encoder(self) -> CaptionEncoder:
         return self.accelerator.unwrap_model(self.model)
 
 
-def _has_adapters(llm: Any) -> bool:
-    return bool(getattr(llm, "_hf_peft_config_loaded", False))
+def _open_training_set(dataset: Any) -> tuple[SourceRows | None, Any]:
+    """The rows of a map-style training set, or the stream."""
+    if dataset is None:
+        return None, None
+    if isinstance(dataset, Mapping):
+        return SourceRows(dataset), None
+    if is_map_style(dataset):
+        return SourceRows({getattr(getattr(dataset, "info", None), "dataset_name", None) or "train": dataset}), None
+    if not hasattr(dataset, "__iter__"):
+        raise ValueError(
+            f"`train_dataset` is {type(dataset).__name__}, which has neither rows nor is a stream. Give a "
+            "CaptionPairDataset, a datasets.Dataset, a mapping of them, or a stream of rows."
+        )
+    return None, dataset
 
 
-def _as_dataset(dataset: Any) -> Any:
-    """A `datasets.Dataset` view of a dataset that draws anew each epoch; any other dataset passes through."""
-    if not (hasattr(dataset, "to_dataset") and hasattr(dataset, "set_epoch")):
-        return dataset
-    drawn = dataset.to_dataset()
-    columns = drawn.column_names
-
-    def draw(batch: dict[str, list[int]]) -> dict[str, list[str]]:
-        rows = [dataset[row] for row in batch["row"]]
-        return {column: [row[column] for row in rows] for column in columns}
-
-    return drawn.add_column("row", list(range(len(drawn)))).select_columns("row").with_transform(draw)
+def _evaluation_set(dataset: Any) -> Any:
+    """A `datasets.Dataset`, or a dict of them, of an evaluation set, with the columns in order."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {name: _evaluation_set(source) for name, source in dataset.items()}
+    instruction = getattr(dataset, INSTRUCTION, None)
+    dataset = dataset.to_dataset() if hasattr(dataset, "to_dataset") else dataset
+    names = [name for name in dataset.column_names if name != INSTRUCTION]
+    columns = ordered_columns(names, "The evaluation set")
+    if instruction:
+        dataset = dataset.add_column(INSTRUCTION, [instruction] * len(dataset))
+    return dataset.select_columns([*columns, *([INSTRUCTION] if INSTRUCTION in dataset.column_names else [])])

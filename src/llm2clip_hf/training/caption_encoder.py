@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The caption encoder of stage 1: an LLM that attends both ways, mean-pooled, as a `SentenceTransformer`.
+The caption encoder of stage 1: an LLM that attends both ways, pooled, as a `SentenceTransformer`.
 
 (1) The LLM is loaded, `is_causal=False` is set on its config, and a probe confirms that it obeys.
 (2) The tokenizer gets the chat template built in, so every text is wrapped exactly once, whoever tokenises.
 (3) Pooling leaves the template's header out, as `LLM2CLIPModel` does.
-(4) LoRA is added for training; saving merges it, so that a folder always holds a plain LLM.
+(4) LoRA is added for training; saving merges it, so that a folder holds a plain LLM, or saves it alone.
 """
 
-import copy
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, TaskType
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
 from ..modeling import apply_text_template, assert_bidirectional, text_prefix_length
+from ..modeling.processing_llm2clip import text_end_token
 from . import caption_pooling
+from .adapter_folder import AdapterFolder, find_adapter, write_adapter
+from .adapters import add_lora, has_adapters, lora_config, merged_llm
 from .caption_pooling import CaptionPooling
+from .encoder_card import EncoderCard, stored_results, stored_training_data
+from .encoder_files import ENCODER_SETTINGS, written_folder
+from .hub_publishing import PublishedEncoder
+from .quantization import quantization_label, quantized_model_kwargs
 
 
 logger = logging.getLogger(__name__)
@@ -36,42 +39,29 @@ logger = logging.getLogger(__name__)
 # Text is the only modality. Pinned, because sentence-transformers would otherwise wrap texts in a chat template it
 # finds, and take a caption that looks like the address of an image for the image.
 _MODALITY_CONFIG = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+# Longest text in tokens, template included (paper section 4.1).
+_MAX_LENGTH = 512
 
 
-def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
-    """
-    A LoRA config: the paper's recipe, rank 16 and alpha 32 (section 4.1), with dropout 0.05 on all linear layers
-    (released code), and other values for the fields that a mapping names; a `LoraConfig` is copied as it is.
-    """
-    if isinstance(lora, LoraConfig):
-        return copy.deepcopy(lora)
-    fields: dict[str, Any] = {
-        "r": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "target_modules": "all-linear",
-        "bias": "none",
-        "task_type": TaskType.FEATURE_EXTRACTION,
-    }
-    try:
-        return LoraConfig(**{**fields, **lora})
-    except TypeError as error:
-        raise ValueError(f"`lora` is {dict(lora)!r}, but {error}. Name fields of `peft.LoraConfig`.") from error
-
-
-class CaptionEncoder(SentenceTransformer):
+class CaptionEncoder(PublishedEncoder, SentenceTransformer):
     """
     A `SentenceTransformer` made by `build_caption_encoder`, whose saved folder is complete.
 
     `save_pretrained` merges LoRA weights (the encoder in memory keeps them apart) and writes one folder that
     `AutoModel` (the bidirectional LLM), `AutoTokenizer` (with the template), `LLM2CLIPModel` and, with
-    `trust_remote_code=True`, `SentenceTransformer` load, also where `llm2clip_hf` is not installed.
+    `trust_remote_code=True`, `SentenceTransformer` load, also where `llm2clip_hf` is not installed. `save_adapter`
+    writes the LoRA weights alone.
     """
 
     @property
     def llm(self) -> PreTrainedModel:
         """The language model."""
         return cast(PreTrainedModel, self[0].model)
+
+    @property
+    def pooling(self) -> str:
+        """`"mean"`, `"eos"` or `"last"`; `text_pooling` of `LLM2CLIPConfig`."""
+        return cast(CaptionPooling, self[1]).pooling
 
     @property
     def text_prefix_length(self) -> int:
@@ -81,16 +71,20 @@ class CaptionEncoder(SentenceTransformer):
     @property
     def embedding_settings(self) -> dict[str, Any]:
         """What decides an embedding besides weights and tokenizer: the settings of `data.embedding_fingerprint`."""
+        label = quantization_label(self.llm)
         return {
             "text_prefix_length": self.text_prefix_length,
             "max_length": int(self.tokenizer.model_max_length),
-            "pooling": "mean",
+            "pooling": self.pooling,
             "is_causal": getattr(self.llm.config, "is_causal", True) is not False,
+            **({} if label is None else {"quantization": label}),
         }
 
     def fingerprint(self) -> dict[str, Any]:
         """What the embeddings depend on, for `data.embed_captions`; that of the saved encoder, LoRA merged."""
-        return embedding_fingerprint(merged_llm(self.llm), self.tokenizer, **self.embedding_settings)
+        # Adapters on quantised weights are not merged when they run either.
+        llm = self.llm if quantization_label(self.llm) else merged_llm(self.llm)
+        return embedding_fingerprint(llm, self.tokenizer, **self.embedding_settings)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recomputes the LLM's activations in the backward pass, as of `PreTrainedModel`."""
@@ -117,92 +111,261 @@ class CaptionEncoder(SentenceTransformer):
             safe_serialization (`bool`, *optional*, defaults to `True`): Must be `True`; pickles are not written.
 
         Raises:
-            ValueError: if `safe_serialization` is `False`.
+            ValueError: if `safe_serialization` is `False`, or the LLM is quantised.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` is not supported: weights are saved as safetensors only.")
-        target = Path(path)
-        target.mkdir(parents=True, exist_ok=True)
+        if quantization_label(self.llm):
+            raise ValueError(
+                "The LLM is quantised, and adapters merged into rounded weights are not what was trained. Save them "
+                "with `save_adapter(path)`; `build_caption_encoder(path, lora=None).save_pretrained(folder)` then "
+                "merges them into the LLM in full precision."
+            )
         attached = self.llm
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        with written_folder(Path(path), last="modules.json") as folder:
             self[0].model = merged_llm(attached)
             try:
-                super().save(folder, create_model_card=False)
+                super().save(str(folder), create_model_card=False)
             finally:
                 self[0].model = attached
             if create_model_card:
-                self._create_model_card(folder, model_name, train_datasets)
-            _point_to_local_code(Path(folder) / "modules.json")
-            _move_files(Path(folder), target)
+                self._create_model_card(str(folder), model_name or Path(path).resolve().name, train_datasets)
+            _point_to_local_code(folder / "modules.json")
+
+    def save_adapter(self, path: str, model_name: str | None = None, train_datasets: list[str] | None = None) -> None:
+        """
+        Saves the LoRA weights alone, with the name of their LLM: a folder of megabytes, and all a quantised run has.
+
+        `build_caption_encoder(path)` loads it. Nothing else does so correctly: PEFT, `AutoModel` and
+        `SentenceTransformer` would put the adapters into the causal LLM, since an adapter has no config to say that
+        attention looks both ways. The folder's README says so too. For a folder that they load, use `save_pretrained`.
+
+        Args:
+            path (`str`): Folder to write; not one that holds a model.
+            model_name (`str`, *optional*): Name for the model card.
+            train_datasets (`list[str]`, *optional*): Names of the training sets, for the model card.
+
+        Raises:
+            ValueError: if the encoder has no adapters, or the folder holds a model.
+        """
+        if (Path(path) / "config.json").exists():
+            raise ValueError(f"`{path}` holds a model, which the adapters would be loaded into. Give another folder.")
+        name, revision = self._base()
+        settings = {
+            "base_model": name,
+            "base_revision": revision,
+            "is_causal": self.embedding_settings["is_causal"],
+            "template": self._template(),
+            "pooling": self.pooling,
+            "max_length": self.embedding_settings["max_length"],
+            "normalize": self._normalizes(),
+        }
+        with written_folder(Path(path), last=ENCODER_SETTINGS) as folder:
+            write_adapter(folder, self.llm, settings)
+            self.tokenizer.save_pretrained(folder)
+            self._create_model_card(folder, model_name or Path(path).resolve().name, train_datasets, adapter_only=True)
+
+    def _base(self) -> tuple[str, str | None]:
+        """The LLM that was loaded: repository and commit, or folder."""
+        config = self.llm.config
+        name = str(config._name_or_path)
+        # A folder is found again from anywhere.
+        name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        return name, getattr(config, "_commit_hash", None)
+
+    def _template(self) -> str:
+        """The template in the tokenizer, `{text}` for the text."""
+        ids = self.tokenizer("")["input_ids"]
+        header, ending = ids[: self.text_prefix_length], ids[self.text_prefix_length :]
+        return f"{self.tokenizer.decode(header)}{{text}}{self.tokenizer.decode(ending)}"
+
+    def _normalizes(self) -> bool:
+        return any(isinstance(module, Normalize) for module in self)
+
+    def _create_model_card(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        train_datasets: list[str] | None = None,
+        adapter_only: bool = False,
+    ) -> None:
+        """Writes `README.md` into a folder; what sentence-transformers calls for its own, longer card."""
+        card = EncoderCard(
+            name=model_name or Path(path).resolve().name,
+            base_model=self._base()[0],
+            settings={
+                **self.embedding_settings,
+                "template": self._template(),
+                "normalize": self._normalizes(),
+                "dimension": self.get_embedding_dimension(),
+            },
+            adapter_only=adapter_only,
+            training_data=stored_training_data(self.model_card_data, train_datasets),
+            results=stored_results(self.model_card_data),
+        )
+        (Path(path) / "README.md").write_text(str(card), encoding="utf-8")
 
 
 def build_caption_encoder(
     name_or_path: str,
     *,
     template: str | None = "auto",
-    max_length: int = 512,
+    max_length: int | None = None,
+    pooling: Literal["mean", "eos", "last"] | None = None,
     bidirectional: bool = True,
     lora: LoraConfig | Mapping[str, Any] | Literal["default"] | None = "default",
+    quantization: Literal["4bit", "8bit"] | QuantizationConfigMixin | None = None,
     normalize: bool = False,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
 ) -> CaptionEncoder:
     r"""
     Makes a caption encoder of a decoder LLM: the model that stage 1 trains, or one to embed captions with.
 
-    Its embedding equals `pool_text(llm(input_ids, attention_mask).last_hidden_state, attention_mask, prefix_length)`
-    of `llm2clip_hf.modeling`, whatever the padding side and the order of the batch.
+    Its embedding equals `pool_text(llm(input_ids, attention_mask).last_hidden_state, attention_mask, prefix_length,
+    pooling)` of `llm2clip_hf.modeling`, whatever the padding side and the order of the batch.
+
+    The poolings `"eos"` and `"last"` both take the state of the last attended token. With `"eos"` this is an end
+    token for every text, cut or not: the template's end-of-turn token, or, without a template, the tokenizer's
+    end-of-sequence token, which is then added to the tokenizer. With `"last"` the tokenizer stays as it is, so that
+    without a template it is the text's own last token.
 
     Args:
         name_or_path (`str`):
-            Repository or folder of a decoder LLM, or of an encoder saved by this package.
+            Repository or folder of a decoder LLM, or of an encoder saved by this package, merged or adapters only.
         template (`str`, *optional*, defaults to `"auto"`):
             Chat template to build into the tokenizer, see `apply_text_template`; `None` for none.
-        max_length (`int`, *optional*, defaults to 512):
-            Longest text in tokens, template included (paper section 4.1). Lowered to the LLM's own limit.
+        max_length (`int`, *optional*):
+            Longest text in tokens, template included. Defaults to what a saved encoder says, else to 512 (paper
+            section 4.1). Lowered to the LLM's own limit.
+        pooling (`str`, *optional*):
+            `"mean"`, `"eos"` or `"last"`. Defaults to what a saved encoder says, else to `"mean"` (paper section 3.1;
+            section 4.7 compares it with the end token).
         bidirectional (`bool`, *optional*, defaults to `True`):
             Whether attention looks both ways (paper section 3.1). `False` leaves the LLM causal.
         lora (`LoraConfig`, `dict` or `None`, *optional*, defaults to `"default"`):
             Adapters to train: `"default"` is rank 16, alpha 32, dropout 0.05 on all linear layers; a `dict` changes
-            fields of that, e.g. `{"r": 32}`; `None` adds none, for inference or to train all weights.
+            fields of that, e.g. `{"r": 32}`; `None` adds none, for inference or to train all weights. Of an
+            adapter-only encoder, `"default"` trains its own adapters on, and `None` merges them.
+        quantization (`str` or a quantisation config of transformers, *optional*):
+            Load the LLM in `"4bit"` (NF4, double quantisation, bf16 arithmetic) or `"8bit"` through bitsandbytes, on
+            the GPU of this process, and train LoRA on it. Such an encoder is saved with `save_adapter`.
         normalize (`bool`, *optional*, defaults to `False`):
             Whether `encode` returns L2-normalised vectors. Stage 2 takes them un-normalised.
         dtype (`torch.dtype` or `str`, *optional*):
             Type of the LLM's weights; the checkpoint's own by default. LoRA weights are float32 in any case.
         attn_implementation (`str`, *optional*): Attention of transformers, e.g. `"sdpa"` or `"flash_attention_2"`.
+        revision (`str`, *optional*): Revision of the repository, best a commit hash.
+        base_model (`str`, *optional*): LLM of an adapter-only encoder, where it is not where the folder says.
 
     Returns:
         [`CaptionEncoder`], a `SentenceTransformer`.
 
     Raises:
-        ValueError: if the LLM does not attend bidirectionally when told to, its tokenizer does not fit the template,
-            or `lora` matches no layer.
+        ValueError: if the LLM does not attend bidirectionally when told to, its tokenizer does not fit the template
+            or the pooling, `lora` names no layer, or an adapter-only encoder meets another LLM.
+        ImportError: if `quantization` needs bitsandbytes and it is not installed.
+        RuntimeError: if `quantization` needs a GPU and there is none.
 
     Example:
     >>> encoder = build_caption_encoder("meta-llama/Llama-3.2-1B-Instruct")  # doctest: +SKIP
     >>> encoder.encode(["a red boat"]).shape  # doctest: +SKIP
     (1, 2048)
     """
-    transformer = _load_transformer(name_or_path, bidirectional, dtype=dtype, attn_implementation=attn_implementation)
+    adapter = find_adapter(name_or_path, revision)
+    if adapter is None and base_model is not None:
+        raise ValueError(f"`base_model` is for an adapter-only encoder, and {name_or_path!r} is none. Leave it out.")
+    if adapter is not None:
+        _check_adapter_options(adapter, bidirectional, lora)
+        bidirectional = not adapter.settings["is_causal"]
+        normalize = normalize or adapter.settings["normalize"]
+    moved = base_model is not None
+    transformer = _load_transformer(
+        name_or_path if adapter is None else base_model or adapter.settings["base_model"],
+        revision if adapter is None else None if moved else adapter.settings["base_revision"],
+        bidirectional,
+        attn_implementation=attn_implementation,
+        **{**quantized_model_kwargs(quantization), **({} if dtype is None else {"dtype": dtype})},
+    )
     llm = transformer.model
+    stored = {} if adapter is None else adapter.settings
+    chosen = _chosen_pooling(pooling, stored.get("pooling") or getattr(llm.config, "text_pooling", None))
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
+    tokenizer = _finished_tokenizer(tokenizer, template, _chosen_length(max_length, stored, tokenizer, llm), chosen)
+    transformer.processor = transformer.input_formatter.processor = tokenizer
+    # Beside `is_causal`, so that whoever loads the LLM pools as it was trained.
+    llm.config.text_pooling = chosen
+
+    if adapter is not None:
+        adapter.attach(llm)
+        if lora is None:
+            transformer.model = _frozen_or_merged(llm)
+    elif lora is not None:
+        if has_adapters(llm):
+            raise ValueError(
+                f"{name_or_path!r} holds adapters of PEFT. Merge them first: load it with `lora=None` and save it."
+            )
+        add_lora(llm, lora_config({} if lora == "default" else lora))
+    module = CaptionPooling(
+        transformer.get_embedding_dimension(), text_prefix_length(tokenizer), _prompt_overhead(tokenizer), chosen
+    )
+    return CaptionEncoder(modules=[transformer, module, *([Normalize()] if normalize else [])])
+
+
+def _check_adapter_options(adapter: AdapterFolder, bidirectional: bool, lora: Any) -> None:
+    folder = adapter.config_file.parent
+    if not (lora is None or lora == "default"):
+        raise ValueError(
+            f"`{folder}` has adapters of its own. Pass `lora='default'` to train them on or `lora=None` to merge them."
+        )
+    if not bidirectional and not adapter.settings["is_causal"]:
+        raise ValueError(f"The adapters in `{folder}` were trained bidirectionally. Leave `bidirectional` out.")
+
+
+def _chosen_pooling(pooling: str | None, trained: str | None) -> str:
+    if pooling is not None and trained not in (None, pooling):
+        logger.warning("The encoder was trained with `pooling=%r`; it gets %r now.", trained, pooling)
+    return pooling or trained or "mean"
+
+
+def _chosen_length(max_length: int | None, stored: Mapping[str, Any], tokenizer: Any, llm: PreTrainedModel) -> int:
+    if max_length is None:
+        # The tokenizer of a saved encoder ends where its texts did; that of an LLM where the LLM does.
+        saved = tokenizer.model_max_length if hasattr(llm.config, "text_pooling") else _MAX_LENGTH
+        max_length = int(stored.get("max_length", saved))
     limit = getattr(llm.config, "max_position_embeddings", None) or max_length
     if limit < max_length:
         logger.warning("`max_length` %d is above the LLM's %d positions and lowered to it.", max_length, limit)
-    tokenizer = apply_text_template(AutoTokenizer.from_pretrained(name_or_path), template, min(max_length, limit))
-    transformer.processor = transformer.input_formatter.processor = tokenizer
+    return min(max_length, limit)
 
-    if lora is not None:
-        _add_lora(llm, lora_config({} if lora == "default" else lora))
-    pooling = CaptionPooling(
-        transformer.get_embedding_dimension(), text_prefix_length(tokenizer), _prompt_overhead(tokenizer)
+
+def _finished_tokenizer(tokenizer: Any, template: str | None, max_length: int, pooling: str) -> Any:
+    """The tokenizer with the template and, for `pooling="eos"`, an end token after every text."""
+    finished = apply_text_template(tokenizer, template, max_length)
+    if pooling != "eos" or text_end_token(finished) is not None:
+        return finished
+    end = tokenizer.eos_token
+    if end is not None and len(finished("")["input_ids"]) == text_prefix_length(finished) <= 1:
+        with_end = apply_text_template(tokenizer, f"{{text}}{end}", max_length)
+        if text_end_token(with_end) == tokenizer.eos_token_id:
+            return with_end
+    raise ValueError(
+        f"`pooling` is 'eos', but texts end in no end token with `template={template!r}`. Give a template that ends "
+        f"in one, such as '{{text}}{end or '<end>'}', or use `pooling='last'`."
     )
-    return CaptionEncoder(modules=[transformer, pooling, *([Normalize()] if normalize else [])])
 
 
-def _load_transformer(name_or_path: str, bidirectional: bool, **model_kwargs: Any) -> Transformer:
+def _load_transformer(
+    name_or_path: str, revision: str | None, bidirectional: bool, **model_kwargs: Any
+) -> Transformer:
+    options = {} if revision is None else {"revision": revision}
     transformer = Transformer(
         name_or_path,
-        model_kwargs={key: value for key, value in model_kwargs.items() if value is not None},
+        model_kwargs={key: value for key, value in model_kwargs.items() if value is not None} | options,
+        config_kwargs=dict(options),
+        processor_kwargs=dict(options),
         modality_config=_MODALITY_CONFIG,
         module_output_name="token_embeddings",
     )
@@ -213,49 +376,12 @@ def _load_transformer(name_or_path: str, bidirectional: bool, **model_kwargs: An
     return transformer
 
 
-def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
-    """
-    The LLM with its adapters merged into the weights.
-
-    Args:
-        llm (`PreTrainedModel`): An LLM with or without PEFT layers; it is not changed.
-
-    Returns:
-        `PreTrainedModel`: `llm` itself if it has no adapters, else a new model on the CPU. The adapters are merged
-        layer by layer, which takes the memory of one more copy of the LLM, not two.
-    """
-    layers = {name: module for name, module in llm.named_modules() if isinstance(module, BaseTunerLayer)}
-    if not layers:
-        return llm
-    state = {
-        name: tensor.detach().cpu()
-        for name, tensor in llm.state_dict().items()
-        if not any(name.startswith(f"{layer}.") for layer in layers)
-    }
-    for name, layer in layers.items():
-        single = copy.deepcopy(layer)
-        single.merge(safe_merge=True)
-        base = single.get_base_layer().state_dict()
-        state.update({f"{name}.{key}": tensor.detach().cpu() for key, tensor in base.items()})
-    with torch.device("meta"):
-        merged = type(llm)._from_config(copy.deepcopy(llm.config), dtype=llm.dtype)
-    merged.load_state_dict(state, strict=True, assign=True)
-    for name, buffer in llm.named_buffers():  # those that are not in a state dict, such as rotary frequencies
-        if any(name.startswith(f"{layer}.") for layer in layers):
-            continue
-        owner, _, leaf = name.rpartition(".")
-        merged.get_submodule(owner).register_buffer(leaf, buffer.detach().cpu(), persistent=name in state)
-    return merged.eval()
-
-
-def _add_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
-    llm.add_adapter(config)
-    trainable = [parameter for parameter in llm.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise ValueError(f"`lora` matches no layer of {type(llm).__name__}: check `target_modules`.")
-    for parameter in trainable:
-        # In bfloat16 an update of a few 1e-4 of the weight is rounded away.
-        parameter.data = parameter.data.float()
+def _frozen_or_merged(llm: PreTrainedModel) -> PreTrainedModel:
+    """Adapters for inference: merged, or beside quantised weights, which they cannot be merged into."""
+    if quantization_label(llm):
+        return llm.requires_grad_(False)
+    merged: Any = merged_llm(llm)
+    return merged.to(llm.device)
 
 
 def _prompt_overhead(tokenizer: Any) -> int:
@@ -272,16 +398,3 @@ def _point_to_local_code(path: Path) -> None:
         if module["type"] == f"{CaptionPooling.__module__}.{CaptionPooling.__name__}":
             module["type"] = f"{Path(caption_pooling.__file__).stem}.{CaptionPooling.__name__}"
     path.write_text(json.dumps(modules, indent=2), encoding="utf-8")
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Moves all files of a folder into another on the same disk; `modules.json`, which makes it loadable, last."""
-    files = sorted((file for file in source.rglob("*") if file.is_file()), key=lambda f: f.name == "modules.json")
-    for stale in [*target.glob("model*.safetensors"), target / "model.safetensors.index.json"]:
-        stale.unlink(missing_ok=True)
-    for file in files:
-        destination = target / file.relative_to(source)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, destination)
-    shutil.rmtree(source, ignore_errors=True)
-    source.mkdir()

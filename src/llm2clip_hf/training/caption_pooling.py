@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean pooling of a caption encoder for sentence-transformers: the template's leading tokens are read, not pooled.
+"""Pooling of a caption encoder for sentence-transformers: the template's leading tokens are read, not pooled.
 
 This file travels: every saved caption encoder carries a copy in its root folder, so that
 `SentenceTransformer(folder, trust_remote_code=True)` works where `llm2clip_hf` is not installed. It therefore imports
@@ -16,12 +16,12 @@ from sentence_transformers.base.modules import Module
 
 class CaptionPooling(Module):
     r"""
-    Mean over the attended tokens after the first `prefix_length` attended ones, in float32.
+    The mean over a text's own tokens, or the state of its last token, in float32.
 
-    Equal to `pool_text(last_hidden_state, attention_mask, prefix_length)` of `llm2clip_hf.modeling`: what follows the
-    template's header is pooled (caption and end-of-turn token), the header (begin-of-text, role) is not. A row with
-    nothing after the header is the mean of all its attended tokens. Left padding, right padding and the unpadded
-    batches of FlashAttention give the same vector.
+    Equal to `pool_text(last_hidden_state, attention_mask, prefix_length, pooling)` of `llm2clip_hf.modeling`: the mean
+    is over what follows the template's header (caption and end-of-turn token); the header (begin-of-text, role) is
+    left out. A row with nothing after the header is the mean of all its attended tokens. Left padding, right padding
+    and the unpadded batches of FlashAttention give the same vector.
 
     Args:
         embedding_dimension (`int`): Width of the LLM's hidden states.
@@ -30,14 +30,19 @@ class CaptionPooling(Module):
             Tokens of the template's tail that sentence-transformers counts into the length of a `prompt`. An
             instruction given as `prompt` is read and not pooled (paper, section 3.1: the query side's instruction);
             this number makes the excluded span end exactly where the instruction ends.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`, `"last"` (the last attended token), or `"eos"` (the same, where the tokenizer ends every text in
+            an end token).
 
     Raises:
-        ValueError: if `embedding_dimension` is not positive or one of the lengths is negative.
+        ValueError: if `embedding_dimension` is not positive, one of the lengths is negative or `pooling` is unknown.
     """
 
-    config_keys = ["embedding_dimension", "prefix_length", "prompt_overhead"]
+    config_keys = ["embedding_dimension", "prefix_length", "prompt_overhead", "pooling"]
 
-    def __init__(self, embedding_dimension: int, prefix_length: int, prompt_overhead: int = 0) -> None:
+    def __init__(
+        self, embedding_dimension: int, prefix_length: int, prompt_overhead: int = 0, pooling: str = "mean"
+    ) -> None:
         super().__init__()
         if embedding_dimension < 1:
             raise ValueError(f"`embedding_dimension` must be positive, got {embedding_dimension}.")
@@ -45,9 +50,12 @@ class CaptionPooling(Module):
             raise ValueError(
                 f"`prefix_length` and `prompt_overhead` must be 0 or more, got {prefix_length} and {prompt_overhead}."
             )
+        if pooling not in ("mean", "eos", "last"):
+            raise ValueError(f"`pooling` must be 'mean', 'eos' or 'last', got {pooling!r}.")
         self.embedding_dimension = embedding_dimension
         self.prefix_length = prefix_length
         self.prompt_overhead = prompt_overhead
+        self.pooling = pooling
 
     def get_embedding_dimension(self) -> int:
         """Width of the embedding."""
@@ -69,17 +77,21 @@ class CaptionPooling(Module):
             features["sentence_embedding"] = self._pool_padded(hidden, mask.to(hidden.device), excluded)
         return features
 
-    @staticmethod
-    def _pool_padded(hidden: torch.Tensor, mask: torch.Tensor, excluded: int) -> torch.Tensor:
+    def _pool_padded(self, hidden: torch.Tensor, mask: torch.Tensor, excluded: int) -> torch.Tensor:
         attended = mask.bool()  # (batch, length)
-        pooled = attended & (attended.long().cumsum(dim=1) > excluded)
-        pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, attended)
+        order = attended.long().cumsum(dim=1)
+        if self.pooling == "mean":
+            pooled = attended & (order > excluded)
+            pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, attended)
+        else:
+            pooled = attended & (order == order[:, -1:])
         # where() instead of a product: a padded position may hold inf or NaN, and 0 * inf is NaN.
         kept = torch.where(pooled.unsqueeze(-1), hidden.float(), 0.0)
         return kept.sum(dim=1) / pooled.sum(dim=1, keepdim=True).clamp(min=1)
 
-    @staticmethod
-    def _pool_flattened(hidden: torch.Tensor, boundaries: torch.Tensor, excluded: int) -> torch.Tensor:
+    def _pool_flattened(self, hidden: torch.Tensor, boundaries: torch.Tensor, excluded: int) -> torch.Tensor:
+        if self.pooling != "mean":
+            return hidden[boundaries[1:].long() - 1].float()
         lengths = boundaries[1:] - boundaries[:-1]  # (batch,)
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
         positions = torch.arange(hidden.shape[0], device=hidden.device) - boundaries[:-1][rows]

@@ -7,7 +7,8 @@ the model in chunks, each under a checkpoint that keeps nothing but its inputs; 
 again; (3) one backward pass recomputes chunk after chunk. Gradients are those of the unchunked batch.
 
 The loop runs inside the model's `forward`, not around it: DistributedDataParallel then sees one forward and one
-backward pass, and reduces each gradient once.
+backward pass, and reduces each gradient once. The micro-batches of gradient accumulation are chunks like any other,
+which is why their rows can be negatives of one another.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,30 +20,40 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+CLIP_TEXT_NAMES = ("clip_input_ids", "clip_attention_mask")
+
+
 @contextmanager
-def chunked_forward(model: nn.Module, chunk_size: int) -> Iterator[None]:
+def chunked_forward(model: Any, embed_clip_text: Callable[..., torch.Tensor] | None = None) -> Iterator[None]:
     """
-    Makes `model.forward` run in chunks of rows and return only the embeddings, for the duration of the context.
+    Makes `model.forward` take a list of batches as `chunks` and return only the embeddings of all of them, for the
+    duration of the context.
+
+    With one chunk this is the plain forward pass; with more, each is recomputed in the backward pass.
 
     Args:
         model (`nn.Module`): A model whose `forward` returns `image_embeds` and `text_embeds`, without a wrapper.
-        chunk_size (`int`): Rows per chunk.
+        embed_clip_text (*optional*):
+            Called as `embed_clip_text(clip_input_ids, clip_attention_mask)` for chunks that have these entries; gives
+            `clip_text_embeds`.
     """
     forward: Callable[..., Any] = model.forward
     was_patched = "forward" in model.__dict__
 
-    def embed(rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        outputs = forward(**rows)
-        return outputs["image_embeds"], outputs["text_embeds"]
+    def embed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        clip_text = [rows.get(name) for name in CLIP_TEXT_NAMES]
+        outputs = forward(**{name: value for name, value in rows.items() if name not in CLIP_TEXT_NAMES})
+        embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds")}
+        if embed_clip_text is not None:
+            embeds["clip_text_embeds"] = embed_clip_text(*clip_text)
+        return embeds
 
-    def chunked(**features: torch.Tensor) -> dict[str, torch.Tensor]:
-        chunks = split_rows(features, chunk_size)
-        if torch.is_grad_enabled():
+    def chunked(chunks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if len(chunks) > 1 and torch.is_grad_enabled():
             parts = [checkpoint(embed, rows, use_reentrant=False) for rows in chunks]
         else:
             parts = [embed(rows) for rows in chunks]
-        image_embeds, text_embeds = zip(*parts)
-        outputs = {"image_embeds": torch.cat(image_embeds), "text_embeds": torch.cat(text_embeds)}
+        outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         # DistributedDataParallel looks for used parameters in the graph of what `forward` returns; the loss uses these
         # two outside of it.
         for name in ("logit_scale", "logit_bias"):
@@ -50,12 +61,12 @@ def chunked_forward(model: nn.Module, chunk_size: int) -> Iterator[None]:
                 outputs[name] = getattr(model, name).exp()
         return outputs
 
-    model.forward = chunked  # type: ignore[method-assign]
+    model.forward = chunked
     try:
         yield
     finally:
         if was_patched:
-            model.forward = forward  # type: ignore[method-assign]
+            model.forward = forward
         else:
             del model.forward
 

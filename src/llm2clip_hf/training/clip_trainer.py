@@ -3,54 +3,87 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from torch.utils.data import RandomSampler
+from transformers import EvalPrediction
 from transformers.trainer_utils import has_length
 
 from ..data import ImageTextCollator
 from ..evaluation.metrics import retrieval_metrics
 from ..losses import ContrastiveLoss
-from .callbacks import EpochCallback
-from .chunking import chunked_forward, has_batch_statistics, split_rows
+from . import clip_text
+from .callbacks import EpochCallback, LogitScaleClamp
+from .chunking import CLIP_TEXT_NAMES, chunked_forward, split_rows
+from .clip_checkpoints import ClipCheckpointTrainer
+from .clip_checks import (
+    check_batch,
+    check_contrastive_batch,
+    check_stores,
+    check_trainable,
+    resolve_loss_type,
+)
+from .clip_evaluation import run_evaluators
 from .clip_training_args import LLM2CLIPTrainingArguments
+from .hub_publishing import PublishingClipTrainer
 from .optimizer_groups import build_optimizer_groups
+from .sharding import ready_for_fsdp2, register_feature_methods, whole_parameter
+from .streams import shards_itself, stream_loader
+from .trained_parts import frozen_towers, has_llm, prepare_trained_parts
 
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LOGIT_SCALE = 100.0  # CLIP's, for models whose config names none
+MICRO_BATCHES = "micro_batches"  # entry of an input that holds all batches of one optimizer step
+# Entries of a batch that name its rows and do not enter the model.
+_ROW_NAMES = ("key", "index")
+
+Evaluator = Callable[[Any, Any], Mapping[str, float]]
 
 
-class LLM2CLIPTrainer(Trainer):
+class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
     r"""
-    Trains the vision tower, the projections, the text adaptor and the logit scale; the LLM stays frozen.
+    Trains the vision tower, the projections, the text adaptor and the logit scale; the LLM stays frozen. What else can
+    be trained, and what left out, is said by `train_vision` and `train_text` of the arguments.
 
     Equal, on one device, to AdamW on
 
         scale = model.logit_scale.exp()
         loss = ContrastiveLoss(loss_type)(outputs.image_embeds, outputs.text_embeds, scale, model.logit_bias)
 
-    with the logit scale clamped to `[1, config.max_logit_scale]` after each step. On several devices the loss is that
-    of the batches of all devices together.
+    with the logit scale clamped to `[1, config.max_logit_scale]` after each step. On several devices, and under
+    gradient accumulation, the loss is that of the batches of all devices and micro-batches together.
 
     A batch is a dict with `pixel_values`, with `llm_embeds` (stored LLM embeddings) or `input_ids` and
-    `attention_mask`, and optionally `index` (row numbers, named in errors). Checkpoints leave the frozen LLM out.
+    `attention_mask`, and optionally `index` or `key` (numbers or names of the rows, used in errors). Checkpoints leave
+    the frozen LLM out, hold LoRA merged, and appear whole or not at all. After LoRA training `save_model` writes the
+    merged model; `merge_lora(model)` merges the one in memory.
 
     Args:
         model: [`LLM2CLIPModel`], or any model whose `forward` returns L2-normalised `image_embeds` and `text_embeds`
             and which has a `logit_scale` (in logarithm) and maybe a `logit_bias`, such as `CLIPModel`.
         args ([`LLM2CLIPTrainingArguments`]): The recipe.
         data_collator (*optional*): Makes the batch; `ImageTextCollator(processing_class)` by default.
-        train_dataset (*optional*): E.g. `ImageTextDataset`; its `set_epoch` is called at the start of every epoch.
+        train_dataset (*optional*):
+            E.g. `ImageTextDataset`; its `set_epoch` is called at the start of every epoch. Or an `IterableDataset`,
+            with an attribute `shards_itself = True` if it gives each process and worker rows of its own, such as
+            `ImageTextStream`.
         eval_dataset (*optional*): Rows of one image and one caption; retrieval among all rows is reported.
         processing_class (*optional*): The processor, saved with every checkpoint.
         compute_metrics (*optional*):
             From an `EvalPrediction` whose predictions are `(image_embeds, text_embeds)`; retrieval by default.
+        evaluators (mapping from `str` to callable, *optional*):
+            Further evaluations, each called as `evaluator(model, processing_class)` with the model in evaluation mode
+            and without gradients. The numbers that `evaluators["flickr"]` returns are logged as `eval_flickr_<name>`,
+            and can be `metric_for_best_model`.
+        clip_text_model (`CLIPTextModelWithProjection`, *optional*):
+            CLIP's own text encoder, for `integration` other than `"replace"`. It is trained, and saved beside the
+            model as `clip_text_model/`.
         kwargs: Further arguments of `Trainer`.
 
     Raises:
@@ -74,6 +107,8 @@ class LLM2CLIPTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Any = None,
+        evaluators: Mapping[str, Evaluator] | None = None,
+        clip_text_model: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, LLM2CLIPTrainingArguments):
@@ -83,25 +118,32 @@ class LLM2CLIPTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "
                 "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
-        if _has_llm(model):
-            model.freeze_text_model()  # type: ignore[operator]
+        prepare_trained_parts(model, args)
+        clip_text.attach_clip_text_model(model, clip_text_model, args.integration)
         check_trainable(model, args)
+        check_contrastive_batch(args)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_stores(model, dataset, processing_class)
         self.contrastive_loss = ContrastiveLoss(loss_type=resolve_loss_type(model, args.loss_type))
+        self.evaluators = dict(evaluators or {})
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator or ImageTextCollator(processing_class),
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            # An empty dictionary is an evaluation of no data set, for runs that have evaluators only.
+            eval_dataset={} if eval_dataset is None and self.evaluators else eval_dataset,
             compute_metrics=compute_metrics or retrieval_of_pairs,
             **kwargs,
         )
         # Kept from Trainer, which would write the tokenizer's special tokens into the config of the text tower: with
         # another end-of-text id, a reloaded `CLIPModel` pools another position than the trained one.
         self.processor = processing_class
+        self._held_batches: list[dict[str, Any]] = []
+        self._first_batch_checked = False
         max_scale = getattr(getattr(model, "config", None), "max_logit_scale", None) or DEFAULT_MAX_LOGIT_SCALE
         self.add_callback(LogitScaleClamp(max_scale))
-        if hasattr(train_dataset, "set_epoch"):
+        if hasattr(train_dataset, "set_epoch") and (has_length(train_dataset) or not shards_itself(train_dataset)):
             self.add_callback(EpochCallback(train_dataset))
 
     # ------------------------------------------------------------------------------------------------------- the loss
@@ -130,28 +172,48 @@ class LLM2CLIPTrainer(Trainer):
             FloatingPointError: if the loss is NaN or infinite.
             ValueError: if the batch has no `pixel_values`.
         """
-        features = {name: value for name, value in inputs.items() if name != "index"}
-        image_embeds, text_embeds = self._embed(model, features)
+        batches = inputs.get(MICRO_BATCHES, [inputs])
+        embeds = self._embed(model, batches)
         core = self.accelerator.unwrap_model(model)
-        scale, bias = _whole(core.logit_scale).exp(), getattr(core, "logit_bias", None)
-        loss = self.contrastive_loss(image_embeds, text_embeds, scale, None if bias is None else _whole(bias))
+        scale, bias = whole_parameter(core.logit_scale).exp(), getattr(core, "logit_bias", None)
+        bias = None if bias is None else whole_parameter(bias)
+        pairs = [(embeds["image_embeds"], embeds["text_embeds"])]
+        if "clip_text_embeds" in embeds:
+            pairs.append((embeds["image_embeds"], embeds["clip_text_embeds"]))
+            if self.args.integration == "aligned":
+                pairs.append((embeds["clip_text_embeds"], embeds["text_embeds"]))
+        loss = torch.stack([self.contrastive_loss(one, other, scale, bias) for one, other in pairs]).sum()
         if not torch.isfinite(loss):
-            self._stop_at_nonfinite_loss(loss, image_embeds, text_embeds, inputs.get("index"))
-        return (loss, {"image_embeds": image_embeds, "text_embeds": text_embeds}) if return_outputs else loss
+            self._stop_at_nonfinite_loss(loss, embeds, batches)
+        return (loss, embeds) if return_outputs else loss
 
-    def _embed(self, model: nn.Module, features: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        if "pixel_values" not in features:
-            raise ValueError(f"The batch has no `pixel_values`, only {sorted(features)}. Check the data collator.")
+    def _embed(self, model: nn.Module, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         core = self.accelerator.unwrap_model(model)
-        rows, chunk_size = len(features["pixel_values"]), self.args.encoder_chunk_size
-        if "input_ids" in features and _has_llm(core):
-            features = self._with_llm_embeds(core, features, chunk_size or rows)
-        if chunk_size is None or chunk_size >= rows:
-            outputs = model(**features)
-        else:
-            with chunked_forward(core, chunk_size):
-                outputs = model(**features)
-        return outputs["image_embeds"], outputs["text_embeds"]
+        if not self._first_batch_checked:
+            check_batch(core, batches[0], self.args)
+            self._first_batch_checked = True
+        for tower in frozen_towers(core):
+            tower.eval()  # after `model.train()`, which is called for every step
+        chunks = []
+        for batch in batches:
+            features = {name: value for name, value in batch.items() if name not in _ROW_NAMES}
+            rows = len(features["pixel_values"])
+            size = min(self.args.encoder_chunk_size or rows, rows)
+            if "input_ids" in features and has_llm(core) and self.args.train_text != "lora":
+                features = self._with_llm_embeds(core, features, size)
+            chunks.extend(split_rows(features, size))
+        if len(chunks) == 1 and not hasattr(core, clip_text.NAME):
+            outputs = model(**chunks[0])
+            return {name: outputs[name] for name in ("image_embeds", "text_embeds")}
+        embed_clip_text = None
+        if CLIP_TEXT_NAMES[0] in chunks[0]:
+
+            def embed_clip_text(*tokens: Any) -> torch.Tensor:
+                return clip_text.embed_clip_text(core, *tokens)
+
+        with chunked_forward(core, embed_clip_text):
+            outputs = model(chunks=chunks)
+        return {name: value for name, value in outputs.items() if name.endswith("_embeds")}
 
     @staticmethod
     def _with_llm_embeds(model: Any, features: dict[str, Any], chunk_size: int) -> dict[str, Any]:
@@ -163,17 +225,44 @@ class LLM2CLIPTrainer(Trainer):
             "llm_embeds": torch.cat(chunks)
         }
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of the next optimizer step."""
+        self._held_batches = []
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples and shards_itself(self.train_dataset):
+            raise ValueError(
+                f"The training stream gave process {self.args.process_index} no rows. It needs at least one shard per "
+                "process and worker."
+            )
+        return samples, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """
+        Forward and backward pass of a micro-batch, or of all micro-batches of the step together when the last one
+        arrives (`accumulate_negatives`).
+
+        Returns:
+            `torch.Tensor` of shape `()`: the loss, detached; 0 for micro-batches that wait for the last one.
+        """
+        if self.args.gradient_accumulation_steps == 1 or not self.args.accumulate_negatives:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._held_batches.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._held_batches = self._held_batches, []
+        self.current_gradient_accumulation_steps = 1  # one loss, not a mean of several
+        return super().training_step(model, {MICRO_BATCHES: batches}, num_items_in_batch)
+
     def _stop_at_nonfinite_loss(
-        self, loss: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor, index: torch.Tensor | None
+        self, loss: torch.Tensor, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]
     ) -> None:
-        finite = image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1)
-        if index is None:
-            index = torch.arange(len(finite), device=finite.device)
-        culprits = index[~finite].tolist()
+        finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
+        names = row_names(batches)
+        culprits = [name for name, is_finite in zip(names, finite) if not is_finite]
         cause = (
             f"The embeddings of rows {culprits} are not finite: check these images and captions."
             if culprits
-            else f"All embeddings of its rows {index.tolist()} are finite: the logit scale or bias is not."
+            else f"All embeddings of its rows {names} are finite: the logit scale or bias is not."
         )
         where = f"at step {self.state.global_step + 1}" if torch.is_grad_enabled() else "in evaluation"
         raise FloatingPointError(
@@ -220,13 +309,34 @@ class LLM2CLIPTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The loader of the training set; refuses one that yields no batch."""
-        loader = super().get_train_dataloader()
+        if shards_itself(self.train_dataset):
+            loader = stream_loader(self.train_dataset, self.data_collator, self.args)
+        else:
+            loader = super().get_train_dataloader()
         if has_length(loader) and len(loader) == 0:
             raise ValueError(
                 f"The training set holds less than one batch of {self.args.train_batch_size} rows per device. Lower "
                 "`per_device_train_batch_size`."
             )
         return loader
+
+    def _init_training_state(self, *settings: Any) -> tuple[int, int]:
+        """Where a resumed run goes on: a stream that can is told, and decodes nothing of what is skipped."""
+        epochs, batches = super()._init_training_state(*settings)
+        stream: Any = self.train_dataset
+        if batches and hasattr(stream, "resume_at"):
+            stream.resume_at(epochs, batches, placeholders=True)
+        return epochs, batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """Where the last, smaller batch is left out and micro-batches make one, so is the last, smaller group."""
+        sampler = super()._get_train_sampler(train_dataset)
+        args = self.args
+        if not (isinstance(sampler, RandomSampler) and args.dataloader_drop_last and args.accumulate_negatives):
+            return sampler
+        rows: Any = sampler.data_source
+        whole = len(rows) // args.rows_per_step * args.rows_per_step
+        return RandomSampler(rows, num_samples=whole) if whole else sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """The loader of the evaluation set, of every row also where training leaves out the last batch."""
@@ -246,7 +356,36 @@ class LLM2CLIPTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    # ------------------------------------------------------------------------------------- evaluation, logs and saving
+    # --------------------------------------------------------------------------------------------- evaluation and logs
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Retrieval on the evaluation set, and the evaluators where the trainer's own evaluation set is used.
+
+        Args:
+            eval_dataset (*optional*): Another data set than the trainer's; the evaluators are left out then.
+            ignore_keys (`list[str]`, *optional*): Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the names of the metrics.
+
+        Returns:
+            `dict[str, float]`: The metrics.
+
+        Raises:
+            ValueError: for a stream that shards itself, or an evaluator that returns something else than numbers.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if shards_itself(chosen):
+            raise ValueError("A stream that shards itself cannot be evaluated on. Use a map-style data set.")
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is not None or not self.evaluators:
+            return metrics
+        found = run_evaluators(self, self.evaluators, metric_key_prefix)
+        self.log(dict(found))
+        metrics = {**metrics, **found}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -254,118 +393,48 @@ class LLM2CLIPTrainer(Trainer):
         """Loss, `(image_embeds, text_embeds)` and row numbers of one evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, embeds = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        image_embeds, text_embeds = outputs["image_embeds"].float(), outputs["text_embeds"].float()
-        rows = inputs.get("index", torch.arange(len(image_embeds), device=image_embeds.device))
-        return loss, (image_embeds, text_embeds), rows
+        rows = inputs.get("index", torch.arange(len(embeds["image_embeds"]), device=loss.device))
+        return loss, tuple(value.float() for value in embeds.values()), rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with the logit scale beside the training loss."""
         if "loss" in logs:
-            logs = logs | {"logit_scale": _whole(self.accelerator.unwrap_model(self.model).logit_scale).exp().item()}
+            logs = logs | {
+                "logit_scale": whole_parameter(self.accelerator.unwrap_model(self.model).logit_scale).exp().item()
+            }
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with _llm_left_out(self.accelerator.unwrap_model(self.model)):
-            super()._save(output_dir, state_dict)
-        if self.processor is not None and self.args.should_save:
-            self.processor.save_pretrained(output_dir or self.args.output_dir)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        missing = [key for key in load_result.missing_keys if not (_has_llm(model) and key.startswith("text_model."))]
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint does not fit the model: missing {missing[:3]}, unexpected "
-                f"{load_result.unexpected_keys[:3]}. Resume with the model and options that the run was started with."
-            )
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with ready_for_fsdp2(self.model):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        register_feature_methods(self.model)
+        return prepared
 
 
-class LogitScaleClamp(TrainerCallback):
-    """Keeps the logit scale in `[1, max_logit_scale]` after each optimizer step (CLIP, arXiv 2103.00020, 2.5)."""
-
-    def __init__(self, max_logit_scale: float) -> None:
-        self.max_log = math.log(max_logit_scale)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Called right after the optimizer's step."""
-        with torch.no_grad():
-            model.logit_scale.clamp_(0.0, self.max_log)
+def row_names(batches: list[dict[str, Any]]) -> list[Any]:
+    """Names of the rows of some batches: their `key` or `index`, else their position."""
+    names: list[Any] = []
+    for batch in batches:
+        given: Any = next((batch[name] for name in _ROW_NAMES if name in batch), None)
+        if given is None:
+            given = range(len(names), len(names) + len(batch["pixel_values"]))
+        names.extend(given.tolist() if isinstance(given, torch.Tensor) else list(given))
+    return names
 
 
 def retrieval_of_pairs(prediction: EvalPrediction) -> dict[str, float]:
-    """Retrieval metrics of paired image and text embeddings, row `i` of one with row `i` of the other."""
-    image_embeds, text_embeds = (torch.as_tensor(embeds) for embeds in prediction.predictions)
-    return retrieval_metrics(image_embeds, text_embeds, torch.arange(len(text_embeds)))
-
-
-def resolve_loss_type(model: nn.Module, loss_type: str | None) -> Literal["softmax", "sigmoid"]:
     """
-    The loss to train with: the given one, or sigmoid for a model with a logit bias and softmax for one without.
-
-    Raises:
-        ValueError: for the sigmoid loss with a model that has no logit bias.
+    Retrieval metrics of paired image and text embeddings, row `i` of one with row `i` of the other; those of CLIP's
+    own text encoder, where it is trained too, under names that begin with `clip_text_`.
     """
-    has_bias = getattr(model, "logit_bias", None) is not None
-    if loss_type == "sigmoid" and not has_bias:
-        raise ValueError(
-            '`loss_type="sigmoid"` needs a logit bias, which the model has not. Build it with '
-            "`logit_bias_init_value=-10.0`."
-        )
-    if loss_type is None:
-        return "sigmoid" if has_bias else "softmax"
-    return cast(Literal["softmax", "sigmoid"], loss_type)
-
-
-def check_trainable(model: nn.Module, args: LLM2CLIPTrainingArguments) -> None:
-    """
-    Checks a model before training.
-
-    Raises:
-        ValueError: if there is no logit scale, trained weights are in half precision, or chunks would change the
-            statistics of batch norms.
-    """
-    if not isinstance(getattr(model, "logit_scale", None), nn.Parameter):
-        raise ValueError(f"`model` of type {type(model).__name__} has no parameter `logit_scale`.")
-    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-    if half:
-        raise ValueError(
-            f"{len(half)} trained parameters are not float32, first `{half[0]}`; at a learning rate of "
-            f"{args.learning_rate:g} their updates would be rounded away. Load the model with `dtype=torch.float32`; "
-            "`bf16=True` computes in bfloat16 all the same."
-        )
-    if args.encoder_chunk_size is None:
-        return
-    if has_batch_statistics(model):
-        raise ValueError(
-            "`encoder_chunk_size` cannot be used with trained batch norms, whose statistics are those of the whole "
-            "batch. Leave it out, or freeze the batch norms."
-        )
-    if args.torch_compile:
-        raise ValueError("`encoder_chunk_size` and `torch_compile` cannot be used together. Leave out one of them.")
-
-
-def _has_llm(model: Any) -> bool:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return model_type == "llm2clip" and model.text_model is not None
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a parameter that FSDP2 shards."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
-
-
-@contextmanager
-def _llm_left_out(model: Any) -> Iterator[None]:
-    """Makes `save_pretrained` name the frozen LLM instead of writing it."""
-    if not _has_llm(model):
-        yield
-        return
-    config = model.config
-    text_weights, config.text_weights = config.text_weights, "external" if config.text_base_model else "none"
-    try:
-        yield
-    finally:
-        config.text_weights = text_weights
+    image_embeds, *all_text_embeds = (torch.as_tensor(embeds) for embeds in prediction.predictions)
+    metrics: dict[str, float] = {}
+    for prefix, text_embeds in zip(("", "clip_text_"), all_text_embeds):
+        found = retrieval_metrics(image_embeds, text_embeds, torch.arange(len(text_embeds)))
+        metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+    return metrics

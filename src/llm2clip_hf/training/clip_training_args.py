@@ -2,6 +2,7 @@
 """Arguments of stage 2: the recipe of the paper as the defaults of `TrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -9,6 +10,9 @@ from .precision import gpu_supports_bf16
 
 
 LOSS_TYPES = ("softmax", "sigmoid")
+TRAIN_VISION = ("full", "lora", "projection", "frozen")
+TRAIN_TEXT = ("adapter", "lora", "frozen")
+INTEGRATIONS = ("replace", "both", "aligned")
 
 
 @dataclass
@@ -27,9 +31,28 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
         encoder_chunk_size (`int`, *optional*):
             Rows that pass through the encoders at a time, for batches larger than memory; the loss stays that of the
             whole batch.
+        accumulate_negatives (`bool`, *optional*, defaults to `True`):
+            Whether gradient accumulation makes one contrastive batch of its micro-batches: 4 steps of 16 rows then
+            train exactly like 1 step of 64, at the price of a second forward pass. `False` averages the losses of the
+            micro-batches, each with its own negatives only.
+        train_vision (`str`, *optional*, defaults to `"full"`):
+            What is trained of the vision side: `"full"` (tower and projection), `"lora"` (LoRA on the tower's queries,
+            keys and values, and the projection), `"projection"` or `"frozen"`.
+        train_text (`str`, *optional*, defaults to `"adapter"`):
+            What is trained of the text side: `"adapter"` (the LLM stays frozen), `"lora"` (the adaptor, and LoRA on
+            the LLM, which must be in the model) or `"frozen"`.
+        vision_lora (`dict`, *optional*):
+            Fields of `peft.LoraConfig` for `train_vision="lora"`, over rank 32, alpha 32, dropout 0.1.
+        text_lora (`dict`, *optional*):
+            Fields of `peft.LoraConfig` for `train_text="lora"`, over rank 16, alpha 32, dropout 0.05, all linear
+            layers.
+        integration (`str`, *optional*, defaults to `"replace"`):
+            What becomes of CLIP's own text encoder (paper tables 9 and A8): `"replace"` (the LLM replaces it),
+            `"both"` (a second loss between images and the trainer's `clip_text_model`) or `"aligned"` (and a third
+            between that and the LLM).
 
-    Gradient accumulation averages the losses of its micro-batches and adds no negatives: for a larger contrastive
-    batch raise `per_device_train_batch_size` and set `encoder_chunk_size`.
+    Locked-image tuning is `train_vision="projection"`: a frozen tower under a trained projection, text adaptor and
+    logit scale. The logit scale and bias are always trained.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate (paper section 4.1)."})
@@ -62,10 +85,75 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             "that of the whole batch."
         },
     )
+    accumulate_negatives: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether gradient accumulation makes one contrastive batch of its micro-batches: 4 steps of 16 "
+            "rows then train exactly like 1 step of 64, at the price of a second forward pass. `False` averages the "
+            "losses of the micro-batches, each with its own negatives only."
+        },
+    )
+    train_vision: str = field(
+        default="full",
+        metadata={
+            "help": 'What is trained of the vision side: `"full"` (tower and projection), `"lora"` (LoRA on the '
+            'tower\'s queries, keys and values, and the projection), `"projection"` or `"frozen"`.'
+        },
+    )
+    train_text: str = field(
+        default="adapter",
+        metadata={
+            "help": 'What is trained of the text side: `"adapter"` (the LLM stays frozen), `"lora"` (the adaptor, and '
+            'LoRA on the LLM, which must be in the model) or `"frozen"`.'
+        },
+    )
+    vision_lora: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fields of `peft.LoraConfig` for `train_vision="lora"`, over rank 32, alpha 32, dropout 0.1.'
+        },
+    )
+    text_lora: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fields of `peft.LoraConfig` for `train_text="lora"`, over rank 16, alpha 32, dropout 0.05, all '
+            "linear layers."
+        },
+    )
+    integration: str = field(
+        default="replace",
+        metadata={
+            "help": "What becomes of CLIP's own text encoder (paper tables 9 and A8): "
+            '`"replace"` (the LLM replaces it), `"both"` (a second loss between images and the trainer\'s '
+            '`clip_text_model`) or `"aligned"` (and a third between that and the LLM).'
+        },
+    )
+
+    # Parsed from JSON text, as it comes from a command line.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "vision_lora", "text_lora"]
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all devices and accumulated micro-batches."""
+        return int(self.train_batch_size * self.world_size * self.gradient_accumulation_steps)
+
+    @property
+    def contrastive_batch_size(self) -> int:
+        """Rows that are negatives of one another."""
+        accumulated = self.gradient_accumulation_steps if self.accumulate_negatives else 1
+        return int(self.train_batch_size * self.world_size * accumulated)
 
     def __post_init__(self) -> None:
-        if self.loss_type is not None and self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSS_TYPES))}, got {self.loss_type!r}.")
+        _check_choice("loss_type", self.loss_type, (*LOSS_TYPES, None))
+        _check_choice("train_vision", self.train_vision, TRAIN_VISION)
+        _check_choice("train_text", self.train_text, TRAIN_TEXT)
+        _check_choice("integration", self.integration, INTEGRATIONS)
+        for side in ("vision", "text"):
+            if getattr(self, f"{side}_lora") is not None and getattr(self, f"train_{side}") != "lora":
+                raise ValueError(
+                    f"`{side}_lora` has no effect with `train_{side}={getattr(self, f'train_{side}')!r}`. Set "
+                    f"`train_{side}='lora'`, or leave `{side}_lora` out."
+                )
         if not 0.0 < self.vision_layer_decay <= 1.0:
             raise ValueError(f"`vision_layer_decay` must be in (0, 1], got {self.vision_layer_decay}.")
         if self.encoder_chunk_size is not None and self.encoder_chunk_size < 1:
@@ -77,3 +165,13 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
         super().__post_init__()
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches is None:
+            # Streams: each process reads its own shards. The default would decode everything on the first one.
+            loading.dispatch_batches = False
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        names = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise ValueError(f"`{name}` must be one of {names}, got {value!r}.")

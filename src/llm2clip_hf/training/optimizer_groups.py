@@ -5,7 +5,8 @@ Optimizer parameter groups of CLIP training: what decays, and the layer-wise lea
 (1) Frozen parameters are left out.
 (2) Weight decay goes to weight matrices and convolution kernels only (paper recipe: 0.05, and 0 for 1-d parameters,
     biases, class and position embeddings and the logit scale).
-(3) The learning rate of the vision tower falls by `vision_layer_decay` per layer from its output to its input.
+(3) The learning rate of the vision tower falls by `vision_layer_decay` per layer from its output to its input; LoRA
+    weights have the rate of the layer that they are in.
 (4) Parameters with the same learning rate and decay share a group; the order of groups depends on nothing but the
     model, so that an optimizer state loads into the groups it came from.
 """
@@ -38,8 +39,9 @@ def vision_layer_ids(vision_model: nn.Module) -> tuple[dict[str, int], int]:
 
     The stack of layers is the `nn.ModuleList` (or `nn.Sequential`) outside any other one that holds the most
     parameters. What is registered before it is the input (embeddings, stem: depth 0), element `i` has depth `i + 1`,
-    what comes after it (final norm, head) has depth `number of layers + 1`. Names play no role, so this holds for
-    CLIP, SigLIP, DINOv2, BEiT, EVA02, MobileNet and most other towers.
+    what comes after it (final norm, head) has depth `number of layers + 1`. So has a layer norm that stands between
+    the embeddings and the layers (CLIP's `pre_layrnorm`): the released code of the paper slows down embeddings and
+    layers and nothing else. This holds for CLIP, SigLIP, DINOv2, BEiT, EVA02, MobileNet and most other towers.
 
     Args:
         vision_model (`nn.Module`): The tower.
@@ -66,8 +68,14 @@ def vision_layer_ids(vision_model: nn.Module) -> tuple[dict[str, int], int]:
             passed = True
             depths[name] = int(name[len(stack_name) + 1 :].split(".", 1)[0]) + 1
         else:
-            depths[name] = num_layers + 1 if passed else 0
+            depths[name] = num_layers + 1 if passed or _is_input_norm(vision_model, name) else 0
     return depths, num_layers
+
+
+def _is_input_norm(vision_model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to a layer norm outside of the embeddings, given that it precedes the layers."""
+    owner = name.rpartition(".")[0]
+    return isinstance(vision_model.get_submodule(owner), (nn.LayerNorm, nn.RMSNorm)) and "embed" not in owner
 
 
 def build_optimizer_groups(

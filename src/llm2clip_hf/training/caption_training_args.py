@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training arguments of stage 1."""
+
+from dataclasses import dataclass, field
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from .caption_loss import check_options
+from .precision import gpu_supports_bf16
+
+
+@dataclass
+class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
+    r"""
+    Arguments of [`CaptionContrastiveTrainer`]: `SentenceTransformerTrainingArguments` with the recipe of the paper.
+
+    Sources: learning rate, warm-up, epoch, bf16 and recomputed activations from section 4.1; scale, batch per device
+    and direction from the released stage-1 configuration. Runs of a few hundred steps want fewer `warmup_steps`.
+
+    Args:
+        scale (`float`, *optional*, defaults to 50.0): Multiplier of the cosine similarities (inverse temperature).
+        symmetric (`bool`, *optional*, defaults to `False`): Whether positives also retrieve their anchors.
+        mask_false_negatives (`bool`, *optional*, defaults to `True`):
+            Whether captions of the same image (equal `label`) and equal captions are kept from being each other's
+            negatives. Batches without such repetitions train the same either way; `False` is the released code.
+        mini_batch_size (`int`, *optional*): Rows per forward pass, for batches larger than memory.
+        mini_batch_tokens (`int`, *optional*):
+            Padded tokens per forward pass, likewise: rows of similar length go together, so little is padded.
+
+    Gradient accumulation adds no negatives: use a larger batch with `mini_batch_tokens` instead. Mini-batches are
+    recomputed in the backward pass; where one of them fits into memory with its activations,
+    `gradient_checkpointing=False` saves a second recomputation.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate (paper section 4.1)."})
+    warmup_steps: float = field(default=300, metadata={"help": "Steps of linear warm-up (paper section 4.1)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (paper section 4.1)."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pairs per device (released recipe)."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bf16 autocast; by default where the device is a GPU that supports it."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations; on unless turned off here or by its newer name."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the last, smaller batch, which would have fewer negatives."}
+    )
+    scale: float = field(
+        default=50.0, metadata={"help": "Multiplier of the cosine similarities (inverse temperature)."}
+    )
+    symmetric: bool = field(default=False, metadata={"help": "Whether positives also retrieve their anchors."})
+    mask_false_negatives: bool = field(
+        default=True, metadata={"help": "Keep captions of one image and equal captions from being negatives."}
+    )
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per forward pass, for batches larger than memory."}
+    )
+    mini_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Padded tokens per forward pass, for batches larger than memory."}
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self.scale, self.mini_batch_size, self.mini_batch_tokens)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
+        self._recompute_activations_by_default()
+        super().__post_init__()
+        self._check_recomputation()
+
+    def _recompute_activations_by_default(self) -> None:
+        # The option is called `activation_checkpointing` from transformers 5.22 on, which warns about the old name.
+        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, name)]
+        if all(getattr(self, name) is None for name in names):
+            setattr(self, names[0], True)
+
+    def _check_recomputation(self) -> None:
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        reentrant = any((getattr(self, name, None) or {}).get("use_reentrant") for name in names)
+        if reentrant and (self.mini_batch_size or self.mini_batch_tokens):
+            raise ValueError(
+                "Recomputed mini-batches do not work with `use_reentrant=True` in `gradient_checkpointing_kwargs`. "
+                "Leave it out: the default is `False`."
+            )

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Checkpoints that appear whole or not at all.
+
+A checkpoint is written into a folder `.unfinished-checkpoint-N`, flushed to disk and renamed to `checkpoint-N` at the
+end. A run that is killed or meets a full disk while it saves leaves the earlier checkpoints as they were, and
+`resume_from_checkpoint=True` never picks up the half-written one.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+
+
+UNFINISHED = ".unfinished-"
+_REPLACED = ".replaced-"
+_STATE_FILE = "trainer_state.json"
+
+
+class AtomicCheckpointTrainer(Trainer):
+    """A `Trainer` whose checkpoints appear whole or not at all; their content is that of `Trainer`."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / f"{UNFINISHED}{target.name}"
+        if self.args.should_save:
+            for leftover in (*run_dir.glob(f"{UNFINISHED}*"), *run_dir.glob(f"{_REPLACED}*")):
+                shutil.rmtree(leftover)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(target, staging)
+        except OSError:
+            # What a full disk needs most is space.
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_folder(staging, target)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _write_checkpoint(self, target: Path, staging: Path) -> None:
+        """Everything that `Trainer` puts into a checkpoint, in its order, the state of the Trainer last."""
+        self.save_model(str(staging), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step:
+            best = target.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if not self.args.should_save:
+            return
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name = type(callback).__name__
+                known: Any = self.state.stateful_callbacks
+                if isinstance(known[name], list):
+                    known[name].append(callback.state())
+                else:
+                    known[name] = callback.state()
+        self.state.save_to_json(str(staging / _STATE_FILE))
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """
+    Flushes all files of a folder to disk and renames it; an older folder of that name is replaced.
+
+    Args:
+        staging (`Path`): The finished folder.
+        target (`Path`): Its final name, on the same disk.
+    """
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    if target.exists():
+        replaced = target.with_name(f"{_REPLACED}{target.name}")
+        os.replace(target, replaced)
+        os.replace(staging, target)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(staging, target)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be wrong with a model, its data and its arguments, found before the first step of stage 2."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from ..data import CaptionEmbeddingStore
+from ..data.embedding_store import fingerprint_differences
+from ..data.fingerprint import tokenizer_digest, weights_digest
+from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
+from .clip_training_args import LLM2CLIPTrainingArguments
+from .lora import has_lora
+from .trained_parts import has_llm, is_llm2clip
+
+
+logger = logging.getLogger(__name__)
+
+# Fields of a fingerprint that change embeddings by rounding or for long texts only.
+_NOT_IDENTITY = ("weights_dtype", "max_length")
+
+
+def resolve_loss_type(model: nn.Module, loss_type: str | None) -> Literal["softmax", "sigmoid"]:
+    """
+    The loss to train with: the given one, or sigmoid for a model with a logit bias and softmax for one without.
+
+    Raises:
+        ValueError: for the sigmoid loss with a model that has no logit bias.
+    """
+    has_bias = getattr(model, "logit_bias", None) is not None
+    if loss_type == "sigmoid" and not has_bias:
+        raise ValueError(
+            '`loss_type="sigmoid"` needs a logit bias, which the model has not. Build it with '
+            "`logit_bias_init_value=-10.0`."
+        )
+    if loss_type is None:
+        return "sigmoid" if has_bias else "softmax"
+    return cast(Literal["softmax", "sigmoid"], loss_type)
+
+
+def check_trainable(model: nn.Module, args: LLM2CLIPTrainingArguments) -> None:
+    """
+    Checks a model before training.
+
+    Raises:
+        ValueError: if there is no logit scale, trained weights are in half precision, or chunks would change the
+            statistics of batch norms.
+    """
+    if not isinstance(getattr(model, "logit_scale", None), nn.Parameter):
+        raise ValueError(f"`model` of type {type(model).__name__} has no parameter `logit_scale`.")
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if half:
+        raise ValueError(
+            f"{len(half)} trained parameters are not float32, first `{half[0]}`; at a learning rate of "
+            f"{args.learning_rate:g} their updates would be rounded away. Load the model with `dtype=torch.float32`; "
+            "`bf16=True` computes in bfloat16 all the same."
+        )
+    if args.encoder_chunk_size is not None:
+        chunks, remedy = "`encoder_chunk_size`", "Leave it out"
+    elif args.gradient_accumulation_steps > 1 and args.accumulate_negatives:
+        chunks, remedy = "`gradient_accumulation_steps`", "Set `accumulate_negatives=False`"
+    else:
+        return
+    if has_batch_statistics(model):
+        raise ValueError(
+            f"{chunks} cannot be used with trained batch norms, whose statistics are those of the whole "
+            f"batch. {remedy}, or freeze the batch norms."
+        )
+    if args.torch_compile:
+        raise ValueError(f"{chunks} and `torch_compile` cannot be used together. {remedy}.")
+
+
+def check_contrastive_batch(args: LLM2CLIPTrainingArguments) -> None:
+    """
+    Checks that there are negatives.
+
+    Raises:
+        ValueError: if one row is all that a loss sees.
+    """
+    if args.contrastive_batch_size < 2:
+        raise ValueError(
+            "A contrastive batch of one row has no negatives: `per_device_train_batch_size` is "
+            f"{args.per_device_train_batch_size} on {args.world_size} process. Raise it."
+        )
+
+
+def find_stores(dataset: Any) -> Iterator[CaptionEmbeddingStore]:
+    """The caption embedding stores of a data set, also of one inside a `Subset` or `ConcatDataset`."""
+    if isinstance(dataset, CaptionEmbeddingStore):
+        yield dataset
+    elif isinstance(dataset, torch.utils.data.Dataset):
+        for name in ("store", "dataset"):
+            yield from find_stores(getattr(dataset, name, None))
+        inner = getattr(dataset, "datasets", None)
+        if isinstance(inner, (list, tuple)):
+            for part in inner:
+                yield from find_stores(part)
+
+
+def check_stores(model: Any, dataset: Any, processor: Any) -> None:
+    """
+    Compares the embedding stores of a data set with the model, and records in `model.config.text_fingerprint` what
+    made the embeddings, so that a later run on other embeddings is refused.
+
+    A model that holds its LLM is compared by the digest of its weights, which reads all of them once.
+
+    Raises:
+        ValueError: if the width is not the adaptor's, the stores differ in what made them, or they were made by
+            another LLM, tokenizer or template than the model's.
+    """
+    stores = list(find_stores(dataset))
+    if not stores or not is_llm2clip(model):
+        return
+    config = model.config
+    for store in stores:
+        if store.embedding_dim != config.llm_hidden_size:
+            raise ValueError(
+                f"The embeddings in `{store.path}` have width {store.embedding_dim}, the model takes "
+                f"{config.llm_hidden_size}. Embed the captions with the LLM of the model, or build the model with "
+                f"`llm_hidden_size={store.embedding_dim}`."
+            )
+        _compare(store, stores[0].fingerprint, f"`{stores[0].path}`", "Embed all captions with one LLM and template.")
+    recorded = getattr(config, "text_fingerprint", None)
+    if recorded:
+        _compare(
+            stores[0],
+            recorded,
+            "what the model was trained with",
+            "Use those embeddings, or set `model.config.text_fingerprint = None` to train with others on purpose.",
+        )
+    if has_llm(model) and not has_lora(model.text_model) and "weights_sha256" in stores[0].fingerprint:
+        logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", stores[0].path)
+        expected = {
+            "weights_sha256": weights_digest(model.text_model),
+            "text_prefix_length": config.text_prefix_length,
+        }
+        if getattr(processor, "tokenizer", None) is not None:
+            expected["tokenizer_sha256"] = tokenizer_digest(processor.tokenizer)
+        _compare(stores[0], expected, "the model", "Embed the captions with the LLM and processor of this model.")
+    config.text_fingerprint = dict(stores[0].fingerprint)
+
+
+def _compare(store: CaptionEmbeddingStore, expected: dict[str, Any], whose: str, remedy: str) -> None:
+    keys = (set(store.fingerprint) & set(expected)) - set(_NOT_IDENTITY)
+    differences = fingerprint_differences(
+        {key: store.fingerprint[key] for key in keys}, {key: expected[key] for key in keys}
+    )
+    if differences:
+        raise ValueError(
+            f"The embeddings in `{store.path}` were made by another text encoder than {whose}: {differences}. {remedy}"
+        )
+
+
+def check_batch(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArguments) -> None:
+    """
+    Checks that the first batch holds what the text mode and the integration need.
+
+    Raises:
+        ValueError: naming the missing entry and where it comes from.
+    """
+    if "pixel_values" not in batch:
+        raise ValueError(f"The batch has no `pixel_values`, only {sorted(batch)}. Check the data collator.")
+    if is_llm2clip(model):
+        if ("llm_embeds" in batch) == ("input_ids" in batch):
+            raise ValueError(
+                f"A batch needs either `llm_embeds` or `input_ids`, got {sorted(batch)}. Check the data collator."
+            )
+        if "input_ids" in batch and model.text_model is None:
+            raise ValueError(
+                "The batch has token ids, but the model holds no LLM. Attach it with "
+                "`model.attach_text_model(AutoModel.from_pretrained(...))`, or train on stored embeddings."
+            )
+        if "llm_embeds" in batch and args.train_text == "lora":
+            raise ValueError(
+                "`train_text='lora'` trains the LLM, but the batch has stored embeddings, which it does not enter. "
+                "Give the data set captions instead of a store."
+            )
+        width = model.config.llm_hidden_size
+        if "llm_embeds" in batch and batch["llm_embeds"].shape[-1] != width:
+            raise ValueError(
+                f"`llm_embeds` has width {batch['llm_embeds'].shape[-1]}, the model takes {width}. Embed the captions "
+                "with the LLM of the model."
+            )
+    if args.integration != "replace" and CLIP_TEXT_NAMES[0] not in batch:
+        raise ValueError(
+            f"`integration={args.integration!r}` needs `{CLIP_TEXT_NAMES[0]}`, the tokens of CLIP's own text encoder, "
+            f"in every batch, got {sorted(batch)}. Use `ClipTextCollator` as data collator."
+        )

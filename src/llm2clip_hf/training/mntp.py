@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Masked next token prediction (MNTP): an optional stage before stage 1 that lets an LLM get used to looking both ways.
+
+(1) Some tokens of a text are masked, and attention is bidirectional.
+(2) A masked token is predicted from the state of the token before it, as the LLM has always predicted.
+(3) LoRA learns it, and is merged into an ordinary language model for `build_caption_encoder`.
+
+Source: LLM2Vec (arXiv 2404.05961), and the released stage-1 recipe of LLM2CLIP, which starts with it; the paper's
+later recipe does without (section 4.1).
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..modeling import assert_bidirectional
+from .adapters import ADAPTER_WEIGHTS, add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
+from .callbacks import EpochCallback
+from .checkpoints import AtomicCheckpointTrainer
+from .encoder_card import mntp_card
+from .encoder_files import written_folder
+from .mntp_data import IGNORED, MaskedTextCollator, MaskedTexts
+from .precision import gpu_supports_bf16
+
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_FOLDER = "adapter"
+
+
+@dataclass
+class MNTPTrainingArguments(TrainingArguments):
+    r"""
+    Arguments of [`MNTPTrainer`]: `TrainingArguments` with the released MNTP recipe of LLM2CLIP.
+
+    Args:
+        mask_probability (`float`, *optional*, defaults to 0.2):
+            Probability that a token is masked; of these 80 % become the mask token, 10 % a random one, 10 % stay.
+        max_length (`int`, *optional*, defaults to 512):
+            Longest text in tokens; lowered to the LLM's own limit.
+        mask_token (`str`, *optional*):
+            Token that stands for a masked one. Defaults to the tokenizer's mask token, or to `"_"` without one.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate (released recipe)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (released recipe)."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts per device (released recipe)."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bf16 autocast; by default where the device is a GPU that supports it."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations; on unless turned off here or by its newer name."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the texts have no columns."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gives the loss alone."})
+    mask_probability: float = field(default=0.2, metadata={"help": "Probability that a token is masked."})
+    max_length: int = field(default=512, metadata={"help": "Longest text in tokens; longer ones are cut."})
+    mask_token: str | None = field(
+        default=None, metadata={"help": "Token for a masked one; the tokenizer's mask token by default, else '_'."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_probability < 1:
+            raise ValueError(f"`mask_probability` must lie in (0, 1), got {self.mask_probability}.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be 2 or more, got {self.max_length}.")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
+        # The option is called `activation_checkpointing` from transformers 5.22 on, which warns about the old name.
+        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, name)]
+        if all(getattr(self, name) is None for name in names):
+            setattr(self, names[0], True)
+        super().__post_init__()
+
+
+class MNTPTrainer(AtomicCheckpointTrainer):
+    r"""
+    Trains an LLM to predict masked tokens with attention in both directions.
+
+    With M the masked positions of the whole batch (all devices and accumulated steps), x the text before masking and
+    h the last hidden states of the masked text, the loss is `-1/|M| * sum_{i in M} log softmax(head(h_{i-1}))[x_i]`.
+    Tokens that are not masked, special and template tokens, padding and the first token of a text do not count. The
+    LM head sees the masked positions only, which spares the memory of all other logits.
+
+    `save_model(path)` writes an ordinary language model with LoRA merged, and its tokenizer: the folder for
+    `build_caption_encoder`. Its config says `is_causal=False`, because that is how it was trained. Checkpoints hold
+    the adapters alone.
+
+    Args:
+        model (`str` or `PreTrainedModel`): Repository or folder of a language model with its head, or the model.
+        args ([`MNTPTrainingArguments`], *optional*): The recipe.
+        train_dataset: A sequence of texts, e.g. a column of a `datasets.Dataset`, or of lists of texts (the captions
+            of an image), of which each epoch draws one.
+        eval_dataset: The same, for the loss.
+        processing_class (*optional*): A fast tokenizer; by default that of `model` given as a name.
+        lora (`LoraConfig`, `dict` or `None`, *optional*, defaults to `"default"`):
+            As of [`build_caption_encoder`]; `None` trains all weights.
+        model_kwargs (`dict`, *optional*): Arguments for loading the model: `dtype`, `attn_implementation`, ...
+        kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        ValueError: if the model has no trained LM head, does not attend bidirectionally, or there is no tokenizer,
+            pad token or mask token for it.
+
+    Example:
+    >>> trainer = MNTPTrainer("meta-llama/Llama-3.2-1B-Instruct", train_dataset=captions)  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    >>> trainer.save_model("llama-mntp")  # doctest: +SKIP
+    >>> encoder = build_caption_encoder("llama-mntp")  # doctest: +SKIP
+    """
+
+    args: MNTPTrainingArguments
+    # `compute_loss` divides by the number of masked tokens of all accumulated steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: MNTPTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        lora: LoraConfig | Mapping[str, Any] | Literal["default"] | None = "default",
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or MNTPTrainingArguments("mntp")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `accelerate launch`."
+            )
+        if processing_class is None:
+            if not isinstance(model, str):
+                raise ValueError("`processing_class` is missing. Pass the tokenizer of the model.")
+            revision = (model_kwargs or {}).get("revision") or "main"
+            processing_class = AutoTokenizer.from_pretrained(model, revision=revision)
+        llm = _load_model(model, dict(model_kwargs or {}))
+        if lora is not None and not has_adapters(llm):
+            add_lora(llm, lora_config({} if lora == "default" else lora))
+        tokenizer = _with_pad_token(processing_class)
+        train, evaluation = (self._masked(data, tokenizer, args, llm) for data in (train_dataset, eval_dataset))
+        super().__init__(
+            model=llm,
+            args=args,
+            data_collator=MaskedTextCollator(tokenizer),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        # So that the number of masked tokens is counted over all devices and accumulated steps.
+        self.model_accepts_loss_kwargs = True
+        self._is_checkpoint = False
+        if train is not None:
+            self.add_callback(EpochCallback(train))
+
+    @staticmethod
+    def _masked(texts: Any, tokenizer: Any, args: MNTPTrainingArguments, llm: PreTrainedModel) -> MaskedTexts | None:
+        if texts is None:
+            return None
+        limit = getattr(llm.config, "max_position_embeddings", None) or args.max_length
+        return MaskedTexts(
+            texts,
+            tokenizer,
+            mask_token_id=_mask_token_id(tokenizer, args.mask_token),
+            mask_probability=args.mask_probability,
+            max_length=min(args.max_length, limit),
+            seed=args.seed,
+        )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the class, divided by `num_items_in_batch` masked tokens, or by those of `inputs`."""
+        inputs = dict(inputs)
+        targets = inputs.pop("labels")[:, 1:]
+        masked = targets != IGNORED  # the state at i - 1 predicts token i
+        with _head_at(self.accelerator.unwrap_model(model), masked):
+            outputs = model(**inputs, use_cache=False)
+        total = F.cross_entropy(outputs.logits.float(), targets[masked], reduction="sum")
+        count = masked.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        # A batch of very short texts may have no mask at all.
+        loss = total / count.to(total.device).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. The weights are those of step "
+                f"{self.state.global_step}. Lower `learning_rate`."
+            )
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the language model with LoRA merged, and its tokenizer.
+
+        Args:
+            output_dir (`str`, *optional*): Folder to write, `args.output_dir` by default.
+        """
+        self._is_checkpoint = _internal_call
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._is_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        llm: Any = self.accelerator.unwrap_model(self.model)
+        tokenizer: Any = self.processing_class
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self._is_checkpoint and not has_adapters(llm):
+            super()._save(output_dir, state_dict)
+        elif self._is_checkpoint:
+            # In a folder of its own: beside it, `AutoModel` would load the causal LLM with these adapters.
+            llm.save_pretrained(folder / _ADAPTER_FOLDER)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        else:
+            with written_folder(folder, last="config.json") as temporary:
+                merged_llm(llm).save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                card = mntp_card(folder.name, str(llm.config._name_or_path))
+                (temporary / "README.md").write_text(card, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        llm: Any = self.accelerator.unwrap_model(self.model)
+        if not has_adapters(llm):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        file = Path(resume_from_checkpoint) / _ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        if not file.is_file():
+            raise ValueError(
+                f"{resume_from_checkpoint} holds no `{_ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run."
+            )
+        load_adapter_weights(llm, file)
+
+
+@contextmanager
+def _head_at(llm: Any, masked: torch.Tensor) -> Iterator[None]:
+    """Lets the LM head see the states at some positions only: logits are `(count, vocab)` inside."""
+
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        return (arguments[0][:, :-1][masked],)
+
+    handle = llm.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _load_model(model: str | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
+    llm: Any
+    if isinstance(model, str):
+        options = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+        config = AutoConfig.from_pretrained(model, **options)
+        config.is_causal = False
+        load: Any = AutoModelForCausalLM.from_pretrained
+        llm, info = load(model, config=config, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{model!r} holds no weights for {sorted(info['missing_keys'])[:3]}. MNTP needs a language model with "
+                "its head: start from the LLM, not from a caption encoder."
+            )
+    else:
+        llm = model
+    if llm.get_output_embeddings() is None:
+        raise ValueError(f"{type(llm).__name__} has no LM head. Load it with `AutoModelForCausalLM`.")
+    llm.config.is_causal = False
+    assert_bidirectional(llm.base_model)
+    return llm
+
+
+def _with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that pads with its end token; masks, not ids, tell padding."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    if tokenizer.eos_token is None:
+        raise ValueError("The tokenizer has neither a pad nor an end-of-sequence token. Set `tokenizer.pad_token`.")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _mask_token_id(tokenizer: Any, token: str | None) -> int:
+    token = token or tokenizer.mask_token or "_"
+    known = tokenizer.get_vocab()
+    if token in known:
+        return known[token]
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"`mask_token` {token!r} is not one token of the tokenizer. Name one that is.")
+    return ids[0]
