@@ -13,7 +13,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 
-from llm2clip_hf.evaluation import CaptionRetrievalEvaluator, caption_retrieval_accuracy
+from llm2clip_hf.evaluation import (
+    CaptionRetrievalEvaluator,
+    caption_retrieval_accuracy,
+    embed_texts,
+    evaluate_caption_retrieval,
+    first_two_captions,
+)
 
 
 CAPTIONS = [
@@ -50,6 +56,11 @@ def multimodal_model(tmp_path_factory):
     return SentenceTransformer(str(folder), trust_remote_code=True)
 
 
+def accuracy(first, second, skipped=0, **options):
+    counts = {"num_images": len(first), "num_skipped": skipped}
+    return pytest.approx(caption_retrieval_accuracy(first, second, **options) | counts)
+
+
 def one_by_one(model, texts, as_text=lambda text: text):
     return torch.stack([model.encode([as_text(text)], convert_to_tensor=True)[0] for text in texts])
 
@@ -61,7 +72,8 @@ def test_metrics_equal_those_of_embeddings_made_one_by_one(kind, request):
     first = one_by_one(model, [texts[0] for texts in CAPTIONS], as_text)
     second = one_by_one(model, [texts[1] for texts in CAPTIONS], as_text)
     metrics = CaptionRetrievalEvaluator(CAPTIONS, ks=(1, 3), batch_size=2)(model)
-    assert metrics == pytest.approx(caption_retrieval_accuracy(first, second, ks=(1, 3)))
+    assert metrics == accuracy(first, second, ks=(1, 3))
+    assert evaluate_caption_retrieval(model, CAPTIONS, ks=(1, 3), batch_size=2) == metrics
 
 
 def test_a_caption_that_is_the_path_of_an_image_is_text(multimodal_model, tmp_path):
@@ -81,9 +93,10 @@ def test_a_caption_that_is_the_path_of_an_image_is_text(multimodal_model, tmp_pa
     embeds = torch.stack(rows)
     evaluator = CaptionRetrievalEvaluator(captions)
     torch.testing.assert_close(
-        torch.nn.functional.normalize(evaluator._embed(multimodal_model)), torch.nn.functional.normalize(embeds)
+        torch.nn.functional.normalize(embed_texts(multimodal_model, [*evaluator.first, *evaluator.second])),
+        torch.nn.functional.normalize(embeds),
     )
-    assert evaluator(multimodal_model) == pytest.approx(caption_retrieval_accuracy(embeds[:6], embeds[6:]))
+    assert evaluator(multimodal_model) == accuracy(embeds[:6], embeds[6:])
 
 
 def test_a_default_prompt_of_the_model_is_not_added(text_model):
@@ -97,6 +110,30 @@ def test_a_default_prompt_of_the_model_is_not_added(text_model):
     finally:
         text_model.default_prompt_name = None
         text_model.prompts.pop("query")
+
+
+def test_the_folder_of_a_caption_encoder_gives_the_same_as_the_encoder(tmp_path):
+    from llm2clip_hf.training import build_caption_encoder
+
+    tiny_models.model().text_model.save_pretrained(tmp_path / "llm")
+    tiny_models.llama3_tokenizer().save_pretrained(tmp_path / "llm")
+    encoder = build_caption_encoder(str(tmp_path / "llm"))
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    metrics = evaluate_caption_retrieval(encoder, CAPTIONS)
+    embeds = embed_texts(encoder, [texts[1] for texts in CAPTIONS])
+    encoder.save_pretrained(str(tmp_path / "cc"))
+    # As a plain LLM: the direction of attention and the template are in its files.
+    folder = str(tmp_path / "cc")
+    torch.testing.assert_close(
+        embed_texts(folder, [texts[1] for texts in CAPTIONS], pooling="mean"), embeds, rtol=1e-4, atol=1e-5
+    )
+    assert evaluate_caption_retrieval(folder, CAPTIONS, pooling="mean") == pytest.approx(metrics)
+    # As `SentenceTransformer`
+    loaded = SentenceTransformer(folder, trust_remote_code=True)
+    assert evaluate_caption_retrieval(loaded, CAPTIONS) == pytest.approx(metrics)
 
 
 def test_it_is_an_evaluator_with_a_primary_metric_and_a_record(static_model, tmp_path):
@@ -122,15 +159,34 @@ def test_it_is_an_evaluator_with_a_primary_metric_and_a_record(static_model, tmp
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        ([["a", "b"], ["c"]], "Row 1 needs a list of at least two captions"),
-        ([["a", "b"], "cd"], "Row 1 needs a list of at least two captions"),
+        ([["a", "b"], ["c"]], "Row 1 needs a list of at least two distinct captions"),
+        ([["a", "b"], ["c", "c"]], "Row 1 needs a list of at least two distinct captions"),
+        ([["a", "b"], "cd"], "Row 1 is one string, 'cd'"),
         ([["a", "b"], ["c", ""]], "Row 1 has the caption ''"),
+        ([["a", "b"], ["c", 5]], "Row 1 has the caption 5"),
         ([], "`captions` is empty"),
     ],
 )
-def test_bad_captions_are_refused_with_their_row(captions, message):
+@pytest.mark.parametrize("evaluate", [CaptionRetrievalEvaluator, lambda texts: evaluate_caption_retrieval("x", texts)])
+def test_bad_captions_are_refused_with_their_row(evaluate, captions, message):
     with pytest.raises(ValueError, match=message):
-        CaptionRetrievalEvaluator(captions)
+        evaluate(captions)
+
+
+def test_images_with_too_few_captions_are_skipped_and_counted_when_told_to(static_model):
+    captions = [*CAPTIONS, ["alone"], ["twice", "twice"], [], ["once", "once", "and once more"]]
+    first, second, skipped = first_two_captions(captions, "skip")
+    assert (first[-1], second[-1], skipped) == ("once", "and once more", 3)
+    embeds = embed_texts(static_model, [*first, *second])
+    expected = accuracy(embeds[:6], embeds[6:], skipped=3)
+    assert evaluate_caption_retrieval(static_model, captions, on_too_few="skip") == expected
+    evaluator = CaptionRetrievalEvaluator(captions, on_too_few="skip")
+    assert evaluator(static_model) == expected
+    assert evaluator.get_config_dict()["num_skipped"] == 3
+    with pytest.raises(ValueError, match=r"no image with two captions \(1 images\)"):
+        evaluate_caption_retrieval(static_model, [["alone"]], on_too_few="skip")
+    with pytest.raises(ValueError, match="`on_too_few` must be"):
+        evaluate_caption_retrieval(static_model, captions, on_too_few="drop")
 
 
 CHECK_IMPORTS = """

@@ -13,6 +13,7 @@ from llm2clip_hf.evaluation import (
     caption_retrieval_accuracy,
     mean_per_class_recall,
     retrieval_metrics,
+    retrieval_ranks,
     top_k_accuracy,
 )
 
@@ -112,14 +113,79 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_retrieval_metrics_never_hold_more_than_a_chunk_of_similarities():
+def test_retrieval_metrics_never_hold_more_than_a_tile_of_similarities():
     images, texts, owners = torch.randn(200, 4), torch.randn(300, 4), torch.arange(300) % 200
     with LargestTensor() as largest:
-        retrieval_metrics(images, texts, owners, chunk_size=7)
-    assert largest.numel == 7 * 300
+        retrieval_metrics(images, texts, owners, chunk_size=51)
+    assert largest.numel == 51 * 51
     with LargestTensor() as largest:
-        caption_retrieval_accuracy(images, images + 1, chunk_size=7)
-    assert largest.numel == 7 * 200
+        caption_retrieval_accuracy(images, images + 1, chunk_size=51)
+    assert largest.numel == 51 * 51
+
+
+def test_caption_recall_equals_brute_force_over_all_orders_of_ties():
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(10):
+        prototypes = torch.randn(3, 5, generator=generator)
+        images = prototypes[torch.randint(3, (3,), generator=generator)]
+        texts = prototypes[torch.randint(3, (6,), generator=generator)]
+        owners = torch.tensor([2, 0, 1, 1, 0, 1])
+        metrics = retrieval_metrics(images, texts, owners, ks=(1, 2, 4), chunk_size=4)
+        for k in (1, 2, 4):
+            shares = []
+            for image, scores in enumerate(cosines(images, texts).tolist()):
+                orders = [
+                    order
+                    for order in itertools.permutations(range(6))
+                    if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
+                ]
+                own = int((owners == image).sum())
+                shares.append(statistics.mean(sum(owners[t] == image for t in o[:k]).item() / own for o in orders))
+            assert metrics[f"image_to_text_caption_recall@{k}"] == pytest.approx(statistics.mean(shares)), k
+
+
+def test_retrieval_metrics_equal_torchmetrics():
+    pytest.importorskip("torchmetrics", reason="torchmetrics is the independent implementation compared with")
+    from torchmetrics.retrieval import RetrievalHitRate, RetrievalRecall
+
+    generator = torch.Generator().manual_seed(1)
+    owners = torch.cat([torch.arange(29), torch.randint(29, (42,), generator=generator)])
+    images = torch.randn(29, 7, generator=generator)
+    texts = images[owners] + 1.5 * torch.randn(71, 7, generator=generator)
+    metrics = retrieval_metrics(images, texts, owners, ks=(1, 5, 10), chunk_size=13)
+    similarity = cosines(images, texts)
+    right = owners == torch.arange(29)[:, None]
+    for k in (1, 5, 10):
+        for name, kind, scores, mask in (
+            ("image_to_text_recall", RetrievalHitRate, similarity, right),
+            ("image_to_text_caption_recall", RetrievalRecall, similarity, right),
+            ("text_to_image_recall", RetrievalHitRate, similarity.T, right.T),
+        ):
+            # Each row is one query.
+            queries = torch.arange(len(scores))[:, None].expand_as(scores)
+            expected = kind(top_k=k)(scores.flatten(), mask.flatten(), indexes=queries.flatten())
+            assert 0 < expected < 1
+            assert metrics[f"{name}@{k}"] == pytest.approx(expected.item(), abs=1e-6), (name, k)
+
+
+def test_ranks_are_those_that_the_metrics_summarise():
+    images, owners = torch.randn(17, 4), torch.arange(40) % 17
+    texts = images[owners] + torch.randn(40, 4)
+    ranks = retrieval_ranks(images, texts, owners, chunk_size=6)
+    metrics = retrieval_metrics(images, texts, owners, ks=(3,))
+    for direction, rank in ranks._asdict().items():
+        assert metrics[f"{direction}_mean_rank"] == pytest.approx(rank.mean().item())
+        assert metrics[f"{direction}_recall@3"] == pytest.approx((rank <= 3).double().mean().item())
+    similarity = cosines(texts, images)
+    own = similarity.gather(1, owners[:, None])
+    assert torch.equal(ranks.text_to_image, 1 + (similarity > own).sum(1).double())
+
+
+def test_rows_after_the_first_block_are_checked_and_named():
+    images = torch.ones(9000, 2)
+    images[8500] = math.nan
+    with pytest.raises(ValueError, match="Row 8500 of `second` is not finite"):
+        caption_retrieval_accuracy(torch.ones(9000, 2), images)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 5, 512])

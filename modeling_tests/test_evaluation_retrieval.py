@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retrieval with whole models, ours and transformers' own CLIP, against encoding one input at a time."""
 
+import logging
+
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from PIL import Image
+from process_groups import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+)
 
 from llm2clip_hf.data import CenterCropTransform, ImageTextDataset, embed_captions
 from llm2clip_hf.evaluation import encode_images, encode_texts, evaluate_retrieval, retrieval_metrics
@@ -19,17 +31,20 @@ FLAT = sum(CAPTIONS, [])
 OWNERS = torch.tensor([image for image, texts in enumerate(CAPTIONS) for _ in texts])
 
 
-def clip() -> tuple[CLIPModel, CLIPProcessor]:
-    torch.manual_seed(0)
+def word_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
     ids = {word: number for number, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=9
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", **kwargs
     )
+
+
+def clip() -> tuple[CLIPModel, CLIPProcessor]:
+    torch.manual_seed(0)
     config = CLIPConfig(
         text_config={
             "vocab_size": 64, "hidden_size": 18, "intermediate_size": 37, "num_hidden_layers": 2,
@@ -42,7 +57,20 @@ def clip() -> tuple[CLIPModel, CLIPProcessor]:
         },
         projection_dim=20,
     )  # fmt: skip
+    tokenizer = word_tokenizer(model_max_length=9)
     return CLIPModel(config).eval(), CLIPProcessor(tiny_models.image_processor(), tokenizer)
+
+
+def siglip() -> tuple[SiglipModel, SiglipProcessor]:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
+    config = SiglipConfig(
+        text_config={"vocab_size": 64, "hidden_size": 24, "max_position_embeddings": 11, **sizes},
+        vision_config={"hidden_size": 24, "image_size": tiny_models.IMAGE_SIZE, "patch_size": 6, **sizes},
+    )
+    size = {"height": tiny_models.IMAGE_SIZE, "width": tiny_models.IMAGE_SIZE}
+    # A tokenizer that does not know how many positions the text tower has.
+    return SiglipModel(config).eval(), SiglipProcessor(SiglipImageProcessorPil(size=size), word_tokenizer())
 
 
 def llm2clip():
@@ -55,6 +83,14 @@ def images():
     return [Image.fromarray(rng.integers(0, 256, (40, 35 + n, 3), dtype=np.uint8)) for n in range(6)]
 
 
+def text_inputs(model, processor, texts):
+    if isinstance(model, SiglipModel):  # trained on full-length texts, padding included
+        batch = processor.tokenizer(texts, padding="max_length", max_length=11, return_tensors="pt")
+        return {"input_ids": batch["input_ids"]}
+    batch = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
 @torch.no_grad()
 def one_by_one(model, processor, images, texts):
     image_rows, text_rows = [], []
@@ -62,14 +98,13 @@ def one_by_one(model, processor, images, texts):
         pixel_values = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         image_rows.append(model.get_image_features(pixel_values=pixel_values).pooler_output[0])
     for text in texts:
-        batch = processor.tokenizer([text], return_tensors="pt")
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs = text_inputs(model, processor, [text])
         text_rows.append(model.get_text_features(**inputs).pooler_output[0])
     normalize = torch.nn.functional.normalize
     return normalize(torch.stack(image_rows), dim=1), normalize(torch.stack(text_rows), dim=1)
 
 
-@pytest.mark.parametrize("build", [clip, llm2clip])
+@pytest.mark.parametrize("build", [clip, siglip, llm2clip])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_encoding_in_batches_equals_one_by_one(build, batch_size, images):
     model, processor = build()
@@ -82,7 +117,28 @@ def test_encoding_in_batches_equals_one_by_one(build, batch_size, images):
     assert not actual.requires_grad
 
 
-@pytest.mark.parametrize("build", [clip, llm2clip])
+@pytest.mark.parametrize("build", [clip, siglip])
+def test_embeddings_give_the_logits_of_the_model_itself(build, images):
+    model, processor = build()
+    texts = [FLAT[0], FLAT[3], FLAT[4]]
+    pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixel_values=pixel_values, **text_inputs(model, processor, texts)).logits_per_image
+    cosines = encode_images(model, images, processor=processor) @ encode_texts(model, texts, processor=processor).T
+    bias = getattr(model, "logit_bias", torch.zeros(1))
+    expected = model.logit_scale.exp() * cosines + bias
+    torch.testing.assert_close(logits, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_siglip_texts_are_padded_and_truncated_to_the_positions_of_its_tower():
+    model, processor = siglip()
+    long = " ".join(WORDS)
+    embeds = encode_texts(model, [long, " ".join(WORDS[:9]), " ".join(WORDS[:8])], processor=processor)
+    torch.testing.assert_close(embeds[0], embeds[1], rtol=0, atol=1e-6)
+    assert (embeds[0] - embeds[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", [clip, siglip, llm2clip])
 def test_retrieval_equals_the_metrics_of_embeddings_made_one_by_one(build, images):
     model, processor = build()
     expected = retrieval_metrics(*one_by_one(model, processor, images, FLAT), OWNERS, ks=(1, 2, 5))
@@ -188,3 +244,139 @@ def test_bad_arguments_are_refused(images):
         encode_texts(model, ["a", " "], processor=processor)
     with pytest.raises(ValueError, match="no images to encode"):
         encode_images(model, [], processor=processor)
+
+
+def _retrieval_of_rank(model, processor, images, cache_dir):
+    metrics = evaluate_retrieval(model, images, CAPTIONS, processor=processor, batch_size=2, cache_dir=cache_dir)
+    embeds = encode_images(model, images, processor=processor, batch_size=4)
+    one_batch = encode_texts(model, FLAT[:2], processor=processor, batch_size=9)  # nothing to do for the last rank
+    alone = encode_images(model, images, processor=processor, gather_across_devices=False)
+    return metrics, embeds.numpy(), one_batch.numpy(), alone.numpy()
+
+
+@pytest.mark.parametrize("build", [clip, llm2clip])
+def test_two_processes_equal_one(build, images, tmp_path):
+    model, processor = build()
+    expected = evaluate_retrieval(model, images, CAPTIONS, processor=processor)
+    image_embeds = encode_images(model, images, processor=processor).numpy()
+    text_embeds = encode_texts(model, FLAT[:2], processor=processor).numpy()
+    for cache_dir in (None, tmp_path, tmp_path):
+        for metrics, embeds, texts, alone in run_ranks(2, _retrieval_of_rank, model, processor, images, cache_dir):
+            assert metrics == pytest.approx(expected)
+            np.testing.assert_allclose(embeds, image_embeds, atol=1e-6)
+            np.testing.assert_allclose(texts, text_embeds, atol=1e-6)
+            np.testing.assert_allclose(alone, image_embeds, atol=1e-6)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def _error_of_rank(model, processor, images):
+    try:
+        encode_images(model, images, processor=processor, batch_size=3)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_an_error_in_one_process_ends_all(images):
+    model, processor = clip()
+    first, second = run_ranks(2, _error_of_rank, model, processor, [*images[:4], None, images[5]])
+    assert first == "RuntimeError: Encoding failed on rank 1, whose error says why."
+    assert second.startswith("ValueError: Image 4 cannot be read")
+
+
+class Counting:
+    """Calls of a model's two getters."""
+
+    def __init__(self, model, monkeypatch):
+        self.calls = []
+        for name in ("get_image_features", "get_text_features"):
+            monkeypatch.setattr(model, name, self._wrap(name, getattr(model, name)), raising=False)
+
+    def _wrap(self, name, original):
+        def counted(*args, **kwargs):
+            self.calls.append(name.split("_")[1])
+            return original(*args, **kwargs)
+
+        return counted
+
+    def take(self):
+        calls, self.calls = sorted(set(self.calls)), []
+        return calls
+
+
+def test_the_cache_serves_the_same_model_and_data_only(images, tmp_path, monkeypatch):
+    model, processor = clip()
+    counting = Counting(model, monkeypatch)
+    cache = tmp_path / "cache"
+
+    def evaluate(images=images, captions=CAPTIONS, **options):
+        cached = evaluate_retrieval(model, images, captions, processor=processor, cache_dir=cache, **options)
+        calls = counting.take()
+        assert cached == pytest.approx(evaluate_retrieval(model, images, captions, processor=processor, **options))
+        counting.take()
+        return calls
+
+    assert evaluate() == ["image", "text"]
+    assert evaluate() == []
+    assert evaluate(batch_size=2) == []
+    assert evaluate(captions=[*CAPTIONS[:-1], ["w16 w17", "w19"]]) == ["text"]
+    assert evaluate(captions=[*CAPTIONS[:-1], ["w18", "w16 w17"]]) == ["text"]
+    assert evaluate(max_length=4) == ["text"]
+    assert evaluate(images=[images[1], images[0], *images[2:]]) == ["image"]
+    changed = images[2].copy()
+    changed.putpixel((3, 3), (1, 2, 3))
+    assert evaluate(images=[*images[:2], changed, *images[3:]]) == ["image"]
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert evaluate() == ["image"]
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] += 0.1
+    assert evaluate() == ["image", "text"]
+    model.config.text_config.hidden_act = "gelu"  # no weight changes
+    assert evaluate() == ["image", "text"]
+    assert not [file for file in cache.iterdir() if file.suffix != ".safetensors"]
+
+
+def test_the_cache_sees_files_transforms_stores_and_adapters(images, tmp_path, monkeypatch):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, processor = llm2clip()
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), model.text_model)
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for path, image in zip(paths, images):
+        image.save(path)
+    counting = Counting(model, monkeypatch)
+
+    def evaluate(*arguments):
+        evaluate_retrieval(model, *arguments, processor=processor, cache_dir=tmp_path / "cache")
+        return counting.take()
+
+    assert evaluate(paths, CAPTIONS) == ["image", "text"]
+    assert evaluate(paths, CAPTIONS) == []
+    images[3].save(paths[0])
+    assert evaluate(paths, CAPTIONS) == ["image"]
+    transform = CenterCropTransform.from_image_processor(processor.image_processor)
+    assert evaluate(ImageTextDataset(images, CAPTIONS, transform=transform)) == ["image"]
+    assert evaluate(ImageTextDataset(images, CAPTIONS, transform=transform)) == []
+    other = CenterCropTransform(transform.height, resize=transform.height + 5)
+    assert evaluate(ImageTextDataset(images, CAPTIONS, transform=other)) == ["image"]
+    store = embed_captions(model, CAPTIONS, tmp_path / "a", tokenizer=processor.tokenizer, show_progress=False)
+    assert evaluate(paths, store) == ["text"]
+    assert evaluate(paths, store) == []
+    assert evaluate(paths, [store[row] + 1 for row in range(6)]) == ["text"]
+    for module in model.text_model.modules():
+        if hasattr(module, "merged_adapters"):
+            module.enable_adapters(False)
+    assert evaluate(paths, CAPTIONS) == ["image", "text"]
+
+
+def test_a_damaged_file_of_the_cache_is_made_again(images, tmp_path, caplog):
+    model, processor = clip()
+    expected = evaluate_retrieval(model, images, CAPTIONS, processor=processor, cache_dir=tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-40])
+    with caplog.at_level(logging.WARNING):
+        assert evaluate_retrieval(model, images, CAPTIONS, processor=processor, cache_dir=tmp_path) == expected
+    assert caplog.text.count("is made again") == 2
+    with pytest.raises(ValueError, match="`cache_dir` needs `gather_across_devices=True`"):
+        evaluate_retrieval(
+            model, images, CAPTIONS, processor=processor, cache_dir=tmp_path, gather_across_devices=False
+        )

@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: metrics, image-text retrieval, zero-shot classification and caption retrieval."""
+"""Evaluation: metrics, image-text retrieval, zero-shot classification, linear probe and caption retrieval."""
 
 from typing import TYPE_CHECKING, Any
 
+from .caption_accuracy import evaluate_caption_retrieval, first_two_captions
+from .classifier_file import ZeroShotClassifier, load_zero_shot_classifier, save_zero_shot_classifier
 from .encoding import encode_images, encode_texts
-from .metrics import caption_retrieval_accuracy, mean_per_class_recall, retrieval_metrics, top_k_accuracy
+from .linear_probe import encode_vision_features, evaluate_linear_probe
+from .metrics import (
+    RetrievalRanks,
+    caption_retrieval_accuracy,
+    mean_per_class_recall,
+    retrieval_metrics,
+    retrieval_ranks,
+    top_k_accuracy,
+)
 from .retrieval import evaluate_retrieval
+from .text_towers import embed_texts
 from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
 
 
@@ -15,14 +26,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CaptionRetrievalEvaluator",
+    "RetrievalRanks",
+    "ZeroShotClassifier",
     "build_zero_shot_classifier",
     "caption_retrieval_accuracy",
+    "embed_texts",
     "encode_images",
     "encode_texts",
+    "encode_vision_features",
+    "evaluate_caption_retrieval",
+    "evaluate_linear_probe",
     "evaluate_retrieval",
     "evaluate_zero_shot_classification",
+    "first_two_captions",
+    "load_zero_shot_classifier",
     "mean_per_class_recall",
     "retrieval_metrics",
+    "retrieval_ranks",
+    "save_zero_shot_classifier",
     "top_k_accuracy",
 ]
 

@@ -6,7 +6,8 @@ Ties count as what random tie-breaking gives on average, computed and not drawn.
 all tie, gets the score of guessing, and no metric depends on the order of rows. Cosines closer than `TIE_TOLERANCE`
 are equal, because embeddings of the same content differ by that much between batches and devices.
 
-Scores are computed in float64: autocast and TF32, which a caller may have switched on, leave it alone.
+Scores are computed in float64: autocast and TF32, which a caller may have switched on, leave it alone. They are never
+all in memory: a tile of `chunk_size` by `chunk_size` is, on the device of the embeddings.
 """
 
 from collections.abc import Sequence
@@ -14,10 +15,40 @@ from typing import NamedTuple
 
 import torch
 
+from .metrics_ranks import (
+    Counts,
+    PairCounts,
+    UnitRows,
+    caption_recall,
+    check_rows,
+    count_pairs,
+    expected_rank,
+    hit_probability,
+    hit_rate,
+)
 
-__all__ = ["caption_retrieval_accuracy", "mean_per_class_recall", "retrieval_metrics", "top_k_accuracy"]
 
-TIE_TOLERANCE = 1e-6
+__all__ = [
+    "RetrievalRanks",
+    "caption_retrieval_accuracy",
+    "mean_per_class_recall",
+    "retrieval_metrics",
+    "retrieval_ranks",
+    "top_k_accuracy",
+]
+
+
+class RetrievalRanks(NamedTuple):
+    """
+    Rank of the first right answer of every query; 1 is the best, ties count as the mean over their orders.
+
+    Args:
+        image_to_text (`torch.Tensor` of shape `(N,)`, float64): rank of an image's best caption among all captions.
+        text_to_image (`torch.Tensor` of shape `(M,)`, float64): rank of a caption's image among all images.
+    """
+
+    image_to_text: torch.Tensor
+    text_to_image: torch.Tensor
 
 
 def retrieval_metrics(
@@ -25,7 +56,7 @@ def retrieval_metrics(
     text_embeds: torch.Tensor,
     text_to_image: torch.Tensor,
     ks: Sequence[int] = (1, 5, 10),
-    chunk_size: int = 512,
+    chunk_size: int = 1024,
 ) -> dict[str, float]:
     """
     Image-text retrieval in both directions with any number of captions per image.
@@ -50,11 +81,14 @@ def retrieval_metrics(
         text_to_image (`torch.LongTensor` of shape `(M,)`):
             Row of the image each caption belongs to, e.g. `[0, 0, 1, 1]`; every image has a caption.
         ks (sequence of `int`, defaults to `(1, 5, 10)`): cut-offs; one above the number of candidates gives 1.
-        chunk_size (`int`, defaults to 512): queries scored at a time; memory is `chunk_size * max(N, M)` numbers.
+        chunk_size (`int`, defaults to 1024): side of a tile of similarities; memory is `chunk_size ** 2` numbers
+            besides the embeddings. Larger ones suit a GPU.
 
     Returns:
         `dict[str, float]`: for each direction, `image_to_text` and `text_to_image`: `..._recall@k` in `[0, 1]` for
-        each `k`, `..._median_rank` and `..._mean_rank`.
+        each `k`, `..._median_rank` and `..._mean_rank`; and `image_to_text_caption_recall@k`, recall in the sense of
+        information retrieval: the share of an image's captions that are among the first `k`, averaged over images.
+        Text to image the two are one, as a caption has one image.
 
     Raises:
         ValueError: if shapes disagree, a row is not finite or zero, an image has no caption, a value of
@@ -66,28 +100,44 @@ def retrieval_metrics(
     (1.0, 1.0)
     """
     _check_cutoffs(ks)
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be positive, got {chunk_size}.")
-    images = _unit_rows(image_embeds, "image_embeds")
-    texts = _unit_rows(text_embeds, "text_embeds").to(images.device)
-    _check_same_width(images, texts, "image_embeds", "text_embeds")
-    owners = _checked_owners(text_to_image, len(images), len(texts)).to(images.device)
-    image_rows = torch.arange(len(images), device=images.device)
-    counts_of = {
-        "image_to_text": _count(images, texts, image_rows, owners, chunk_size),
-        "text_to_image": _count(texts, images, owners, image_rows, chunk_size),
-    }
+    counts, owners = _compare(image_embeds, text_embeds, text_to_image, chunk_size)
     metrics: dict[str, float] = {}
-    for direction, counts in counts_of.items():
-        metrics |= {f"{direction}_recall@{k}": _hit_rate(counts, k) for k in ks}
-        rank = _expected_rank(counts)
+    for direction, each in (("image_to_text", counts.image), ("text_to_image", counts.text)):
+        metrics |= {f"{direction}_recall@{k}": hit_rate(each, k) for k in ks}
+        rank = expected_rank(each)
         metrics[f"{direction}_median_rank"] = _median(rank)
         metrics[f"{direction}_mean_rank"] = rank.mean().item()
-    return metrics
+    return metrics | {f"image_to_text_caption_recall@{k}": caption_recall(counts, owners, k) for k in ks}
+
+
+def retrieval_ranks(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int = 1024
+) -> RetrievalRanks:
+    """
+    The rank behind every query of `retrieval_metrics`, to look at single queries.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(N, D)`): one row per image; normalized here.
+        text_embeds (`torch.Tensor` of shape `(M, D)`): one row per caption; normalized here.
+        text_to_image (`torch.LongTensor` of shape `(M,)`): row of the image each caption belongs to.
+        chunk_size (`int`, defaults to 1024): side of a tile of similarities.
+
+    Returns:
+        `RetrievalRanks`.
+
+    Raises:
+        ValueError: as for `retrieval_metrics`.
+
+    Example:
+    >>> retrieval_ranks(torch.eye(3), torch.eye(3)[[0, 2, 1]], torch.tensor([0, 1, 2])).text_to_image.tolist()
+    [1.0, 2.5, 2.5]
+    """
+    counts, _ = _compare(image_embeds, text_embeds, text_to_image, chunk_size)
+    return RetrievalRanks(expected_rank(counts.image), expected_rank(counts.text))
 
 
 def caption_retrieval_accuracy(
-    first: torch.Tensor, second: torch.Tensor, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 512
+    first: torch.Tensor, second: torch.Tensor, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 1024
 ) -> dict[str, float]:
     """
     Caption-to-caption retrieval: does one caption of an image find the other one among those of all images?
@@ -100,7 +150,7 @@ def caption_retrieval_accuracy(
         first (`torch.Tensor` of shape `(N, D)`): embeddings of the first captions; normalized here.
         second (`torch.Tensor` of shape `(N, D)`): embeddings of the second captions; normalized here.
         ks (sequence of `int`, defaults to `(1, 5, 10)`): cut-offs; one above `N` gives 1.
-        chunk_size (`int`, defaults to 512): queries scored at a time.
+        chunk_size (`int`, defaults to 1024): side of a tile of similarities.
 
     Returns:
         `dict[str, float]`: `caption_retrieval_accuracy`, the mean of both directions at top-1, in `[0, 1]`; and for
@@ -119,16 +169,16 @@ def caption_retrieval_accuracy(
             f"`first` {tuple(first.shape)} and `second` {tuple(second.shape)} must have the same shape: one caption "
             "each per image."
         )
-    queries = _unit_rows(first, "first")
-    candidates = _unit_rows(second, "second").to(queries.device)
-    rows = torch.arange(len(queries), device=queries.device)
-    forward = _count(queries, candidates, rows, rows, chunk_size)
-    backward = _count(candidates, queries, rows, rows, chunk_size)
-    metrics = {"caption_retrieval_accuracy": (_hit_rate(forward, 1) + _hit_rate(backward, 1)) / 2}
+    queries = UnitRows(first, "first")
+    candidates = UnitRows(second, "second", queries.embeds.device)
+    rows = torch.arange(len(queries), device=queries.embeds.device)
+    counts = count_pairs(queries, candidates, rows, chunk_size)
+    forward, backward = counts.image, counts.text
+    metrics = {"caption_retrieval_accuracy": (hit_rate(forward, 1) + hit_rate(backward, 1)) / 2}
     for k in ks:
-        metrics[f"first_to_second_recall@{k}"] = _hit_rate(forward, k)
-        metrics[f"second_to_first_recall@{k}"] = _hit_rate(backward, k)
-        metrics[f"mean_recall@{k}"] = (_hit_rate(forward, k) + _hit_rate(backward, k)) / 2
+        metrics[f"first_to_second_recall@{k}"] = hit_rate(forward, k)
+        metrics[f"second_to_first_recall@{k}"] = hit_rate(backward, k)
+        metrics[f"mean_recall@{k}"] = (hit_rate(forward, k) + hit_rate(backward, k)) / 2
     return metrics
 
 
@@ -156,7 +206,7 @@ def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]
     """
     _check_cutoffs(ks, at_most=logits.shape[-1])
     counts = _count_classes(logits, labels)
-    return {f"top{k}": _hit_rate(counts, k) for k in ks}
+    return {f"top{k}": hit_rate(counts, k) for k in ks}
 
 
 def mean_per_class_recall(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -177,115 +227,40 @@ def mean_per_class_recall(logits: torch.Tensor, labels: torch.Tensor) -> float:
     >>> mean_per_class_recall(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
     0.5
     """
-    hits = _hit_probability(_count_classes(logits, labels), k=1)
+    hits = hit_probability(_count_classes(logits, labels), k=1)
     labels = labels.to(hits.device)
     samples = torch.bincount(labels)
     hits_per_class = torch.zeros(len(samples), dtype=torch.float64, device=hits.device).index_add_(0, labels, hits)
     return (hits_per_class[samples > 0] / samples[samples > 0]).mean().item()
 
 
-class _Counts(NamedTuple):
-    """Per query, `(num_queries,)` each: where the best right answer stands among the candidates."""
-
-    above: torch.Tensor  # wrong answers with a higher score
-    tied_wrong: torch.Tensor  # wrong answers with the same score
-    tied_right: torch.Tensor  # right answers with the same score, itself included
-
-
-def _count(
-    queries: torch.Tensor,
-    candidates: torch.Tensor,
-    query_groups: torch.Tensor,
-    candidate_groups: torch.Tensor,
-    chunk_size: int,
-) -> _Counts:
-    """Compare each query with all candidates, a chunk of queries at a time; every group has a candidate."""
-    chunks = []
-    for start in range(0, len(queries), chunk_size):
-        rows = slice(start, start + chunk_size)
-        similarity = queries[rows] @ candidates.T
-        right = query_groups[rows, None] == candidate_groups[None, :]
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        higher = similarity > best + TIE_TOLERANCE
-        tied = (similarity >= best - TIE_TOLERANCE) & ~higher
-        # No right answer is higher than the best one.
-        chunks.append((higher.sum(dim=1), (tied & ~right).sum(dim=1), (tied & right).sum(dim=1)))
-    return _Counts(*(torch.cat(parts) for parts in zip(*chunks)))
+def _compare(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int
+) -> tuple[PairCounts, torch.Tensor]:
+    """Counts of both directions, and the image of each caption on the device of the images."""
+    images = UnitRows(image_embeds, "image_embeds")
+    texts = UnitRows(text_embeds, "text_embeds", images.embeds.device)
+    if image_embeds.shape[1] != text_embeds.shape[1]:
+        raise ValueError(
+            f"`image_embeds` {tuple(image_embeds.shape)} and `text_embeds` {tuple(text_embeds.shape)} must have the "
+            "same width. Both must come from the joint space, after the projections."
+        )
+    owners = _checked_owners(text_to_image, len(images), len(texts)).to(images.embeds.device, torch.int64)
+    return count_pairs(images, texts, owners, chunk_size), owners
 
 
-def _hit_probability(counts: _Counts, k: int) -> torch.Tensor:
-    """
-    Probability, per query, that a right answer is among the first `k` when ties are ordered at random.
-
-    `places = k - above` of the `tied = tied_wrong + tied_right` candidates are among the first `k`. All of them are
-    wrong with probability C(tied_wrong, places) / C(tied, places).
-    """
-    wrong = counts.tied_wrong.double()
-    tied = wrong + counts.tied_right
-    places = k - counts.above.double()
-    # Clamped to where the factorials exist; the two outer cases are set below.
-    inside = places.clamp(min=0).minimum(wrong)
-    log_all_wrong = (
-        torch.lgamma(wrong + 1)
-        - torch.lgamma(wrong - inside + 1)
-        - torch.lgamma(tied + 1)
-        + torch.lgamma(tied - inside + 1)
-    )
-    hit = -torch.expm1(log_all_wrong)
-    hit = torch.where(places > wrong, torch.ones_like(hit), hit)
-    return torch.where(places <= 0, torch.zeros_like(hit), hit)
-
-
-def _hit_rate(counts: _Counts, k: int) -> float:
-    return _hit_probability(counts, k).mean().item()
-
-
-def _expected_rank(counts: _Counts) -> torch.Tensor:
-    """Mean position of the first right answer when ties are ordered at random; 1 is the best."""
-    tied = (counts.tied_wrong + counts.tied_right).double()
-    return counts.above + (tied + 1) / (counts.tied_right + 1)
-
-
-def _count_classes(logits: torch.Tensor, labels: torch.Tensor) -> _Counts:
+def _count_classes(logits: torch.Tensor, labels: torch.Tensor) -> Counts:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(
             f"`logits` {tuple(logits.shape)} and `labels` {tuple(labels.shape)} must have the shapes (N, C) and (N,) "
             "with N > 0."
         )
-    _check_rows(~logits.isfinite().all(dim=1), "logits", "is not finite")
+    check_rows(~logits.isfinite().all(dim=1), "logits", "is not finite")
     labels = labels.to(logits.device)
-    _check_rows((labels < 0) | (labels >= logits.shape[1]), "labels", f"is not a class in [0, {logits.shape[1]})")
+    check_rows((labels < 0) | (labels >= logits.shape[1]), "labels", f"is not a class in [0, {logits.shape[1]})")
     right = logits.gather(1, labels[:, None])
     equal = (logits == right).sum(dim=1)
-    return _Counts((logits > right).sum(dim=1), equal - 1, torch.ones_like(equal))
-
-
-def _unit_rows(embeds: torch.Tensor, name: str) -> torch.Tensor:
-    if embeds.ndim != 2 or not len(embeds):
-        raise ValueError(f"`{name}` must have shape (N, D) with N > 0, got {tuple(embeds.shape)}.")
-    # MPS has no float64.
-    embeds = embeds.detach().to("cpu" if embeds.device.type == "mps" else embeds.device).double()
-    _check_rows(~embeds.isfinite().all(dim=1), name, "is not finite")
-    norms = embeds.norm(dim=1, keepdim=True)
-    _check_rows(norms[:, 0] == 0, name, "is zero and has no direction")
-    return embeds / norms
-
-
-def _check_rows(bad: torch.Tensor, name: str, problem: str) -> None:
-    rows = bad.nonzero()[:, 0]
-    if len(rows):
-        raise ValueError(
-            f"Row {rows[0].item()} of `{name}` {problem} ({len(rows)} of {len(bad)} rows). "
-            "Check the input of that row and the model that made it."
-        )
-
-
-def _check_same_width(first: torch.Tensor, second: torch.Tensor, first_name: str, second_name: str) -> None:
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"`{first_name}` {tuple(first.shape)} and `{second_name}` {tuple(second.shape)} must have the same width. "
-            "Both must come from the joint space, after the projections."
-        )
+    return Counts((logits > right).sum(dim=1), equal - 1, torch.ones_like(equal))
 
 
 def _checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
@@ -295,8 +270,8 @@ def _checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int
             f"{tuple(text_to_image.shape)} and {text_to_image.dtype}."
         )
     outside = (text_to_image < 0) | (text_to_image >= num_images)
-    _check_rows(outside, "text_to_image", f"is not an image in [0, {num_images})")
-    _check_rows(torch.bincount(text_to_image, minlength=num_images) == 0, "image_embeds", "has no caption")
+    check_rows(outside, "text_to_image", f"is not an image in [0, {num_images})")
+    check_rows(torch.bincount(text_to_image, minlength=num_images) == 0, "image_embeds", "has no caption")
     return text_to_image
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-text retrieval with a model: encode every image and caption once, then the metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from ..data.captions import Captions, CaptionTable
 from ..data.embedding_store import CaptionEmbeddingStore
 from ..data.image_text import ImageTextDataset
 from ..data.images import ImageSource
-from .encoding import encode_images, encode_llm_embeds, encode_texts
+from .embedding_cache import EmbeddingCache, images_digest, rows_digest, texts_digest
+from .encoding import encode_images, encode_llm_embeds, encode_texts, longest_text
 from .metrics import retrieval_metrics
 
 
@@ -29,11 +31,14 @@ def evaluate_retrieval(
     ks: Sequence[int] = (1, 5, 10),
     device: str | torch.device | None = None,
     show_progress: bool = False,
+    gather_across_devices: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> dict[str, float]:
     """
     Recall and ranks of image-to-text and text-to-image retrieval.
 
-    All captions of all images are candidates and queries (paper section 4.1); no prompt is added.
+    All captions of all images are candidates and queries (paper section 4.1); no prompt is added. Every image and
+    every distinct caption is encoded once.
 
     Args:
         model: `LLM2CLIPModel`, or a model of transformers with CLIP's interface; kept in its train or eval mode.
@@ -51,6 +56,11 @@ def evaluate_retrieval(
         ks (sequence of `int`, defaults to `(1, 5, 10)`): cut-offs of recall.
         device (*optional*): device to move the model to first; by default the model stays where it is.
         show_progress (`bool`, defaults to `False`): show progress bars.
+        gather_across_devices (`bool`, defaults to `True`): in a process group, share the work among the processes, all
+            of which make this call and get the result; `False` does all of it here.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder to keep embeddings in. They are used again for the same model (weights, config, adapters), data and
+            preprocessing only. Finding that out reads all of them, which takes seconds where encoding takes minutes.
 
     Returns:
         `dict[str, float]`: the keys of `retrieval_metrics`, e.g. `image_to_text_recall@1`.
@@ -68,8 +78,7 @@ def evaluate_retrieval(
         if captions is not None:
             raise ValueError("An `ImageTextDataset` brings its own captions. Leave `captions` out.")
         captions = images.store if images.store is not None else images.captions
-        transform = images.pixel_values
-        images = images.images
+        transform, images = images.pixel_values, images.images
     texts = _resolve(captions)
     if len(images) != len(texts):
         raise ValueError(
@@ -77,8 +86,23 @@ def evaluate_retrieval(
             "Check that both come from the same rows."
         )
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
-    text_embeds, offsets = _encode_captions(model, texts, processor, max_length, options)
-    image_embeds = encode_images(model, images, processor=processor, transform=transform, **options)
+    options["gather_across_devices"] = gather_across_devices
+    cache = None
+    if device is not None:
+        model.to(device)
+    if cache_dir is not None:
+        if not gather_across_devices:
+            raise ValueError("`cache_dir` needs `gather_across_devices=True`. Leave one of them out.")
+        cache = EmbeddingCache(cache_dir, model)
+    text_embeds, offsets = _encode_captions(model, texts, processor, max_length, options, cache)
+
+    def encode() -> torch.Tensor:
+        return encode_images(model, images, processor=processor, transform=transform, **options)
+
+    if cache is None or (processor is None and transform is None):  # without either, encoding says what is missing
+        image_embeds = encode()
+    else:
+        image_embeds = cache.get("images", images_digest(images, processor, transform), len(images), encode)
     text_to_image = np.repeat(np.arange(len(images)), np.diff(offsets))
     # On the device of the model, where the large products are fast.
     target = next(model.parameters()).device
@@ -107,15 +131,30 @@ def _encode_captions(
     processor: Any,
     max_length: int | None,
     options: dict[str, Any],
+    cache: EmbeddingCache | None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Embeddings of all captions, image by image, and the offsets of the images."""
+    if isinstance(captions, CaptionTable):
+        if processor is None:
+            raise ValueError("Captions need a `processor` with a tokenizer. Pass the processor of the model.")
+        texts = captions.rows(0, captions.num_captions)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        length = longest_text(model, tokenizer) if max_length is None else max_length
+
+        def encode() -> torch.Tensor:
+            return encode_texts(model, texts, processor=tokenizer, max_length=length, **options)
+
+        if cache is None:
+            return encode(), captions.offsets
+        return cache.get("texts", texts_digest(texts, tokenizer, length), len(texts), encode), captions.offsets
+    read: Callable[[list[int]], torch.Tensor]
     if isinstance(captions, CaptionEmbeddingStore):
-        return encode_llm_embeds(model, captions.gather, captions.num_captions, **options), captions.offsets
-    if isinstance(captions, list):
+        read, offsets = captions.gather, captions.offsets
+    else:
         rows = torch.cat(captions)
-        offsets = np.concatenate([[0], np.cumsum([len(embeds) for embeds in captions])])
-        return encode_llm_embeds(model, rows.__getitem__, len(rows), **options), offsets
-    if processor is None:
-        raise ValueError("Captions need a `processor` with a tokenizer. Pass the processor of the model.")
-    texts = captions.rows(0, captions.num_captions)
-    return encode_texts(model, texts, processor=processor, max_length=max_length, **options), captions.offsets
+        read, offsets = rows.__getitem__, np.concatenate([[0], np.cumsum([len(embeds) for embeds in captions])])
+    count = int(offsets[-1])
+    if cache is None:
+        return encode_llm_embeds(model, read, count, **options), offsets
+    digest = rows_digest(read, count)
+    return cache.get("texts", digest, count, lambda: encode_llm_embeds(model, read, count, **options)), offsets

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zero-shot classification: class names become text embeddings, images are given the nearest one."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..data.images import ImageSource
 from .encoding import encode_images, encode_texts
@@ -15,6 +17,8 @@ from .prompts import SINGLE_TEMPLATE, fill_template
 __all__ = ["build_zero_shot_classifier", "evaluate_zero_shot_classification"]
 
 _TOP_K = (1, 5)
+# Texts held at a time while a classifier is built: 80 templates of a few dozen classes.
+_TEXTS_PER_BLOCK = 4096
 
 
 def build_zero_shot_classifier(
@@ -27,6 +31,7 @@ def build_zero_shot_classifier(
     max_length: int | None = None,
     device: str | torch.device | None = None,
     show_progress: bool = False,
+    allow_duplicates: bool = False,
 ) -> torch.Tensor:
     """
     One text embedding per class, averaged over templates.
@@ -43,37 +48,54 @@ def build_zero_shot_classifier(
         max_length (`int`, *optional*): tokens per text, see `encode_texts`.
         device (*optional*): device to move the model to first; by default the model stays where it is.
         show_progress (`bool`, defaults to `False`): show a progress bar.
+        allow_duplicates (`bool`, defaults to `False`):
+            Accept classes of the same name, which then share their hits at random. CLIP's names of the ImageNet
+            classes need it: two of them are "sunglasses".
 
     Returns:
-        `torch.Tensor` of shape `(num_classes, projection_dim)`, float32, L2-normalized, on the CPU.
+        `torch.Tensor` of shape `(num_classes, projection_dim)`, float32, L2-normalized, on the CPU; see
+        `save_zero_shot_classifier` to keep it.
 
     Raises:
-        ValueError: if there is no class or no template, a name is empty, or a template has no `{}`.
+        ValueError: if there is no class or no template, a name is empty or occurs twice, or a template has no `{}`.
 
     Example:
     >>> classifier = build_zero_shot_classifier(model, ["tulip", "daisy"], processor=processor)  # doctest: +SKIP
     >>> (encode_images(model, images, processor=processor) @ classifier.T).argmax(dim=1)  # doctest: +SKIP
     tensor([1, 0, 0])
     """
-    if not class_names or not templates:
+    check_classes(class_names, templates, allow_duplicates)
+    per_block = max(_TEXTS_PER_BLOCK // len(templates), 1)
+    rows = []
+    for start in tqdm(range(0, len(class_names), per_block), desc="Classes", disable=not show_progress):
+        block = class_names[start : start + per_block]
+        texts = [fill_template(template, name) for name in block for template in templates]
+        embeds = encode_texts(
+            model, texts, processor=processor, batch_size=batch_size, max_length=max_length, device=device
+        )
+        rows.append(embeds.view(len(block), len(templates), -1).mean(dim=1))
+    return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+
+
+def check_classes(class_names: Sequence[str], templates: Sequence[str], allow_duplicates: bool) -> None:
+    """Raise a `ValueError` that says which class or template is none."""
+    for name, value in (("class_names", class_names), ("templates", templates)):
+        if isinstance(value, str):
+            raise ValueError(f"`{name}` is one string, {value!r}. Pass a list of strings.")
+    if not len(class_names) or not len(templates):
         raise ValueError(
             f"A classifier needs at least one class and one template, got {len(class_names)} and {len(templates)}."
         )
     for position, name in enumerate(class_names):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"Class {position} is named {name!r}. Give every class a non-empty name.")
-    texts = [fill_template(template, name) for name in class_names for template in templates]
-    embeds = encode_texts(
-        model,
-        texts,
-        processor=processor,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-        show_progress=show_progress,
-    )
-    per_class = embeds.view(len(class_names), len(templates), -1).mean(dim=1)
-    return torch.nn.functional.normalize(per_class, dim=-1)
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated and not allow_duplicates:
+        rows = [position for position, name in enumerate(class_names) if name == repeated[0]]
+        raise ValueError(
+            f"Classes {rows} are all named {repeated[0]!r} ({len(repeated)} such names), so that no text tells them "
+            "apart. Rename or merge them, or pass `allow_duplicates=True`."
+        )
 
 
 def evaluate_zero_shot_classification(
@@ -88,6 +110,8 @@ def evaluate_zero_shot_classification(
     max_length: int | None = None,
     device: str | torch.device | None = None,
     show_progress: bool = False,
+    classifier: torch.Tensor | None = None,
+    allow_duplicates: bool = False,
 ) -> dict[str, float]:
     """
     Accuracy of zero-shot classification.
@@ -103,39 +127,67 @@ def evaluate_zero_shot_classification(
         max_length (`int`, *optional*): tokens per text, see `encode_texts`.
         device (*optional*): device to move the model to first; by default the model stays where it is.
         show_progress (`bool`, defaults to `False`): show progress bars.
+        classifier (`torch.Tensor` of shape `(num_classes, projection_dim)`, *optional*):
+            What `build_zero_shot_classifier` or `load_zero_shot_classifier` gave for these classes; `templates` are
+            not used then.
+        allow_duplicates (`bool`, defaults to `False`): accept classes of the same name, see
+            `build_zero_shot_classifier`.
 
     Returns:
         `dict[str, float]`: `zero_shot_top1`, `zero_shot_top5` with five classes or more, and
         `zero_shot_mean_per_class_recall`, all in `[0, 1]`.
 
     Raises:
-        ValueError: if images and labels differ in number, a label is no class, or an image cannot be read.
+        ValueError: if images and labels differ in number, a label is no class, a class has no or no own name, or an
+            image cannot be read.
 
     Example:
     >>> names = ["tulip", "daisy"]
     >>> evaluate_zero_shot_classification(model, images, [1, 0, 0], names, processor=processor)  # doctest: +SKIP
     {'zero_shot_top1': 1.0, 'zero_shot_mean_per_class_recall': 1.0}
     """
-    targets = torch.as_tensor(labels)
-    if targets.shape != (len(images),) or targets.is_floating_point():
+    # Before the long pass over the images.
+    check_classes(class_names, templates, allow_duplicates)
+    targets = check_labels(labels, len(images), len(class_names))
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
+    if classifier is None:
+        classifier = build_zero_shot_classifier(
+            model,
+            class_names,
+            templates,
+            processor=processor,
+            max_length=max_length,
+            allow_duplicates=allow_duplicates,
+            **options,
+        )
+    elif classifier.ndim != 2 or len(classifier) != len(class_names):
         raise ValueError(
-            f"`labels` must hold one integer per image ({len(images)}), got shape {tuple(targets.shape)} and "
+            f"`classifier` must have one row per class ({len(class_names)}), got shape {tuple(classifier.shape)}."
+        )
+    logits = encode_images(model, images, processor=processor, **options) @ classifier.T
+    return classification_metrics(logits, targets, "zero_shot")
+
+
+def check_labels(labels: Sequence[int] | torch.Tensor, num_images: int, num_classes: int) -> torch.Tensor:
+    """`labels` as a tensor; a `ValueError` names the first one that is no class in `[0, num_classes)`."""
+    targets = torch.as_tensor(labels)
+    if targets.shape != (num_images,) or targets.is_floating_point():
+        raise ValueError(
+            f"`labels` must hold one integer per image ({num_images}), got shape {tuple(targets.shape)} and "
             f"{targets.dtype}."
         )
-    # Before the long pass over the images.
-    outside = ((targets < 0) | (targets >= len(class_names))).nonzero()
+    outside = ((targets < 0) | (targets >= num_classes)).nonzero()
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"Label {int(targets[row])} of image {row} is not a class in [0, {len(class_names)}). "
+            f"Label {int(targets[row])} of image {row} is not a class in [0, {num_classes}). "
             "Check that `class_names` lists all classes in the order of the labels."
         )
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
-    classifier = build_zero_shot_classifier(
-        model, class_names, templates, processor=processor, max_length=max_length, **options
-    )
-    logits = encode_images(model, images, processor=processor, **options) @ classifier.T
-    ks = [k for k in _TOP_K if k <= len(class_names)]
-    accuracies = top_k_accuracy(logits, targets, ks)
-    metrics = {f"zero_shot_{name}": value for name, value in accuracies.items()}
-    return metrics | {"zero_shot_mean_per_class_recall": mean_per_class_recall(logits, targets)}
+    return targets.long()
+
+
+def classification_metrics(logits: torch.Tensor, targets: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Top-1, top-5 (with five classes or more) and mean per-class recall, with `prefix` in front."""
+    ks = [k for k in _TOP_K if k <= logits.shape[1]]
+    metrics = {f"{prefix}_{name}": value for name, value in top_k_accuracy(logits, targets, ks).items()}
+    return metrics | {f"{prefix}_mean_per_class_recall": mean_per_class_recall(logits, targets)}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear probe against a plain loop, scikit-learn, and the towers themselves."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+from llm2clip_hf.evaluation import encode_vision_features, evaluate_linear_probe
+from llm2clip_hf.evaluation.linear_probe import fit_logistic_regression, fit_sgd
+
+
+VISION = {
+    "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "image_size": tiny_models.IMAGE_SIZE, "patch_size": 6,
+}  # fmt: skip
+TEXT = {"vocab_size": 11, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+
+
+def picture(label: int, seed: int) -> Image.Image:
+    """Noise around the colour of the class."""
+    noise = np.random.default_rng(seed).integers(0, 90, (32, 34, 3))
+    return Image.fromarray((noise + 150 * np.eye(3)[label]).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def data():
+    train_labels, test_labels = [0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1], [2, 1, 0, 0, 2]
+    train = [picture(label, seed) for seed, label in enumerate(train_labels)]
+    test = [picture(label, 100 + seed) for seed, label in enumerate(test_labels)]
+    return train, train_labels, test, test_labels
+
+
+def pixels(images):
+    return tiny_models.image_processor()(images=images, return_tensors="pt")["pixel_values"]
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "clip":
+        return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=20)).eval()
+    if kind == "siglip":
+        return SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)).eval()
+    return tiny_models.model(text=None, vision_projection="none" if kind == "no projection" else "linear", **{
+        "projection_dim": tiny_models.VISION_WIDTH if kind == "no projection" else tiny_models.PROJECTION
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "llm2clip", "no projection"])
+def test_features_are_the_pooled_output_of_the_tower(kind, data):
+    model = build(kind)
+    model.train()
+    with torch.no_grad():
+        model.eval()
+        tower = model.vision_model(pixel_values=pixels(data[0])).pooler_output
+        projected = model.get_image_features(pixel_values=pixels(data[0])).pooler_output
+        model.train()
+    options = {"processor": tiny_models.image_processor(), "batch_size": 4}
+    features = encode_vision_features(model, data[0], **options)
+    torch.testing.assert_close(features, tower, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        encode_vision_features(model, data[0], use_projection=True, **options), projected, rtol=1e-5, atol=1e-5
+    )
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("method", ["sgd", "logistic_regression"])
+def test_metrics_equal_a_probe_on_the_features(method, data):
+    model, (train, train_labels, test, test_labels) = build("llm2clip"), data
+    metrics = evaluate_linear_probe(model, *data, processor=tiny_models.image_processor(), method=method, epochs=7)
+    with torch.no_grad():
+        features, held_out = (model.vision_model(pixel_values=pixels(each)).pooler_output for each in (train, test))
+    if method == "sgd":
+        # The recipe without torch.optim: momentum 0.9, learning rate 0.1 along a cosine; one batch holds all samples.
+        targets = torch.nn.functional.one_hot(torch.tensor(train_labels)).double()
+        inputs = torch.cat([features, torch.ones(len(features), 1)], 1).double()
+        weight, velocity = torch.zeros(3, inputs.shape[1]).double(), 0
+        for step in range(7):
+            gradient = (torch.softmax(inputs @ weight.T, 1) - targets).T @ inputs / len(inputs)
+            velocity = 0.9 * velocity + gradient
+            weight = weight - 0.1 * (1 + math.cos(math.pi * step / 7)) / 2 * velocity
+        predictions = (torch.cat([held_out, torch.ones(5, 1)], 1).double() @ weight.T).argmax(1)
+        fitted = fit_sgd(features, torch.tensor(train_labels), 7, 0.1, seed=3)
+        torch.testing.assert_close(
+            torch.cat([fitted[0], fitted[1][:, None]], 1).double(), weight, rtol=1e-3, atol=1e-4
+        )
+    else:
+        from sklearn.linear_model import LogisticRegression
+
+        probe = LogisticRegression(C=0.316, max_iter=1000).fit(features.numpy(), train_labels)
+        predictions = torch.from_numpy(probe.predict(held_out.numpy()))
+        assert metrics["linear_probe_train_top1"] == pytest.approx(probe.score(features.numpy(), train_labels))
+    right = predictions == torch.tensor(test_labels)
+    assert metrics["linear_probe_top1"] == pytest.approx(right.double().mean().item())
+    recalls = [right[torch.tensor(test_labels) == label].double().mean().item() for label in range(3)]
+    assert metrics["linear_probe_mean_per_class_recall"] == pytest.approx(sum(recalls) / 3)
+    assert "linear_probe_top5" not in metrics
+
+
+def test_sgd_follows_its_seed_and_learns():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(6, (2500,), generator=generator)  # three batches per epoch
+    features = 2 * torch.eye(6, 13)[targets] + torch.randn(2500, 13, generator=generator)
+    first, again, other = (fit_sgd(features, targets, 5, 0.1, seed) for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    accuracy = ((features @ first[0].T + first[1]).argmax(1) == targets).double().mean()
+    weight, bias = fit_logistic_regression(features, targets, 1e3)
+    best = ((features @ weight.T + bias).argmax(1) == targets).double().mean()
+    assert accuracy > best - 0.02 > 0.5
+
+
+def test_logistic_regression_of_two_classes_predicts_as_scikit_learn_does():
+    from sklearn.linear_model import LogisticRegression
+
+    features, targets = torch.randn(40, 3), torch.arange(40) % 2
+    weight, bias = fit_logistic_regression(features, targets, 1.0)
+    expected = LogisticRegression(max_iter=1000).fit(features.numpy(), targets.numpy())
+    torch.testing.assert_close(
+        torch.softmax(features @ weight.T + bias, 1),
+        torch.from_numpy(expected.predict_proba(features.numpy())).float(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_bad_arguments_are_refused(data):
+    model, (train, train_labels, test, test_labels) = build("llm2clip"), data
+    cases = [
+        ({"train_labels": train_labels[1:]}, "one integer per image"),
+        ({"train_labels": [label + (label > 0) for label in train_labels]}, "none of class 1"),
+        ({"train_labels": [0] * len(train), "test_labels": [0] * len(test)}, "got 1 classes"),
+        ({"test_labels": [0, 1, 2, 3, 0]}, r"Label 3 of image 3 is not a class in \[0, 3\)"),
+        ({"train_labels": [-1, *train_labels[1:]]}, "Label -1 of image 0"),
+        ({"method": "ridge"}, "`method` must be"),
+        ({"epochs": 0}, "`epochs` must be positive"),
+        ({"learning_rate": math.nan}, "`learning_rate` must be positive"),
+    ]
+    given = {
+        "train_images": train,
+        "train_labels": train_labels,
+        "test_images": test,
+        "test_labels": test_labels,
+        "processor": tiny_models.image_processor(),
+    }
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            evaluate_linear_probe(model, **(given | change))

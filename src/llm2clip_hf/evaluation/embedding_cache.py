@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Embeddings on disk, found again only for the same model and the same data.
+
+The name of a file is a digest of all that decides its content: weights, config and adapters of the model, versions of
+the libraries, preprocessing, and the data themselves. So another model or changed data never meet an old file.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..data.atomic import sha256_of_file, write_atomically
+from ..data.fingerprint import weights_digest
+from ..data.images import ImageSource, load_image
+from ..distributed import all_gather_sizes, rank, world_size
+from ..version import __version__
+
+
+__all__ = ["EmbeddingCache", "images_digest", "model_fingerprint", "texts_digest"]
+
+logger = logging.getLogger(__name__)
+
+# What a config says about where it came from, not about the model.
+_NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "text_base_revision")
+_ROWS_PER_READ = 8192
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """
+    Digest of all that decides a model's embeddings.
+
+    Args:
+        model (`torch.nn.Module`): weights and buffers, class, config, and the state of PEFT adapters count.
+
+    Returns:
+        `str`: hexadecimal SHA-256.
+
+    Example:
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> before = model_fingerprint(layer)
+    >>> _ = layer.weight.data.add_(1)
+    >>> before == model_fingerprint(layer)
+    False
+    """
+    config: Any = getattr(model, "config", None)
+    fields = _without_origin(config.to_dict()) if hasattr(config, "to_dict") else None
+    # Adapters that are switched off or scaled have the same weights.
+    adapters = [
+        [name, module.disable_adapters, list(module.active_adapters), list(module.merged_adapters), module.scaling]
+        for name, module in model.named_modules()
+        if hasattr(module, "disable_adapters") and hasattr(module, "merged_adapters") and hasattr(module, "scaling")
+    ]
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    autocast = {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds}
+    return _digest([type(model).__name__, weights_digest(model), fields, adapters, autocast])
+
+
+def images_digest(images: ImageSource, processor: Any, transform: Callable[[int], torch.Tensor] | None = None) -> str:
+    """
+    Digest of images as a model will see them, without preprocessing them where that can be avoided.
+
+    Args:
+        images: see `encode_images`. Files are read as they are, other images are decoded.
+        processor: image processor, or a processor with one; its settings count.
+        transform (*optional*): function from a position to pixel values; the pixel values count then.
+
+    Returns:
+        `str`: hexadecimal SHA-256.
+    """
+    digest = hashlib.sha256()
+    image_processor = getattr(processor, "image_processor", processor)
+    if transform is None:
+        digest.update(f"{type(image_processor).__name__}|{image_processor.to_json_string()}".encode())
+    for row in range(len(images)):
+        content = _image_content(images, row) if transform is None else _bytes(transform(row))
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def texts_digest(texts: Sequence[str], tokenizer: Any, max_length: int) -> str:
+    """
+    Digest of texts as token ids.
+
+    Args:
+        texts (sequence of `str`): the texts, in order.
+        tokenizer: a tokenizer of transformers.
+        max_length (`int`): tokens a text is truncated to.
+
+    Returns:
+        `str`: hexadecimal SHA-256.
+    """
+    digest = hashlib.sha256(f"{max_length}|{tokenizer.pad_token_id}|{tokenizer.padding_side}".encode())
+    for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
+        digest.update(json.dumps(list(ids)).encode())
+    return digest.hexdigest()
+
+
+def rows_digest(read: Callable[[list[int]], torch.Tensor], num_rows: int) -> str:
+    """Digest of `num_rows` stored vectors that `read` gives by row numbers."""
+    digest = hashlib.sha256()
+    for start in range(0, num_rows, _ROWS_PER_READ):
+        digest.update(_bytes(read(list(range(start, min(start + _ROWS_PER_READ, num_rows))))))
+    return digest.hexdigest()
+
+
+class EmbeddingCache:
+    """
+    A folder of embeddings of one model. In a process group all processes make the same calls; rank 0 writes.
+
+    Args:
+        folder (`str` or `Path`): folder, made if missing; several models and data sets may share it.
+        model (`torch.nn.Module`): the model, as it is now.
+    """
+
+    def __init__(self, folder: str | Path, model: torch.nn.Module) -> None:
+        self.folder = Path(folder)
+        versions = [__version__, importlib.metadata.version("transformers"), torch.__version__]
+        self.fingerprint = _digest([model_fingerprint(model), *versions])
+        self._device = next(model.parameters()).device
+
+    def get(self, kind: str, data: str, num_rows: int, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """
+        Args:
+            kind (`str`): first part of the file's name, e.g. `"images"`.
+            data (`str`): digest of the data.
+            num_rows (`int`): rows there must be.
+            encode: makes the embeddings if there is no file of them.
+
+        Returns:
+            `torch.Tensor` of shape `(num_rows, D)`.
+        """
+        key = _digest([kind, self.fingerprint, data])
+        path = self.folder / f"{kind}-{key[:40]}.safetensors"
+        found = _read(path, key, num_rows)
+        # Encoding is a matter of all processes: one that misses the file makes all encode.
+        if min(all_gather_sizes(int(found is not None), self._device)) and found is not None:
+            logger.info("Embeddings of %d %s are read from `%s`.", num_rows, kind, path)
+            return found
+        embeds = encode()
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = {"embeddings": embeds.contiguous()}
+            write_atomically(path, lambda temporary: save_file(content, temporary, metadata={"key": key}))
+        if world_size() > 1:
+            all_gather_sizes(0, self._device)  # the file is complete before any process looks for it again
+        return embeds
+
+
+def _read(path: Path, key: str, num_rows: int) -> torch.Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            embeds = file.get_tensor("embeddings")
+            fits = (file.metadata() or {}).get("key") == key and embeds.ndim == 2 and len(embeds) == num_rows
+    except (SafetensorError, OSError) as error:
+        logger.warning("`%s` cannot be read (%s) and is made again.", path, error)
+        return None
+    return embeds if fits else None
+
+
+def _image_content(images: ImageSource, row: int) -> bytes:
+    item = images[row]
+    if isinstance(item, (str, Path)) and Path(item).is_file():
+        return sha256_of_file(Path(item)).encode()
+    if isinstance(item, dict) and item.get("bytes") is not None:
+        return bytes(item["bytes"])
+    image = load_image(images, row)
+    return f"{image.size}".encode() + image.tobytes()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def _without_origin(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {key: _without_origin(value) for key, value in fields.items() if key not in _NOT_IN_FINGERPRINT}
+    return fields
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

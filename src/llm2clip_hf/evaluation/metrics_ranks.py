@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Where right answers stand among all candidates, counted a tile of the similarity matrix at a time.
+
+(1) The score of every right pair is computed: one product per caption.
+(2) Tile by tile, each query counts the candidates above and level with that score; one product serves both directions.
+(3) Counts become ranks and hit probabilities, ties in random order, in closed form.
+
+Scores are float64, which autocast, TF32 and reduced matmul precision leave alone. Memory is the embeddings, a tile,
+and a few numbers per row.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+__all__ = ["TIE_TOLERANCE", "Counts", "PairCounts", "UnitRows", "check_rows", "count_pairs"]
+
+TIE_TOLERANCE = 1e-6
+
+
+class Counts(NamedTuple):
+    """Per query, `(num_queries,)` each: where the best right answer stands among the candidates."""
+
+    above: torch.Tensor  # wrong answers with a higher score
+    tied_wrong: torch.Tensor  # wrong answers with the same score
+    tied_right: torch.Tensor  # right answers with the same score, itself included
+
+
+class PairCounts(NamedTuple):
+    """What `count_pairs` finds for `N` images and `M` captions."""
+
+    image: Counts  # queries are images, candidates captions
+    text: Counts  # queries are captions, candidates images
+    caption_above: torch.Tensor  # (M,) captions, right or wrong, that the caption's image scores higher than it
+    caption_tied: torch.Tensor  # (M,) captions that the image scores like it, itself included
+
+
+class UnitRows:
+    """
+    Rows of an embedding matrix, normalised in float64 a block at a time; the matrix itself is not copied.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(N, D)`): embeddings.
+        name (`str`): name of the argument, for messages.
+        device (*optional*): device to compute on; that of `embeds` by default.
+
+    Raises:
+        ValueError: if the shape is another one, or a row is not finite or zero; the message names the row.
+    """
+
+    _BLOCK = 8192
+
+    def __init__(self, embeds: torch.Tensor, name: str, device: torch.device | None = None) -> None:
+        if embeds.ndim != 2 or not len(embeds):
+            raise ValueError(f"`{name}` must have shape (N, D) with N > 0, got {tuple(embeds.shape)}.")
+        device = embeds.device if device is None else device
+        # MPS has no float64.
+        self.embeds = embeds.detach().to("cpu" if device.type == "mps" else device)
+        blocks = self.embeds.split(self._BLOCK)
+        check_rows(torch.cat([~block.isfinite().all(dim=1) for block in blocks]), name, "is not finite")
+        self.norms = torch.cat([block.double().norm(dim=1) for block in blocks])
+        check_rows(self.norms == 0, name, "is zero and has no direction")
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        return self.embeds[rows].double() / self.norms[rows, None]
+
+
+def check_rows(bad: torch.Tensor, name: str, problem: str) -> None:
+    """Raise a `ValueError` that names the first row of argument `name` that `bad` `(N,)` marks."""
+    rows = bad.nonzero()[:, 0]
+    if len(rows):
+        raise ValueError(
+            f"Row {rows[0].item()} of `{name}` {problem} ({len(rows)} of {len(bad)} rows). "
+            "Check the input of that row and the model that made it."
+        )
+
+
+def count_pairs(images: UnitRows, texts: UnitRows, owners: torch.Tensor, chunk_size: int) -> PairCounts:
+    """
+    Compare all images with all captions, `chunk_size` of each at a time.
+
+    Args:
+        images (`UnitRows` of `N` rows): image embeddings.
+        texts (`UnitRows` of `M` rows): caption embeddings, on the same device.
+        owners (`torch.LongTensor` of shape `(M,)`): image of each caption; every image has one.
+        chunk_size (`int`): side of a tile.
+
+    Returns:
+        `PairCounts`.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be positive, got {chunk_size}.")
+    # Step (1)
+    starts = range(0, len(texts), chunk_size)
+    scores = torch.cat([(images[owners[s : s + chunk_size]] * texts[s : s + chunk_size]).sum(1) for s in starts])
+    slots = _CaptionSlots(scores, owners, len(images))
+    # Step (2)
+    text_above, text_reach, caption_above, caption_reach = (torch.zeros_like(owners) for _ in range(4))
+    tile = _Tile(min(chunk_size, len(images)) * min(chunk_size, len(texts)), scores.device)
+    for start in range(0, len(images), chunk_size):
+        stop = min(start + chunk_size, len(images))
+        queries = images[start:stop]
+        groups = slots.between(start, stop)
+        for first in starts:
+            part = slice(first, first + chunk_size)
+            tile.multiply(queries, texts[part])
+            above, reach = tile.count(scores[None, part], dim=0)
+            text_above[part] += above
+            text_reach[part] += reach
+            for rows, captions in groups:
+                above, reach = tile.count(scores[captions, None], dim=1, rows=rows)
+                caption_above[captions] += above
+                caption_reach[captions] += reach
+    # Rounding differs between a pair's own product and the tile's: what is tied with itself must stay at least that.
+    caption_tied = (caption_reach - caption_above).clamp(min=1)
+    level = scores >= scores[slots.best][owners] - TIE_TOLERANCE
+    tied_right = torch.bincount(owners[level], minlength=len(images))
+    tied_wrong = (caption_tied[slots.best] - tied_right).clamp(min=0)
+    image = Counts(caption_above[slots.best], tied_wrong, tied_right)
+    ones = torch.ones_like(text_above)
+    text = Counts(text_above, (text_reach - text_above - ones).clamp(min=0), ones)
+    return PairCounts(image, text, caption_above, caption_tied)
+
+
+class _CaptionSlots:
+    """Captions of each image, best first: slot 0 holds the best caption of every image, slot 1 the second best, ..."""
+
+    def __init__(self, scores: torch.Tensor, owners: torch.Tensor, num_images: int) -> None:
+        order = scores.argsort(descending=True, stable=True)
+        self._order = order[owners[order].argsort(stable=True)]
+        self._counts = torch.bincount(owners, minlength=num_images)
+        self._first = self._counts.cumsum(0) - self._counts
+        self.best = self._order[self._first]
+
+    def between(self, start: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per slot: which of the images `start` to `stop` have it (counted from `start`), and their captions in it."""
+        counts, first = self._counts[start:stop], self._first[start:stop]
+        groups = []
+        for slot in range(int(counts.max())):
+            rows = (counts > slot).nonzero()[:, 0]
+            groups.append((rows, self._order[first[rows] + slot]))
+        return groups
+
+
+class _Tile:
+    """A tile of similarities and a mask on it, in memory that is allocated once."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._scores = torch.empty(size, dtype=torch.float64, device=device)
+        self._mask = torch.empty(size, dtype=torch.bool, device=device)
+
+    def multiply(self, queries: torch.Tensor, candidates: torch.Tensor) -> None:
+        shape = (len(queries), len(candidates))
+        self._similarity = self._scores[: shape[0] * shape[1]].view(shape)
+        torch.mm(queries, candidates.T, out=self._similarity)
+
+    def count(
+        self, threshold: torch.Tensor, dim: int, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries above the threshold, and entries not below it, along `dim`; of all rows or of some."""
+        chosen = self._similarity if rows is None or len(rows) == len(self._similarity) else self._similarity[rows]
+        mask = self._mask[: chosen.numel()].view(chosen.shape)
+        # As bytes: several times faster on a CPU than the sum of a boolean tensor, which widens it to int64 first.
+        as_bytes = mask.view(torch.uint8)
+        torch.gt(chosen, threshold + TIE_TOLERANCE, out=mask)
+        above = as_bytes.sum(dim, dtype=torch.int32)
+        torch.ge(chosen, threshold - TIE_TOLERANCE, out=mask)
+        return above, as_bytes.sum(dim, dtype=torch.int32)
+
+
+def hit_probability(counts: Counts, k: int) -> torch.Tensor:
+    """
+    Probability, per query, that a right answer is among the first `k` when ties are ordered at random.
+
+    `places = k - above` of the `tied = tied_wrong + tied_right` candidates are among the first `k`. All of them are
+    wrong with probability C(tied_wrong, places) / C(tied, places).
+    """
+    wrong = counts.tied_wrong.double()
+    tied = wrong + counts.tied_right
+    places = k - counts.above.double()
+    # Clamped to where the factorials exist; the two outer cases are set below.
+    inside = places.clamp(min=0).minimum(wrong)
+    log_all_wrong = (
+        torch.lgamma(wrong + 1)
+        - torch.lgamma(wrong - inside + 1)
+        - torch.lgamma(tied + 1)
+        + torch.lgamma(tied - inside + 1)
+    )
+    hit = -torch.expm1(log_all_wrong)
+    hit = torch.where(places > wrong, torch.ones_like(hit), hit)
+    return torch.where(places <= 0, torch.zeros_like(hit), hit)
+
+
+def hit_rate(counts: Counts, k: int) -> float:
+    """Mean over queries of `hit_probability`."""
+    return hit_probability(counts, k).mean().item()
+
+
+def expected_rank(counts: Counts) -> torch.Tensor:
+    """Mean position of the first right answer when ties are ordered at random; 1 is the best."""
+    tied = (counts.tied_wrong + counts.tied_right).double()
+    return counts.above + (tied + 1) / (counts.tied_right + 1)
+
+
+def caption_recall(counts: PairCounts, owners: torch.Tensor, k: int) -> float:
+    """Share of an image's captions among its first `k` when ties are ordered at random, mean over images."""
+    inside = ((k - counts.caption_above).double() / counts.caption_tied).clamp(0, 1)
+    per_image = torch.bincount(owners)
+    share = torch.zeros(len(per_image), dtype=torch.float64, device=owners.device).index_add_(0, owners, inside)
+    return (share / per_image).mean().item()
