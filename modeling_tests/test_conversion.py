@@ -32,7 +32,9 @@ from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.hub import conversion, convert_checkpoint
 from llm2clip_hf.hub.checkpoint_files import Checkpoint
-from llm2clip_hf.hub.vision_keys import eva_tower, open_clip_tower, siglip_tower, transformers_clip_tower
+from llm2clip_hf.hub.clip_keys import open_clip_tower, transformers_clip_tower
+from llm2clip_hf.hub.eva_keys import eva_tower
+from llm2clip_hf.hub.siglip_keys import siglip_tower
 from llm2clip_hf.modeling import Eva02VisionConfig
 from llm2clip_hf.modeling.configuration_eva02 import EVA02_PRESETS
 
@@ -50,7 +52,8 @@ EVA: dict[str, Any] = {
 }
 VIT_E = {**EVA, "use_rotary": False, "use_swiglu": False, "sub_norm": False, "post_norm": True, "rotary_grid_size": 16}
 CLIP = {**tiny_models.VISION["clip"], "hidden_size": 128, "num_attention_heads": 2}
-SIGLIP = {**tiny_models.VISION["siglip"], "hidden_size": 128, "num_attention_heads": 2}
+# timm gives its towers the exact GELU, unlike transformers.
+SIGLIP = {**tiny_models.VISION["siglip"], "hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu"}
 
 
 def eva_model() -> LLM2CLIPModel:
@@ -120,11 +123,21 @@ import sys
 sys.modules["llm2clip_hf"] = None
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 for folder, file in zip(sys.argv[1::2], sys.argv[2::2]):
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    assert processor.crop_size["height"] == model.config.vision_config.image_size
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    size = model.config.vision_config.image_size
+    assert type(processor).__name__ == "LLM2CLIPProcessor" and processor.tokenizer is None
+    images = torch.randint(0, 256, (2, 3, size + 9, size + 4), dtype=torch.uint8)
+    assert processor(images=list(images))["pixel_values"].shape == (2, 3, size, size)
+    try:
+        processor(images=list(images), text=["a red boat"])
+    except ValueError as error:
+        assert "this processor has no tokenizer" in str(error) and "--text-model LLM" in str(error)
+    else:
+        raise AssertionError
+    assert AutoImageProcessor.from_pretrained(folder).crop_size["height"] == size
     vectors = load_file(file)
     with torch.no_grad():
         output = model(pixel_values=vectors["pixel_values"], llm_embeds=vectors["llm_embeds"])
@@ -291,7 +304,7 @@ def test_pickled_folders_of_transformers(files: list[str], tmp_path: Path) -> No
     assert_same(convert_checkpoint(tmp_path / "source", tmp_path / "out").output_dir, model)
     if len(files) > 1:
         (tmp_path / "source" / files[1]).unlink()
-        with pytest.raises(ValueError, match="is incomplete or of another kind|modules numbered from 0"):
+        with pytest.raises(ValueError, match="does not hold all the parts of its checkpoint"):
             convert_checkpoint(tmp_path / "source", tmp_path / "out")
 
 
@@ -354,6 +367,7 @@ def test_so400m_is_read_back_from_its_shapes() -> None:
         num_attention_heads=16,
         patch_size=14,
         image_size=224,
+        hidden_act="gelu",
     )
     model = on_meta(config, "none", projection_dim=1152, logit_bias_init_value=-10.0)
     assert sum(p.numel() for p in model.text_adapter.parameters()) == 273_245_312
@@ -467,7 +481,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "2 missing: vision_model.layers.1.self_attn.k_proj.weight, vision_model.norm.bias",
     ),
     "missing temperature": (changed(lambda w: w.pop("logit_scale")), "1 missing: logit_scale"),
-    "missing positions": (changed(lambda w: w.pop("visual.pos_embed")), "has no weight `visual.pos_embed`"),
+    "missing positions": (
+        changed(lambda w: w.pop("visual.pos_embed")),
+        "has no weight `vision_model.embeddings.position_embeddings`",
+    ),
     "missing block": (
         changed(lambda w: [w.pop(k) for k in list(w) if k.startswith("text.text_adaptor.1.")]),
         r"modules numbered from 0 without gaps, at least three, got \[0, 2, 3, 4\]",
@@ -614,6 +631,65 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image_processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert image_processor.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     assert image_processor.crop_size["height"] == 30
+
+
+def llm_of_another_width(folder: Path) -> list[str]:
+    write(original.eva(eva_model()), folder / "a.pt")
+    return [str(folder / "a.pt"), "--text-model", str(save_llm(folder / "llm"))]
+
+
+def folder_without_config(folder: Path) -> list[str]:
+    (folder / "source").mkdir()
+    weights = original.transformers_clip(original.model(CLIP, "linear"))
+    save_file(weights, folder / "source" / "model.safetensors")
+    return [str(folder / "source")]
+
+
+def half_precision_of_another_model(folder: Path) -> list[str]:
+    return [str(write({"conv.weight": torch.ones(2, dtype=torch.float16)}, folder / "a.pt"))]
+
+
+def model_that_is_converted(folder: Path) -> list[str]:
+    eva_model().save_pretrained(folder / "source")
+    return [str(folder / "source")]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (llm_of_another_width, "is 32 wide, but the text adaptor takes 20"),
+        (folder_without_config, "has no `config.json`"),
+        (half_precision_of_another_model, "is none of the checkpoints that can be converted"),
+        (model_that_is_converted, "is converted already"),
+        (lambda folder: ["some-org/wrong"], "'some-org/wrong' is neither a file"),
+    ],
+)
+def test_command_names_what_is_wrong_and_leaves_nothing(
+    make: Callable[[Path], list[str]], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, *options = make(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capfd.readouterr()
+    assert cli.main(["convert", source, str(tmp_path / "new" / "out"), *options]) == 1
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert leaves_nothing(tmp_path, *before)
+
+
+def test_vision_side_alone_keeps_its_projection(tmp_path: Path) -> None:
+    model = original.model(CLIP, "linear")
+    weights = original.transformers_clip(model)
+    vision = {key: value for key, value in weights.items() if not key.startswith(("text_adapter.", "logit_scale"))}
+    (tmp_path / "source").mkdir()
+    save_file(vision, tmp_path / "source" / "model.safetensors")
+    config = {"model_type": "clip", "projection_dim": 22, "vision_config": {"num_attention_heads": 2}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out", text_model=str(save_llm(tmp_path / "llm")))
+    assert all(key.startswith(("text_adapter.", "logit_scale")) for key in report.new_keys)
+    loaded, images = LLM2CLIPModel.from_pretrained(tmp_path / "out"), tiny_models.images()
+    with torch.no_grad():
+        given, wanted = (m.get_image_features(images).pooler_output for m in (loaded, model))
+    torch.testing.assert_close(given, wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["truncated", "code", "missing keys", "unknown keys", "NaN"])

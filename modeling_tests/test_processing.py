@@ -192,3 +192,27 @@ def test_empty_caption_is_its_end_of_turn_token() -> None:
     assert embeds.isfinite().all()
     outputs = model.text_model(batch["input_ids"][:1, :6]).last_hidden_state
     torch.testing.assert_close(embeds[0], outputs[0, 5], atol=1e-5, rtol=1e-5)
+
+
+def test_processor_without_a_tokenizer_takes_images(tmp_path: Path) -> None:
+    processor = LLM2CLIPProcessor(tiny_models.image_processor())
+    processor.save_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 41, 3), dtype=np.uint8))
+    wanted = tiny_models.image_processor()(image, return_tensors="pt")["pixel_values"]
+    for each in (processor, AutoProcessor.from_pretrained(tmp_path), LLM2CLIPProcessor.from_pretrained(tmp_path)):
+        assert isinstance(each, LLM2CLIPProcessor) and each.tokenizer is None
+        assert each.model_input_names == ["pixel_values"]
+        assert torch.equal(each(images=image)["pixel_values"], wanted)
+        options = {"images_kwargs": {"do_normalize": False}, "text_kwargs": {"padding": True}}
+        plain = tiny_models.image_processor()(image, do_normalize=False, return_tensors="pt")["pixel_values"]
+        assert torch.equal(each(images=image, **options)["pixel_values"], plain)
+        for call in ({"text": "a red boat"}, {"images": image, "text": ["a red boat"]}):
+            with pytest.raises(
+                ValueError, match="`text` is given, but this processor has no tokenizer.*--text-model LLM"
+            ):
+                each(**call)
+    # Given one, it is a processor as any other, and is saved as such.
+    processor.tokenizer = apply_text_template(tiny_models.llama3_tokenizer())
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded(text=CAPTIONS)["input_ids"].tolist() == tiny_models.processor()(text=CAPTIONS)["input_ids"].tolist()

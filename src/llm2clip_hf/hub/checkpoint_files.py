@@ -14,16 +14,44 @@ from safetensors.torch import load_file
 
 
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+# Configs and tokenizers.
+_SMALL_FILES = (".json", ".jinja", "tokenizer.model")
 # In this order. In a repository with a `.pt` beside other formats, the `.pt` is the whole model and the others hold
-# its vision tower only.
+# its vision tower only. DeepSpeed writes optimizer states beside the model's; open_clip writes its weights twice.
 _CHOICES = (
+    r"mp_rank_00_model_states\.pt",
     r".*\.pth?",
     r"model(-\d+-of-\d+)?\.safetensors",
     r"pytorch_model(-\d+-of-\d+)?\.bin",
+    r"open_clip_(pytorch_)?model\.safetensors",
+    r"open_clip_pytorch_model\.bin",
     r".*",
 )
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Where training scripts put the weights among optimizer states and counters.
 _WRAPPERS = ("state_dict", "module", "model")
+# What distributed training and compilation put before every name.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass
+class Source:
+    """
+    A checkpoint that has been found, but not read.
+
+    Args:
+        name (`str`): How messages call it.
+        files (`list[Path]`): Its weights, one file or several shards.
+        folder (`Path`): The folder that holds them.
+        config (`dict`, *optional*): The `config.json` of a folder in the format of transformers.
+        model_config (`dict`, *optional*): The JSON with which the original implementation builds the model.
+    """
+
+    name: str
+    files: list[Path]
+    folder: Path
+    config: dict[str, Any] | None = None
+    model_config: dict[str, Any] | None = None
 
 
 @dataclass
@@ -46,42 +74,60 @@ class Checkpoint:
     folder: Path | None = None
 
 
-def read_checkpoint(source: str | Path, model_config: str | Path | None = None) -> Checkpoint:
+def find_source(source: str | Path, model_config: str | Path | None = None) -> Source:
     """
-    Reads a checkpoint.
+    Finds the files of a checkpoint, and fetches those of a repository.
 
     Args:
         source (`str` or `Path`):
             A `.pt`, `.pth`, `.bin` or `.safetensors` file, a folder that holds one (or the shards of one), or a
             repository.
         model_config (`str` or `Path`, *optional*):
-            The original model JSON. A JSON file of the same name beside a weights file is read without being asked.
+            The original model JSON. A JSON file of the same name beside a weights file, and open_clip's own in a
+            folder, are read without being asked.
+
+    Returns:
+        [`Source`]
+
+    Raises:
+        ValueError: if it cannot be found, shards are missing, or a JSON file is not readable.
+    """
+    path = Path(source)
+    if path.is_file():
+        folder, config, files = path.parent, None, [path]
+    else:
+        folder = path if path.is_dir() else _download(str(source))
+        files = [folder / name for name in pick_weight_files(str(source), (p.name for p in folder.iterdir()))]
+        # A `config.json` beside a `.pt` or open_clip's weights belongs to other files.
+        foreign = files[0].suffix in (".pt", ".pth") or files[0].name.startswith("open_clip")
+        own_config = folder / "config.json"
+        config = _read_json(own_config) if own_config.is_file() and not foreign else None
+    if model_config is None and config is None:
+        beside = (files[0].with_suffix(".json"), folder / _OPEN_CLIP_CONFIG)
+        model_config = next((file for file in beside if file.is_file()), None)
+    original = None if model_config is None else _read_json(Path(model_config))
+    return Source(str(source), files, folder, config, original)
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """
+    Reads all tensors of a checkpoint.
+
+    Args:
+        source ([`Source`]): What [`find_source`] found.
 
     Returns:
         [`Checkpoint`]
 
     Raises:
-        ValueError: if it cannot be found, or a file is damaged, holds code or is not a dictionary of tensors.
+        ValueError: if a file is damaged, holds code or is not a dictionary of tensors.
     """
-    path = Path(source)
-    if path.is_file():
-        json_beside = path.with_suffix(".json")
-        if model_config is None and json_beside.is_file():
-            model_config = json_beside
-        folder, config, files = path.parent, None, [path]
-    else:
-        folder = path if path.is_dir() else _download(str(source))
-        files = [folder / name for name in pick_weight_files(str(source), (p.name for p in folder.iterdir()))]
-        # A `config.json` beside a `.pt` belongs to other files.
-        has_config = (folder / "config.json").is_file() and files[0].suffix not in (".pt", ".pth")
-        config = _read_json(folder / "config.json") if has_config else None
     weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights.update(_read_weights(file))
+    for file in source.files:
+        weights.update(read_weights(file))
     if not weights:
-        raise ValueError(f"{str(source)!r} holds no weights. Give a checkpoint of LLM2CLIP.")
-    original = None if model_config is None else _read_json(Path(model_config))
-    return Checkpoint(str(source), weights, config, original, folder)
+        raise ValueError(f"{source.name!r} holds no weights. Give a checkpoint of LLM2CLIP.")
+    return Checkpoint(source.name, weights, source.config, source.model_config, source.folder)
 
 
 def pick_weight_files(name: str, file_names: Iterable[str]) -> list[str]:
@@ -92,12 +138,15 @@ def pick_weight_files(name: str, file_names: Iterable[str]) -> list[str]:
     file there is.
 
     Raises:
-        ValueError: if there is none, or there are several to choose from.
+        ValueError: if there is none, there are several to choose from, or a shard is missing.
     """
     found = sorted(f for f in file_names if f.endswith(_WEIGHTS))
     for pattern in _CHOICES:
         chosen = [f for f in found if re.fullmatch(pattern, f)]
-        if len(chosen) == 1 or (chosen and all("-of-" in f for f in chosen)):
+        if chosen and all("-of-" in f for f in chosen):
+            _check_shards(name, chosen)
+            return chosen
+        if len(chosen) == 1:
             return chosen
         if chosen:
             break
@@ -109,6 +158,16 @@ def pick_weight_files(name: str, file_names: Iterable[str]) -> list[str]:
     )
 
 
+def _check_shards(name: str, files: list[str]) -> None:
+    """All parts of one checkpoint, each once."""
+    parts = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)\.", file))]
+    numbers, totals = sorted(int(part[1]) for part in parts), {int(part[2]) for part in parts}
+    if len(parts) != len(files) or len(totals) != 1 or numbers != list(range(1, totals.pop() + 1)):
+        raise ValueError(
+            f"{name!r} does not hold all the parts of its checkpoint, only {', '.join(files)}. Get it again."
+        )
+
+
 def _download(name: str) -> Path:
     """The snapshot of a repository, with the chosen weights and the small files, but no code."""
     failure: Exception | None = None
@@ -116,9 +175,9 @@ def _download(name: str) -> Path:
         files = [f for f in HfApi().list_repo_files(name) if "/" not in f]
     except (OSError, RuntimeError, ValueError) as error:  # offline, no such repository, no access
         failure = error
-        patterns = ["*.json", *(f"*{suffix}" for suffix in _WEIGHTS)]
+        patterns = [f"*{suffix}" for suffix in (*_SMALL_FILES, *_WEIGHTS)]
     else:
-        patterns = [*pick_weight_files(name, files), *(f for f in files if f.endswith(".json"))]
+        patterns = [*pick_weight_files(name, files), *(f for f in files if f.endswith(_SMALL_FILES))]
     try:
         # Without a list of files only what the cache holds can be had.
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=failure is not None))
@@ -140,7 +199,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of one file; code in it is not run.
+
+    Raises:
+        ValueError: if it is damaged, holds code or is not a dictionary of tensors.
+    """
     if path.suffix not in _WEIGHTS:
         raise ValueError(f"{str(path)!r} must end in one of {', '.join(_WEIGHTS)}. Give the file with the weights.")
     content: Any
@@ -171,14 +236,15 @@ def _as_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must hold a dictionary of tensors, got {type(content).__name__}.")
-    # Wrappers for distributed training put a prefix on every name.
-    prefix = "module." if content and all(str(key).startswith("module.") for key in content) else ""
     others = sorted(str(key) for key, value in content.items() if not isinstance(value, torch.Tensor))
     if others:
         raise ValueError(
             f"{str(path)!r} holds entries that are not tensors: {', '.join(others[:5])}. Save its `state_dict` alone."
         )
-    return {str(key).removeprefix(prefix): value for key, value in content.items()}
+    tensors = {str(key): value for key, value in content.items()}
+    while prefix := next((p for p in _PREFIXES if tensors and all(key.startswith(p) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
-__all__ = ["Checkpoint", "pick_weight_files", "read_checkpoint"]
+__all__ = ["Checkpoint", "Source", "find_source", "pick_weight_files", "read_checkpoint", "read_weights"]

@@ -8,19 +8,14 @@
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
     PreTrainedConfig,
 )
 from transformers.utils import logging
@@ -29,15 +24,28 @@ from llm2clip_hf.modeling import (
     LLM2CLIPConfig,
     LLM2CLIPModel,
     LLM2CLIPProcessor,
-    apply_text_template,
     text_prefix_length,
 )
 from llm2clip_hf.modeling.pretrained_llm2clip import load_pretrained_text
 
 from .adaptor_keys import Adaptor, find_adaptor
-from .checkpoint_files import Checkpoint, read_checkpoint
+from .checkpoint_files import Checkpoint, Source, find_source, read_checkpoint
+from .clip_keys import open_clip_tower, transformers_clip_tower
+from .conversion_card import ConversionFacts, render_conversion_card
+from .eva_keys import eva_tower, is_eva
+from .image_processors import read_image_processor
+from .language_models import (
+    TextModel,
+    is_language_model,
+    quiet_transformers,
+    read_language_model,
+    read_text_model,
+    save_language_model,
+)
 from .output_folder import check_output, temporary_folder
-from .vision_keys import Tower, eva_tower, open_clip_tower, siglip_tower, transformers_clip_tower
+from .released import find_release
+from .siglip_keys import siglip_tower
+from .vision_keys import Tower
 
 
 logger = logging.get_logger(__name__)
@@ -46,26 +54,16 @@ logger = logging.get_logger(__name__)
 _ADAPTOR_PREFIXES = ("text_adapter.adaptor.", "text.text_adaptor.", "text.text_proj.text_adaptor.")
 # Model types of transformers whose vision tower can start an LLM2CLIP, by the projection that the original gives it.
 _START_TYPES = {"clip": "linear", "siglip": "none"}
-# The parts of such a model that are not its vision tower.
+# A CLIP's own text tower, in any layout. Where there is none, the projection is not that of a CLIP.
+_TEXT_TOWER = re.compile(r"(text|text_model|text_projection|transformer|token_embedding|ln_final)(\..*)?")
+# The parts of a CLIP or SigLIP of transformers that are not its vision tower.
 _START_LEFT_OVER = re.compile(
     r"text_model\..*|text_projection.*|visual_projection.*|logit_(scale|bias)|.*position_ids"
 )
+# The LLM of the online setting: named by the user, never taken from there.
+_ONLINE_LLM = (r"text\.text\..*",)
 # Agreement of the written folder with the converted model: rounding of matrix products, nothing else.
 _TOLERANCE = 1e-5
-_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
-
-# The published LLMs by their widths.
-PUBLISHED_LLMS = {
-    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
-    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
-}
-
-
-class _TextModel(NamedTuple):
-    name: str
-    config: PreTrainedConfig
-    tokenizer: Any
 
 
 @dataclass
@@ -76,7 +74,7 @@ class ConversionReport:
     Args:
         kind (`str`): What the source was found to be.
         output_dir (`Path`): The folder that was written.
-        config (`LLM2CLIPConfig`): Config of the model in it.
+        config (`PreTrainedConfig`): Config of the model in it: an `LLM2CLIPConfig`, or that of an LLM.
         dropped_keys (`list[str]`): Keys of the source that were declared to carry nothing, and left behind.
         new_keys (`list[str]`): Weights that the source does not have and that are initialised (a starting tower).
         max_difference (`float`): Largest difference between outputs of the folder and of the converted model.
@@ -84,7 +82,7 @@ class ConversionReport:
 
     kind: str
     output_dir: Path
-    config: LLM2CLIPConfig
+    config: PreTrainedConfig
     dropped_keys: list[str]
     new_keys: list[str]
     max_difference: float
@@ -99,18 +97,21 @@ def convert_checkpoint(
     model_config: str | Path | None = None,
 ) -> ConversionReport:
     r"""
-    Converts a published checkpoint of LLM2CLIP, or a vision tower to start one from.
+    Converts a published checkpoint of LLM2CLIP, a vision tower to start one from, or a caption-tuned LLM.
 
     The kind is told by the names of the weights, every size by their shapes: the Hugging Face folders with an OpenAI
     tower, the `.pt` files with an EVA tower, training checkpoints with an OpenAI tower, SigLIP2 with the LLM online,
-    and as starting towers CLIP and SigLIP folders of transformers and checkpoints of open_clip. The LLM is not part of
-    them; `text_model` names it. A starting tower gets a new projection and adaptor, with fixed seeds.
+    the vision side alone, and as starting towers CLIP and SigLIP folders of transformers and checkpoints of open_clip.
+    The LLM is not part of them; `text_model` names it. What a starting tower lacks, projection and adaptor, is new,
+    with fixed seeds. A folder of a Llama becomes a plain bidirectional LLM with the template in its tokenizer, for
+    `text_model`, `LLM2CLIPModel.from_vision_text_pretrained` and `training.build_caption_encoder`.
 
-    Weights are written as float32. The folder appears whole or not at all; converting again replaces it.
+    Weights are written as float32, an LLM's in their own dtype. The folder appears whole or not at all, with a model
+    card; converting again replaces it.
 
     Args:
         source (`str` or `Path`): File, folder or repository. Pickled files are read as tensors only.
-        output_dir (`str` or `Path`): Folder to write: new, empty, or one that holds an LLM2CLIP, which is replaced.
+        output_dir (`str` or `Path`): Folder to write: new, empty, or one that a conversion wrote, which is replaced.
         text_model (`str`, *optional*):
             Repository or folder of the LLM, checked against the adaptor's width. `None` or `"none"` for a model that
             takes stored LLM embeddings.
@@ -118,7 +119,8 @@ def convert_checkpoint(
             `"external"` names the LLM in the config; `"bundled"` copies its weights into the folder.
         model_config (`str` or `Path`, *optional*):
             The original model JSON, for what shapes do not tell: `head_width`, `postnorm`, `quick_gelu`. Defaults to
-            a JSON file of the same name beside the weights, if there is one, else to the published towers' values.
+            a JSON file of the same name beside the weights or `open_clip_config.json`, if there is one, else to the
+            published towers' values.
 
     Returns:
         [`ConversionReport`]
@@ -132,38 +134,69 @@ def convert_checkpoint(
     if text_weights not in ("external", "bundled"):
         raise ValueError(f"`text_weights` must be 'external' or 'bundled', got {text_weights!r}.")
     # Step (1)
-    checkpoint = read_checkpoint(source, model_config)
+    found = find_source(source, model_config)
+    if (found.config or {}).get("model_type") == LLM2CLIPConfig.model_type:
+        raise ValueError(f"{found.name!r} is converted already: `AutoModel.from_pretrained` loads it.")
+    if is_language_model(found.config):
+        if text_model not in (None, "none"):
+            raise ValueError(f"{found.name!r} is an LLM itself. Leave `text_model` out, got {text_model!r}.")
+        return _convert_language_model(found, output)
+    checkpoint = read_checkpoint(found)
     prefix = next((p for p in _ADAPTOR_PREFIXES if any(key.startswith(p) for key in checkpoint.weights)), None)
     # Step (2)
     kind, tower = _read_tower(checkpoint, is_start=prefix is None)
     adaptor = None if prefix is None else find_adaptor(checkpoint.weights, prefix)
+    is_online = prefix == _ADAPTOR_PREFIXES[2]
+    if is_online:
+        tower.droppable += _ONLINE_LLM
     weights, dropped = _collect(checkpoint, tower, adaptor)
-    text = _read_text_model(text_model, adaptor)
-    config = _build_config(checkpoint, tower, adaptor, text, normalize=prefix != _ADAPTOR_PREFIXES[2])
-    with _quiet_transformers():
+    text = read_text_model(text_model, None if adaptor is None else adaptor.llm_hidden_size)
+    config = _build_config(checkpoint, tower, adaptor, text, normalize=not is_online)
+    with quiet_transformers():
         # Step (3)
         model, new_keys = _build_model(checkpoint, config, weights, is_start=adaptor is None)
         if text is not None and text_weights == "bundled":
             _bundle_text_model(model)
         # Step (4)
-        difference = _write(model, checkpoint, text, output)
+        facts = ConversionFacts(
+            found.name, kind, text and text.name, text_weights, len(new_keys), model.config, find_release(found.name)
+        )
+        difference = _write(model, checkpoint, text, output, render_conversion_card(facts))
     logger.info("%s is %s; left behind: %s", checkpoint.name, kind, ", ".join(dropped) or "nothing")
     return ConversionReport(kind, output, model.config, dropped, new_keys, difference)
+
+
+def _convert_language_model(source: Source, output: Path) -> ConversionReport:
+    kind = "caption-tuned LLM"
+    with quiet_transformers():
+        language_model = read_language_model(source)
+        template = language_model.tokenizer.decode(language_model.tokenizer("{text}")["input_ids"])
+        facts = ConversionFacts(source.name, kind, None, "none", 0, None, find_release(source.name), template)
+        config = language_model.model.config
+        with temporary_folder(output) as folder:
+            difference = save_language_model(language_model, folder)
+            (folder / "README.md").write_text(render_conversion_card(facts), encoding="utf-8")
+    return ConversionReport(kind, output, config, language_model.dropped_keys, [], difference)
+
+
+def _is_vision_side(weights: dict[str, torch.Tensor]) -> bool:
+    return not any(_TEXT_TOWER.fullmatch(key) for key in weights)
 
 
 def _read_tower(checkpoint: Checkpoint, is_start: bool) -> tuple[str, Tower]:
     """The vision tower, by the weights that only one kind has."""
     weights = checkpoint.weights
     start = "starting tower" if is_start else "LLM2CLIP"
+    if "visual.patch_embed.proj.weight" in weights or is_eva(weights):
+        return f"{start}, EVA tower", eva_tower(checkpoint)
     if "visual.trunk.pos_embed" in weights:
         return f"{start}, SigLIP tower of timm", siglip_tower(checkpoint)
-    if "visual.patch_embed.proj.weight" in weights:
-        return f"{start}, EVA tower", eva_tower(checkpoint)
     if "visual.conv1.weight" in weights:
         return f"{start}, OpenAI tower of open_clip", open_clip_tower(checkpoint, is_start)
-    if not is_start and "vision_model.embeddings.position_embedding.weight" in weights:
-        return f"{start}, OpenAI tower of transformers", transformers_clip_tower(checkpoint)
     model_type = (checkpoint.config or {}).get("model_type")
+    is_clip = "vision_model.embeddings.class_embedding" in weights
+    if is_clip and (not is_start or ("visual_projection.weight" in weights and _is_vision_side(weights))):
+        return f"{start}, OpenAI tower of transformers", transformers_clip_tower(checkpoint)
     if is_start and model_type in _START_TYPES:
         return f"{start}, {model_type} of transformers", _transformers_start(checkpoint, str(model_type))
     tops = sorted({key.split(".")[0] for key in weights})
@@ -171,23 +204,9 @@ def _read_tower(checkpoint: Checkpoint, is_start: bool) -> tuple[str, Tower]:
     raise ValueError(
         f"{checkpoint.name!r} is none of the checkpoints that can be converted: its weights are `{shown}`"
         f"{f', its model type {model_type!r}' if model_type else ''}. Expected are LLM2CLIP with an OpenAI, EVA or "
-        "SigLIP tower, or CLIP or SigLIP as a starting tower; `LLM2CLIPModel.from_vision_text_pretrained` takes any "
-        "other vision backbone of transformers."
+        "SigLIP tower, CLIP or SigLIP as a starting tower, or a Llama; `LLM2CLIPModel.from_vision_text_pretrained` "
+        "takes any other vision backbone of transformers."
     )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its tables of missing keys and progress bars: what matters of it is reported here."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
@@ -195,7 +214,7 @@ def _transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
     folder = str(checkpoint.folder)
     vision_config = AutoConfig.from_pretrained(folder).vision_config
     model_class: Any = MODEL_MAPPING[type(vision_config)]
-    with _quiet_transformers():
+    with quiet_transformers():
         model, info = model_class.from_pretrained(
             folder, config=vision_config, dtype=torch.float32, output_loading_info=True
         )
@@ -216,10 +235,14 @@ def _collect(
     weights = dict(tower.weights)
     known = set(tower.source_keys)
     droppable = tower.droppable
+    left_out: set[str] = set()
     if adaptor is None:
         droppable += tower.start_droppable
-        # The original starts with a new projection, but keeps the temperature.
-        weights = {key: value for key, value in weights.items() if not key.startswith("visual_projection.")}
+        if not _is_vision_side(checkpoint.weights):
+            # The original starts from a CLIP with a new projection, but keeps the temperature. The vision side of an
+            # LLM2CLIP, which comes without any text tower, keeps both.
+            left_out = tower.projection_keys
+            weights = {key: value for key, value in weights.items() if not key.startswith("visual_projection.")}
     else:
         weights.update(adaptor.weights)
         known |= adaptor.source_keys
@@ -233,7 +256,12 @@ def _collect(
     dropped = [
         key
         for key in checkpoint.weights
-        if key not in ("logit_scale", "logit_bias") and any(re.fullmatch(pattern, key) for pattern in droppable)
+        if key in left_out
+        or (
+            key not in ("logit_scale", "logit_bias")
+            and key not in known
+            and any(re.fullmatch(pattern, key) for pattern in droppable)
+        )
     ]
     unexpected = sorted(set(checkpoint.weights) - known - set(dropped))
     _check_keys(checkpoint, [], unexpected, [])
@@ -258,39 +286,15 @@ def _check_keys(checkpoint: Checkpoint, missing: list[str], unexpected: list[str
         )
 
 
-def _read_text_model(name: str | None, adaptor: Adaptor | None) -> _TextModel | None:
-    """The LLM's config and its tokenizer with the template applied; code of its repository is never run."""
-    if name is None or name == "none":
-        return None
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"The LLM {name!r} cannot be read ({reason}). Give the repository or folder of a decoder with its "
-            "tokenizer, or 'none'."
-        ) from error
-    width = getattr(config, "hidden_size", None)
-    if adaptor is not None and width is not None and width != adaptor.llm_hidden_size:
-        published = PUBLISHED_LLMS.get(adaptor.llm_hidden_size)
-        raise ValueError(
-            f"The LLM {name!r} is {width} wide, but the text adaptor takes {adaptor.llm_hidden_size}. Name the LLM "
-            f"that the checkpoint was trained with{f', for example {published!r}' if published else ''}."
-        )
-    # It names code of the LLM's repository, which is not used.
-    vars(config).pop("auto_map", None)
-    # A folder is found again from anywhere.
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return _TextModel(name, config, apply_text_template(tokenizer))
-
-
 def _build_config(
-    checkpoint: Checkpoint, tower: Tower, adaptor: Adaptor | None, text: _TextModel | None, normalize: bool
+    checkpoint: Checkpoint, tower: Tower, adaptor: Adaptor | None, text: TextModel | None, normalize: bool
 ) -> LLM2CLIPConfig:
     fields: dict[str, Any] = {"vision_config": tower.config, "vision_projection": tower.projection}
+    projection = tower.weights.get("visual_projection.weight")
     if tower.projection == "none":
         fields["projection_dim"] = tower.config.hidden_size
+    elif projection is not None and _is_vision_side(checkpoint.weights):
+        fields["projection_dim"] = projection.shape[0]
     if adaptor is not None:
         _check_adaptor(checkpoint, tower, adaptor)
         fields.update(
@@ -370,24 +374,14 @@ def _bundle_text_model(model: LLM2CLIPModel) -> None:
     model.attach_text_model(text_model, text_weights="bundled")
 
 
-def _image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
-    """The checkpoint's own, else OpenAI's statistics, bicubic resize of the shorter side and centre crop."""
-    folder = checkpoint.folder
-    if checkpoint.config is not None and folder and any((folder / n).is_file() for n in _IMAGE_PROCESSOR_FILES):
-        return AutoImageProcessor.from_pretrained(folder)
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
-
-
-def _write(model: LLM2CLIPModel, checkpoint: Checkpoint, text: _TextModel | None, output: Path) -> float:
+def _write(model: LLM2CLIPModel, checkpoint: Checkpoint, text: TextModel | None, output: Path, card: str) -> float:
     """Writes the folder and checks it; returns the largest difference of its outputs."""
-    processor: Any = _image_processor(checkpoint, model.config.vision_config.image_size)
-    if text is not None:
-        processor = LLM2CLIPProcessor(processor, text.tokenizer)
+    image_processor = read_image_processor(checkpoint, model.config.vision_config.image_size)
+    processor = LLM2CLIPProcessor(image_processor, None if text is None else text.tokenizer)
     with temporary_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         return _verify(model, folder)
 
 

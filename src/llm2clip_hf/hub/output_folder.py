@@ -6,25 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .conversion_card import MARKER
+
 
 def check_output(output: Path, source: Path) -> None:
     """
     Refuses a target that a conversion must not replace.
 
     Raises:
-        ValueError: if it is the source, a file, or a folder that holds anything but an LLM2CLIP.
+        ValueError: if it is the source, a file, or a folder that holds anything but an LLM2CLIP or a converted LLM.
     """
     if output.exists() and source.exists() and output.resolve() == source.resolve():
         raise ValueError(f"`output_dir` {str(output)!r} is the source. Give another folder.")
     if output.is_dir() and any(output.iterdir()):
-        try:
-            ours = '"model_type": "llm2clip"' in (output / "config.json").read_text(encoding="utf-8")
-        except OSError:
-            ours = False
-        if not ours:
+        if not (_holds(output / "config.json", '"model_type": "llm2clip"') or _holds(output / "README.md", MARKER)):
             raise ValueError(f"`output_dir` {str(output)!r} holds other files. Give a new or empty folder.")
     elif output.exists() and not output.is_dir():
         raise ValueError(f"`output_dir` {str(output)!r} is a file. Give a folder.")
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return text in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 @contextmanager

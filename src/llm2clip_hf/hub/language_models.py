@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caption-tuned LLMs: as the text side of a converted model, and as checkpoints to convert themselves.
+
+The published ones are Llama decoders that a class of their repository makes bidirectional, under the string template
+that their encoding script puts around every text. Here both are settings of plain files: `is_causal=False` in the
+config and the template in the tokenizer, so no code of the repository is needed, and none is ever run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
+
+from llm2clip_hf.modeling import apply_text_template, assert_bidirectional
+
+from .checkpoint_files import Source, read_weights
+
+
+logger = logging.get_logger(__name__)
+
+# The published LLMs by their widths.
+PUBLISHED_LLMS = {
+    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
+}
+_LLAMA3_MARKERS = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+# Fields that name code, classes or files instead of describing the model.
+_NOT_OF_THE_MODEL = ("auto_map", "architectures", "_name_or_path", "model_type", "transformers_version")
+# What published decoders carry besides the decoder: a language modelling head, and frequencies that are computed.
+_DROPPABLE = ("lm_head.weight", "rotary_emb.inv_freq")
+
+
+class TextModel(NamedTuple):
+    """An LLM that a converted model names: where it is, its config, its tokenizer with the template."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: Any
+
+
+class LanguageModel(NamedTuple):
+    """An LLM read from a checkpoint, with what was left behind."""
+
+    model: Any
+    tokenizer: Any
+    dropped_keys: list[str]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its tables of missing keys and progress bars: what matters of it is reported here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def caption_tokenizer(tokenizer: Any) -> Any:
+    """
+    The tokenizer with the template of the original implementation: for Llama 3 its user turn, whether or not a chat
+    template came along; for other families what `apply_text_template` finds.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a `tokenizers` backend.
+
+    Returns:
+        A new tokenizer.
+    """
+    is_llama3 = _LLAMA3_MARKERS <= tokenizer.get_added_vocab().keys()
+    return apply_text_template(tokenizer, "llama3" if is_llama3 else "auto")
+
+
+def read_text_model(name: str | None, width: int | None) -> TextModel | None:
+    """
+    The LLM that a converted model is to name; code of its repository is never run.
+
+    Args:
+        name (`str`, *optional*): Repository or folder; `None` or `"none"` for no LLM.
+        width (`int`, *optional*): Width that the text adaptor takes.
+
+    Returns:
+        [`TextModel`], or `None`.
+
+    Raises:
+        ValueError: if it cannot be read, or is not `width` wide.
+    """
+    if name is None or name == "none":
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"The LLM {name!r} cannot be read ({reason}). Give the repository or folder of a decoder with its "
+            "tokenizer, or 'none'."
+        ) from error
+    found = getattr(config, "hidden_size", None)
+    if width is not None and found is not None and found != width:
+        published = PUBLISHED_LLMS.get(width)
+        raise ValueError(
+            f"The LLM {name!r} is {found} wide, but the text adaptor takes {width}. Name the LLM "
+            f"that the checkpoint was trained with{f', for example {published!r}' if published else ''}."
+        )
+    # It names code of the LLM's repository, which is not used.
+    vars(config).pop("auto_map", None)
+    # A folder is found again from anywhere.
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return TextModel(name, config, caption_tokenizer(tokenizer))
+
+
+def is_language_model(config: dict[str, Any] | None) -> bool:
+    """Whether a `config.json` describes a decoder and nothing else."""
+    if not config or "vision_config" in config or "image_size" in config:
+        return False
+    return all(isinstance(config.get(name), int) for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
+
+
+def read_language_model(source: Source) -> LanguageModel:
+    """
+    Reads a decoder as a plain bidirectional model of transformers, in the dtype of its checkpoint.
+
+    Keys may carry the prefix `model.` or not, and a language modelling head, which is left behind.
+
+    Args:
+        source ([`Source`]): Its files, with a `config.json`.
+
+    Returns:
+        [`LanguageModel`], the model in evaluation mode.
+
+    Raises:
+        ValueError: if keys are missing or left over, weights are not finite, the architecture is not known or stays
+            causal, or there is no tokenizer.
+    """
+    config = _language_config(source)
+    try:
+        tokenizer = caption_tokenizer(AutoTokenizer.from_pretrained(source.folder, config=config))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{source.name!r} has no tokenizer that can be read ({reason}). Give the whole folder."
+        ) from error
+    # As in the original; the embeddings do not depend on it.
+    tokenizer.padding_side = "left"
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in AutoModel.from_config(config).state_dict().items()}
+    weights, dropped = _language_weights(source, expected)
+    dtypes = {value.dtype for value in weights.values()}
+    with quiet_transformers():
+        model: Any = AutoModel.from_config(config).__class__.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {source.name!r} knows {len(tokenizer)} tokens, its model {config.vocab_size}. They "
+            "belong to different models."
+        )
+    assert_bidirectional(model)
+    return LanguageModel(model.eval(), tokenizer, dropped)
+
+
+def _language_config(source: Source) -> PreTrainedConfig:
+    fields = dict(source.config or {})
+    model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING and "llama" in model_type.lower():
+        model_type = "llama"  # a class of the repository, which changes the mask only
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
+        raise ValueError(
+            f"{source.name!r} is of type {model_type!r}, which this version of transformers does not know. Give a "
+            "decoder of a registered architecture, for example a Llama."
+        )
+    fields = {name: value for name, value in fields.items() if name not in _NOT_OF_THE_MODEL}
+    config = CONFIG_MAPPING[model_type].from_dict(fields)
+    # Persisted in config.json; the one switch that all attention backends of transformers honour.
+    config.is_causal = False
+    return config
+
+
+def _language_weights(source: Source, expected: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The decoder's weights by the names of transformers, and the keys that were left behind."""
+    weights: dict[str, torch.Tensor] = {}
+    dropped, unexpected = [], []
+    for file in source.files:
+        for key, value in read_weights(file).items():
+            name = key
+            while name not in expected and name.startswith("model."):
+                name = name.removeprefix("model.")
+            if name in expected:
+                if name in weights:
+                    raise ValueError(f"{source.name!r} holds `{name}` twice, with and without the prefix `model.`.")
+                weights[name] = value
+            elif name.endswith(_DROPPABLE):
+                dropped.append(key)
+            else:
+                unexpected.append(key)
+    if any(".lora_" in key for key in unexpected):
+        raise ValueError(f"{source.name!r} holds LoRA weights that are not merged. Merge them first, with PEFT.")
+    groups = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": unexpected,
+        "of another shape": [name for name, value in weights.items() if value.shape != expected[name]],
+    }
+    problems = [f"{len(keys)} {name}: {', '.join(sorted(keys)[:8])}" for name, keys in groups.items() if keys]
+    if problems:
+        raise ValueError(
+            f"The weights of {source.name!r} do not make up the decoder of its `config.json`; {'; '.join(problems)}."
+        )
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"`{name}` must be floating-point, got {value.dtype}; quantised weights cannot be converted."
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"`{name}` holds NaN or infinite values in {source.name!r}.")
+    return weights, sorted(dropped)
+
+
+@torch.no_grad()
+def save_language_model(language_model: LanguageModel, folder: Path) -> float:
+    """
+    Writes model and tokenizer, and checks the folder without holding the weights twice.
+
+    Args:
+        language_model ([`LanguageModel`]): What [`read_language_model`] gave; its model is emptied.
+        folder (`Path`): Folder to write.
+
+    Returns:
+        `float`: largest difference of the hidden states of a text.
+
+    Raises:
+        ValueError: if what loads differs from what was written.
+    """
+    model, tokenizer, _ = language_model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    batch = tokenizer(["a red boat", "two dogs run over the grass"], padding=True, return_tensors="pt")
+    before = model(**batch, use_cache=False).last_hidden_state.float()
+    written: dict[str, torch.Tensor] = model.state_dict()
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():
+                if not torch.equal(shard.get_tensor(name), written.pop(name)):
+                    raise ValueError(f"The written folder does not load as it was written: {name} changed.")
+    if written:
+        raise ValueError(f"The written folder lacks {', '.join(sorted(written)[:5])}.")
+    model.to("meta")
+    loaded = AutoModel.from_pretrained(folder, dtype=model.dtype).eval()
+    again = AutoTokenizer.from_pretrained(folder)(["a red boat", "two dogs run over the grass"], padding=True)
+    after = loaded(**batch, use_cache=False).last_hidden_state.float()
+    difference = float((before - after).abs().max())
+    if again["input_ids"] != batch["input_ids"].tolist() or not difference <= 1e-5 * float(before.abs().max()):
+        raise ValueError(f"The written folder gives other tokens, or states that differ by {difference:.1e}.")
+    return difference
+
+
+__all__ = [
+    "PUBLISHED_LLMS",
+    "LanguageModel",
+    "TextModel",
+    "caption_tokenizer",
+    "is_language_model",
+    "quiet_transformers",
+    "read_language_model",
+    "read_text_model",
+    "save_language_model",
+]
