@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm2clip embed-captions`: every caption goes through the LLM once, into a store that training reads."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .options import named_values, parse_options
+
+
+if TYPE_CHECKING:
+    from llm2clip_hf.data import CaptionEmbeddingStore
+
+
+EXAMPLES = """\
+  llm2clip embed-captions --llm llm-cc --data pairs.parquet --output_dir store
+  llm2clip embed-captions --llm llm-cc --captions captions.jsonl --output_dir store --store_dtype bfloat16
+  accelerate launch --num_processes 8 -m llm2clip_hf embed-captions --llm llm-cc --data pairs.parquet \\
+      --output_dir store
+  llm2clip embed-captions --llm llm-cc --shards "cc3m/{00000..00287}.tar" --caption_fields real=txt \\
+      dense=json.longSV_captions --output_dir store
+  llm2clip embed-captions --verify store"""
+
+
+@dataclass
+class EmbedCaptionsOptions:
+    llm: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or repository of the LLM: a result of stage 1, a decoder LLM, or an LLM2CLIP model."
+        },
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the store; an unfinished one is resumed."}
+    )
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Table of images with captions, as for train-clip; its keys are stored too."},
+    )
+    captions: str | None = field(
+        default=None, metadata={"help": "Captions alone: a file, a folder of files, or a Hub data set."}
+    )
+    shards: list[str] | None = field(
+        default=None, metadata={"help": "Tar or parquet shards, as for train-clip, with braces and wildcards."}
+    )
+    caption_fields: list[str] | None = field(
+        default=None,
+        metadata={"help": "For `shards`: where each source's captions are, e.g. real=txt dense=json.long_caption."},
+    )
+    caption_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns with captions, each a source; found by their names if left out."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images or paths (with `data`), or of image ids (with `captions`)."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder that paths of images are relative to."})
+    split: str = field(default="train", metadata={"help": "Split of a Hub data set or a folder."})
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "What to do with bad rows: stop, or skip and count."}
+    )
+    template: str = field(default="auto", metadata={"help": "Chat template of the LLM: auto, none, or a template."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per caption; what the LLM's folder says, else 512 (paper), if left out."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
+    )
+    store_dtype: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16", metadata={"help": "Type of the stored embeddings."}
+    )
+    max_tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a batch."})
+    rows_per_shard: int = field(default=32768, metadata={"help": "Captions per file."})
+    device: str | None = field(default=None, metadata={"help": "Device; a GPU per process where there is one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with an LLM2CLIP folder."})
+    verify: str | None = field(
+        default=None, metadata={"help": "Instead of embedding: read all files of this store and compare checksums."}
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit status."""
+    (options,) = parse_options(
+        argv,
+        verb="embed-captions",
+        description="Compute the LLM's embedding of every caption once and store it. Runs on all devices of "
+        "`accelerate launch`, continues where a killed run stopped, and records what made the embeddings.",
+        examples=EXAMPLES,
+        own=EmbedCaptionsOptions,
+    )
+    if options.verify is not None:
+        return verify(options.verify)
+    for name in ("llm", "output_dir"):
+        if getattr(options, name) is None:
+            raise ValueError(f"`--{name}` is missing.")
+    captions, keys = load_texts(options)
+    store = embed(options, captions, keys, options.output_dir)
+    print(f"captions  {store.num_captions} of {store.num_images} images, sources {', '.join(store.source_names)}")
+    print(f"width     {store.embedding_dim}, {options.store_dtype}")
+    print(f"written   {store.path}")
+    return 0
+
+
+def verify(path: str) -> int:
+    """Compares every file of a store with its checksum."""
+    from llm2clip_hf.data import CaptionEmbeddingStore
+
+    store = CaptionEmbeddingStore.open(path)
+    store.verify()
+    print(f"{path}: {store.num_captions} captions of {store.num_images} images, all checksums agree")
+    return 0
+
+
+def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
+    """The captions, and one key per image where the table has keys."""
+    from llm2clip_hf.data import load_captions, load_image_text
+
+    if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
+        raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")
+    if options.shards is not None:
+        return read_shards(options)
+    if options.captions is not None:
+        table = load_captions(
+            options.captions,
+            columns=options.caption_columns,
+            image_column=options.image_column,
+            split=options.split,
+            on_bad_row=options.on_bad_row,
+        )
+        return table, None
+    images = load_image_text(
+        options.data,
+        image_column=options.image_column,
+        caption_columns=options.caption_columns,
+        image_root=options.image_root,
+        split=options.split,
+        on_bad_row=options.on_bad_row,
+    )
+    return images.captions, images.keys
+
+
+def read_shards(options: Any) -> tuple[Any, list[str]]:
+    """The captions and keys of tar or parquet shards."""
+    from llm2clip_hf.data import load_shard_captions
+
+    fields = named_values(options.caption_fields, "caption_fields")
+    if fields is None:
+        raise ValueError(
+            "`shards` need `caption_fields`, which say where captions are, e.g. `real=txt dense=json.long_caption`."
+        )
+    return load_shard_captions(options.shards, fields, on_bad_row=options.on_bad_row)
+
+
+def embed(options: Any, captions: Any, keys: list[str] | None, output_dir: str) -> "CaptionEmbeddingStore":
+    """Embeds captions on the device of this process."""
+    from llm2clip_hf.data import embed_captions
+
+    encoder, arguments = load_encoder(options, process_device(options.device))
+    return embed_captions(
+        encoder,
+        captions,
+        output_dir,
+        dtype=options.store_dtype,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+        rows_per_shard=options.rows_per_shard,
+        keys=keys,
+        **arguments,
+    )
+
+
+def load_encoder(options: Any, device: str) -> tuple[Any, dict[str, Any]]:
+    """What turns captions into embeddings, and the arguments of `embed_captions` that go with it."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    import llm2clip_hf  # noqa: F401  (registers the model type)
+
+    config = AutoConfig.from_pretrained(options.llm)
+    if config.model_type == "llm2clip":
+        trust = options.trust_remote_code
+        model = AutoModel.from_pretrained(options.llm, trust_remote_code=trust).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(options.llm, trust_remote_code=trust)
+        return model, {"tokenizer": tokenizer, "max_length": options.max_length or 512}
+    from llm2clip_hf.training import build_caption_encoder
+
+    encoder = build_caption_encoder(
+        options.llm,
+        template=None if options.template == "none" else options.template,
+        max_length=options.max_length,
+        lora=None,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+    ).to(device)
+    return encoder, {"fingerprint": encoder.fingerprint()}
+
+
+def process_device(given: str | None) -> str:
+    """The device of this process: the given one, its own GPU, or the CPU."""
+    import torch
+
+    if given is not None:
+        return given
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Options of the verbs that take many: dataclasses, filled from a YAML or JSON file and from flags that override it.
+
+(1) Each field of the dataclasses is a flag, `--learning_rate` and `--learning-rate` alike.
+(2) `--config FILE` sets fields by name; a flag on the command line wins.
+(3) A name that no field has is refused with the nearest one.
+(4) `--help` shows the fields of the verb; `--help-all` those of the training arguments too.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+CONFIG_FLAG = "config"
+
+
+def parse_options(
+    argv: Sequence[str],
+    *,
+    verb: str,
+    description: str,
+    examples: str,
+    own: type,
+    training: type | None = None,
+    shown: Sequence[str] = (),
+) -> tuple[Any, ...]:
+    """
+    Fills dataclasses from a command line.
+
+    Args:
+        argv (`list[str]`): Arguments after the verb.
+        verb (`str`): The verb, for the usage line.
+        description (`str`): First paragraph of the help.
+        examples (`str`): Command lines, shown at the end of the help.
+        own (`type`): Dataclass of the verb.
+        training (`type`, *optional*): Training arguments of transformers to take as well.
+        shown (`list[str]`): Fields of `training` that the short help shows.
+
+    Returns:
+        `tuple`: An instance of `own`, and one of `training` if given.
+
+    Raises:
+        SystemExit: with 0 after a help text, with 2 on wrong usage.
+        ValueError: if the file cannot be read or holds no mapping.
+    """
+    types = [own] if training is None else [own, training]
+    parser = _parser(types, verb, description, examples)
+    arguments = list(argv)
+    if {"-h", "--help"} & set(arguments):
+        _short_help(own, training, shown, verb, description, examples)
+        raise SystemExit(0)
+    if "--help-all" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    known = {action.dest: action for action in parser._actions}
+    config = _read_config(arguments)
+    for name in config:
+        if name not in known or name == CONFIG_FLAG:
+            parser.error(f"the config file sets `{name}`, which is no option{_nearest(name, known)}")
+        check = known[name].choices
+        if check is not None and config[name] not in check:
+            parser.error(
+                f"the config file sets `{name}` to {config[name]!r}; choose from {', '.join(map(str, check))}"
+            )
+    parser.set_defaults(**config)
+    # A name that does not exist is told before one that is missing, which it may have meant.
+    required = [action for action in known.values() if action.required]
+    for action in required:
+        action.required = False
+    namespace, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        name = argument.lstrip("-").split("=", 1)[0].replace("-", "_")
+        what = "unknown option" if argument.startswith("-") else "unexpected argument"
+        parser.error(f"{what} {argument}{_nearest(name, known) if argument.startswith('-') else ''}")
+    values = vars(namespace)
+    if missing := [f"--{action.dest}" for action in required if values[action.dest] is None]:
+        parser.error(f"missing {', '.join(missing)}: give it as an option or in the config file")
+    return tuple(_instance(cls, values) for cls in types)
+
+
+def named_values(given: Any, option: str) -> dict[str, Any] | None:
+    """
+    A mapping given in a config file, or as `name=value` on the command line.
+
+    Args:
+        given (`dict`, `list[str]` or `None`): The value of the option.
+        option (`str`): Its name, for the message.
+
+    Returns:
+        `dict` or `None`.
+
+    Raises:
+        ValueError: if an entry has no `=`.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return dict(given)
+    for entry in given:
+        if "=" not in str(entry):
+            raise ValueError(f"`{option}` has the entry {entry!r}; expected `name=value`.")
+    return dict(str(entry).split("=", 1) for entry in given)
+
+
+def _parser(types: Sequence[Any], verb: str, description: str, examples: str) -> Any:
+    from transformers import HfArgumentParser
+
+    parser: Any = HfArgumentParser(
+        types,
+        prog=f"llm2clip {verb}",
+        usage=f"llm2clip {verb} [--config FILE] [options]",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML or JSON file with options; flags override it")
+    return parser
+
+
+def _short_help(
+    own: type, training: type | None, shown: Sequence[str], verb: str, description: str, examples: str
+) -> None:
+    parser = _parser([own], verb, description, examples)
+    if training is not None:
+        full = _parser([training], verb, description, examples)
+        group = parser.add_argument_group(
+            "training", f"The most used of {training.__name__}; `llm2clip {verb} --help-all` shows all."
+        )
+        for action in full._actions:
+            if action.dest in shown:
+                group._group_actions.append(action)
+    parser.print_help()
+
+
+def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(f"--{CONFIG_FLAG}")
+    path = finder.parse_known_args(list(arguments))[0].config
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        config = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise ValueError(f"The config file `{path}` does not exist.") from error
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"The config file `{path}` is not valid YAML or JSON: {error}") from error
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"The config file `{path}` holds {type(config).__name__}, expected a mapping from option names to values."
+        )
+    return {str(name).replace("-", "_"): value for name, value in config.items()}
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _instance(cls: type, values: Mapping[str, Any]) -> Any:
+    from dataclasses import fields
+
+    return cls(**{field.name: values[field.name] for field in fields(cls) if field.init})

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm2clip train-captions`: stage 1, an LLM learns to tell captions apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .options import parse_options
+from .results import refuse_finished, resume_point, write_results
+
+
+if TYPE_CHECKING:
+    from llm2clip_hf.data import CaptionTable
+    from llm2clip_hf.training import CaptionContrastiveTrainingArguments
+
+
+EXAMPLES = """\
+  llm2clip train-captions --llm meta-llama/Llama-3.2-1B-Instruct --captions captions.jsonl --output_dir llm-cc
+  llm2clip train-captions --config stage1.yaml --check
+  accelerate launch --num_processes 8 -m llm2clip_hf train-captions --config stage1.yaml
+  llm2clip train-captions --config stage1.yaml --resume_from_checkpoint last
+
+A file with several sources, of which every batch takes one:
+
+  llm: meta-llama/Llama-3.2-1B-Instruct
+  output_dir: llm-cc
+  sources:
+    cc3m: {path: cc3m.parquet, columns: [raw_caption, longSV_captions], hard_negatives: true}
+    nq: {kind: pairs, path: nq.jsonl, instruction: "Given a question, retrieve passages that answer it."}
+    wiki: {kind: lines, path: wikitext.txt}"""
+
+SHOWN = (
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "mini_batch_size",
+    "mini_batch_tokens",
+    "warmup_steps",
+    "scale",
+    "symmetric",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "resume_from_checkpoint",
+    "report_to",
+    "seed",
+)
+
+
+@dataclass
+class TrainCaptionsOptions:
+    llm: str = field(metadata={"help": "Folder or repository of a decoder LLM."})
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "Captions: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub data set."},
+    )
+    sources: dict | None = field(
+        default=None,
+        metadata={"help": "In a config file, instead of `captions`: several sources by name, see the example."},
+    )
+    caption_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns with captions; found by their names if left out."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the id of the image, for tables with one row per caption."}
+    )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "What to do with null, empty or single captions: stop, or skip and count."}
+    )
+    hard_negatives: bool = field(
+        default=False, metadata={"help": "Add a random caption of another image as a hard negative (released code)."}
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "Instruction before the first caption of each pair; read, not pooled."}
+    )
+    test_captions: str | None = field(
+        default=None, metadata={"help": "Captions of the images to measure caption retrieval accuracy on."}
+    )
+    num_test_images: int = field(
+        default=1000, metadata={"help": "Without `test_captions`: images at the end that are held out; 0 for none."}
+    )
+    template: str = field(
+        default="auto", metadata={"help": "Chat template to build into the tokenizer: auto, none, or a template."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens; 512 (paper) if left out."})
+    pooling: Literal["mean", "eos", "last"] | None = field(
+        default=None, metadata={"help": "How the states become one vector; mean (paper) if left out."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA (paper); 0 trains all weights."})
+    lora_alpha: int = field(default=32, metadata={"help": "Alpha of LoRA (paper)."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA (released code)."})
+    quantization: Literal["4bit", "8bit"] | None = field(
+        default=None, metadata={"help": "Load the LLM quantised, for one small GPU; saves the adapter alone."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
+    )
+    mntp_steps: int = field(
+        default=0, metadata={"help": "Steps of masked next token prediction on the captions before stage 1."}
+    )
+    adapter_only: bool = field(default=False, metadata={"help": "Save the LoRA adapter instead of a merged LLM."})
+    check: bool = field(
+        default=False, metadata={"help": "Read data and settings, print what would run, and stop before the weights."}
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit status."""
+    from llm2clip_hf.training import CaptionContrastiveTrainingArguments
+
+    options, args = parse_options(
+        argv,
+        verb="train-captions",
+        description="Stage 1: tune an LLM with LoRA so that two captions of one image are close and captions of other "
+        "images are not. Prints caption retrieval accuracy before and after, and writes a folder that AutoModel, "
+        "SentenceTransformer and LLM2CLIPModel load. The defaults are the paper's.",
+        examples=EXAMPLES,
+        own=TrainCaptionsOptions,
+        training=CaptionContrastiveTrainingArguments,
+        shown=SHOWN,
+    )
+    resume = resume_point(args)
+    refuse_finished(args.output_dir, "modules.json", resume)
+    train, test = load_sources(options, args.seed)
+    if options.check:
+        print_plan(options, args, train, test)
+        return 0
+    return train_and_save(options, args, train, test, resume)
+
+
+def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, Any], list[list[str]]]:
+    """The training sources by name, and the captions of the test images."""
+    from llm2clip_hf.data import CaptionPairDataset, load_captions
+
+    if (options.captions is None) == (options.sources is None):
+        raise ValueError("Give either `captions` or, in a config file, `sources`.")
+    if options.sources is None:
+        options.sources = {
+            "captions": {
+                "path": options.captions,
+                "columns": options.caption_columns,
+                "image_column": options.image_column,
+                "hard_negatives": options.hard_negatives,
+                "instruction": options.instruction,
+            }
+        }
+    test: list[list[str]] = []
+    if options.test_captions:
+        table = load_captions(options.test_captions, min_captions=2, on_bad_row=options.on_bad_row)
+        test = [distinct(table, image) for image in range(len(table))]
+    sources: dict[str, Any] = {}
+    for name, entry in options.sources.items():
+        kind, settings = source_settings(name, entry, options.on_bad_row)
+        if kind != "captions":
+            sources[name] = other_source(kind, settings, seed)
+            continue
+        pair_settings = {key: settings.pop(key) for key in PAIR_SETTINGS if key in settings}
+        table = load_captions(settings.pop("path"), min_captions=2, **settings)
+        if not test and options.num_test_images:
+            train_images = len(table) - options.num_test_images
+            if train_images < options.num_test_images:
+                raise ValueError(
+                    f"`{name}` has {len(table)} images, too few to hold out {options.num_test_images} of them. Lower "
+                    "`num_test_images`, or give `test_captions`."
+                )
+            test = [distinct(table, image) for image in range(train_images, len(table))]
+            table = table.select(range(train_images))
+        sources[name] = CaptionPairDataset(table, seed, **pair_settings)
+    return sources, test
+
+
+PAIR_SETTINGS = ("hard_negatives", "pair_sources", "instruction")
+SETTINGS = {
+    "captions": {"path", "columns", "image_column", "split", "subset", "on_bad_row", *PAIR_SETTINGS},
+    "pairs": {"path", "columns", "split", "subset", "on_bad_row", "instruction"},
+    "lines": {"path", "column", "split", "subset", "on_bad_row", "instruction", "min_characters"},
+}
+
+
+def source_settings(name: str, entry: Any, on_bad_row: str) -> tuple[str, dict[str, Any]]:
+    """Kind and settings of one entry of `sources`, checked."""
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise ValueError(f"Source `{name}` is {entry!r}; expected a mapping with at least `path`.")
+    settings = {key: value for key, value in entry.items() if value is not None and key != "kind"}
+    kind = entry.get("kind", "captions")
+    if kind not in SETTINGS:
+        raise ValueError(f"Source `{name}` has the kind {kind!r}; choose from {', '.join(SETTINGS)}.")
+    if unknown := sorted(set(settings) - SETTINGS[kind]):
+        raise ValueError(
+            f"Source `{name}` of kind `{kind}` has no setting {unknown}; it has {sorted(SETTINGS[kind])}."
+        )
+    return kind, {"on_bad_row": on_bad_row} | settings
+
+
+def other_source(kind: str, settings: dict[str, Any], seed: int) -> Any:
+    """A source of text pairs, or of lines paired with themselves."""
+    from llm2clip_hf.data import DropoutPairDataset, TextPairDataset
+
+    path = settings.pop("path")
+    return TextPairDataset(path, seed=seed, **settings) if kind == "pairs" else DropoutPairDataset(path, **settings)
+
+
+def distinct(table: "CaptionTable", image: int) -> list[str]:
+    """The different captions of an image, in order."""
+    return list(dict.fromkeys(table[image]))
+
+
+def print_plan(
+    options: TrainCaptionsOptions,
+    args: "CaptionContrastiveTrainingArguments",
+    train: dict[str, Any],
+    test: list[list[str]],
+) -> None:
+    """What would run: data, steps, size of the model."""
+    from llm2clip_hf.training.size_estimate import describe_llm
+
+    batch = args.per_device_train_batch_size * args.world_size
+    rows = {name: len(source) for name, source in train.items()}
+    steps = sum(count // batch for count in rows.values()) // args.gradient_accumulation_steps
+    total = args.max_steps if args.max_steps > 0 else int(steps * args.num_train_epochs)
+    for name, count in rows.items():
+        print(f"source    {name}: {count} rows")
+    print(f"test      {len(test)} images")
+    print(f"steps     {total}, {batch} pairs per step on {args.world_size} device(s)")
+    print(describe_llm(options.llm, lora_rank=options.lora_r, dtype=options.dtype, quantization=options.quantization))
+
+
+def train_and_save(
+    options: TrainCaptionsOptions,
+    args: "CaptionContrastiveTrainingArguments",
+    train: dict[str, Any],
+    test: list[list[str]],
+    resume: Any,
+) -> int:
+    """Trains, measures and saves."""
+    from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
+    from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
+
+    lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
+    encoder = build_caption_encoder(
+        pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm,
+        template=None if options.template == "none" else options.template,
+        max_length=options.max_length,
+        pooling=options.pooling,
+        lora=lora if options.lora_r else None,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+    )
+    evaluator = CaptionRetrievalEvaluator(test, show_progress_bar=False) if test else None
+    trainer = CaptionContrastiveTrainer(
+        encoder,
+        args,
+        train_dataset=train if len(train) > 1 else next(iter(train.values())),
+        evaluator=evaluator,
+    )
+    results: dict[str, Any] = {}
+    if evaluator is not None and args.should_save:
+        results["before"] = evaluator(encoder)
+    trainer.train(resume_from_checkpoint=resume)
+    if args.should_save:
+        if evaluator is not None:
+            results["after"] = evaluator(encoder)
+            print_results(results, len(test))
+        results["training"] = {"steps": trainer.state.global_step, "rows": {n: len(s) for n, s in train.items()}}
+    if options.adapter_only or options.quantization:
+        if args.should_save:
+            encoder.save_adapter(str(args.output_dir))
+    else:
+        trainer.save_model()
+    if args.should_save:
+        write_results(args.output_dir, results)
+        print(f"written   {args.output_dir}")
+    return 0
+
+
+def pretrained_with_mntp(
+    options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments", train: dict[str, Any]
+) -> str:
+    """The LLM after masked next token prediction on the captions; its folder."""
+    from pathlib import Path
+
+    from torch.utils.data import ConcatDataset
+
+    from llm2clip_hf.data import CaptionPairDataset
+    from llm2clip_hf.training import MNTPTrainer, MNTPTrainingArguments
+
+    folder = Path(str(args.output_dir)) / "mntp"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    tables: Any = [source.table for source in train.values() if isinstance(source, CaptionPairDataset)]
+    settings = MNTPTrainingArguments(
+        str(folder), max_steps=options.mntp_steps, seed=args.seed, use_cpu=args.use_cpu, report_to=args.report_to
+    )
+    kwargs = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
+    trainer = MNTPTrainer(
+        options.llm,
+        settings,
+        train_dataset=ConcatDataset(tables),
+        model_kwargs={key: value for key, value in kwargs.items() if value is not None},
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    return str(folder)
+
+
+def print_results(results: dict[str, Any], num_images: int) -> None:
+    """Caption retrieval accuracy before and after, in percent."""
+    print(f"\n{f'caption retrieval, {num_images} images':<36}{'before':>8}{'after':>8}")
+    for key, name in (
+        ("caption_retrieval_accuracy", "accuracy (CRA), both ways"),
+        ("first_to_second_recall@1", "caption 1 to 2"),
+        ("second_to_first_recall@1", "caption 2 to 1"),
+        ("mean_recall@5", "R@5"),
+        ("mean_recall@10", "R@10"),
+    ):
+        print(f"  {name:<34}{100 * results['before'][key]:8.1f}{100 * results['after'][key]:8.1f}")
