@@ -10,16 +10,16 @@ Stage 1: tune an LLM so that captions of one image are close (LLM2CLIP, sections
         --output_dir llm-cc
 
 `captions.jsonl` has one image per line: {"captions": ["a dog runs", "a brown dog on grass", ...]}, two or more each.
+Parquet and csv files, and one column per kind of caption, work as well; see `load_captions`.
 On several GPUs: `accelerate launch examples/train_caption_contrastive.py ...`; negatives are gathered from all.
 The defaults are the paper's (LoRA rank 16, learning rate 2e-4, 300 warm-up steps, one epoch).
 """
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
 from transformers import HfArgumentParser
 
-from llm2clip_hf.data import CaptionPairDataset
+from llm2clip_hf.data import CaptionPairDataset, load_captions
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,
@@ -31,7 +31,7 @@ from llm2clip_hf.training import (
 @dataclass
 class Arguments:
     llm: str = field(metadata={"help": "Folder or repository of a decoder LLM."})
-    captions: str = field(metadata={"help": "JSON lines with a list `captions` per image."})
+    captions: str = field(metadata={"help": "jsonl, csv or parquet with captions per image."})
     num_test_images: int = field(default=1000, metadata={"help": "Images held out for caption retrieval accuracy."})
 
 
@@ -39,9 +39,11 @@ arguments, training_args = HfArgumentParser(
     (Arguments, CaptionContrastiveTrainingArguments)
 ).parse_args_into_dataclasses()
 
-# 1. Captions, one list per image; the last ones are held out.
-captions = Dataset.from_json(arguments.captions)["captions"][:]
-train, test = captions[: -arguments.num_test_images], captions[-arguments.num_test_images :]
+# 1. Captions; the last images are held out.
+captions = load_captions(arguments.captions, min_captions=2)
+num_train = len(captions) - arguments.num_test_images
+train = CaptionPairDataset(captions.select(range(num_train)), seed=training_args.seed)
+test = [list(dict.fromkeys(captions[image])) for image in range(num_train, len(captions))]
 
 # 2. The LLM with bidirectional attention, mean pooling and LoRA.
 encoder = build_caption_encoder(arguments.llm)
@@ -49,9 +51,7 @@ evaluator = CaptionRetrievalEvaluator(test)
 print("before:", evaluator(encoder))
 
 # 3. Train; two captions are drawn anew for each image and epoch.
-trainer = CaptionContrastiveTrainer(
-    encoder, training_args, train_dataset=CaptionPairDataset(train, seed=training_args.seed), evaluator=evaluator
-)
+trainer = CaptionContrastiveTrainer(encoder, training_args, train_dataset=train, evaluator=evaluator)
 trainer.train()
 print("after:", evaluator(encoder))
 

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
 from llm2clip_hf.data import ImageTextDataset, RandomResizedCropTransform, embed_captions
-from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
+from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments, merge_lora
 
 
 @dataclass
@@ -45,7 +45,8 @@ model = LLM2CLIPModel.from_vision_text_pretrained(
 )
 processor = LLM2CLIPProcessor.from_vision_text_pretrained(arguments.vision, arguments.llm)
 
-# 2. Embed every caption once.
+# 2. Embed every caption once, on the device of this process; several processes share the work.
+model.to(training_args.device)
 rows = Dataset.from_parquet(arguments.data).cast_column("image", Image())
 captions = {name: rows[name][:] for name in arguments.caption_columns}
 store = embed_captions(
@@ -57,6 +58,7 @@ transform = RandomResizedCropTransform.from_image_processor(processor.image_proc
 dataset = ImageTextDataset(rows["image"], store=store, transform=transform, seed=training_args.seed)
 trainer = LLM2CLIPTrainer(model, training_args, train_dataset=dataset, processing_class=processor)
 trainer.train()
+merge_lora(model)  # nothing to do unless LoRA was trained
 
 # 4. Save model, LLM and processor in one folder that AutoModel loads.
 model.save_pretrained(Path(training_args.output_dir) / "model")

@@ -3,6 +3,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 
 def run(argv: Sequence[str]) -> int:
@@ -10,8 +11,8 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="llm2clip convert",
         usage="%(prog)s [options] SOURCE OUTPUT_DIR",
-        description="Convert a published checkpoint of LLM2CLIP (a file, folder or repository), or a CLIP or SigLIP "
-        "tower to start from, to a folder that AutoModel loads.",
+        description="Convert a published checkpoint of LLM2CLIP (a file, folder or repository), a CLIP, SigLIP or EVA "
+        "tower to start from, or a caption-tuned LLM, to a folder that AutoModel loads.",
     )
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="file (.pt, .safetensors), folder or repository")
     parser.add_argument(
@@ -42,7 +43,8 @@ def run(argv: Sequence[str]) -> int:
         parser.error("SOURCE and OUTPUT_DIR are required")
 
     from llm2clip_hf.hub import convert_checkpoint
-    from llm2clip_hf.hub.conversion import PUBLISHED_LLMS
+    from llm2clip_hf.hub.language_models import PUBLISHED_LLMS
+    from llm2clip_hf.modeling import LLM2CLIPConfig
 
     report = convert_checkpoint(
         arguments.source,
@@ -51,14 +53,16 @@ def run(argv: Sequence[str]) -> int:
         text_weights=arguments.text_weights,
         model_config=arguments.model_config,
     )
-    config = report.config
+    config: Any = report.config
     print(f"found     {report.kind}")
-    print(f"vision    {config.vision_config.model_type}, {config.vision_config.image_size} px")
-    print(f"adaptor   {config.adapter_num_layers} blocks, {config.llm_hidden_size} -> {config.projection_dim}")
-    example = PUBLISHED_LLMS.get(config.llm_hidden_size, "REPO_OR_PATH")
-    print(
-        f"LLM       {config.text_base_model or f'none, takes stored embeddings; to name one: --text-model {example}'}"
-    )
+    if isinstance(config, LLM2CLIPConfig):
+        print(f"vision    {config.vision_config.model_type}, {config.vision_config.image_size} px")
+        print(f"adaptor   {config.adapter_num_layers} blocks, {config.llm_hidden_size} -> {config.projection_dim}")
+        example = PUBLISHED_LLMS.get(config.llm_hidden_size, "REPO_OR_PATH")
+        none = f"none, takes stored embeddings; to name one: --text-model {example}"
+        print(f"LLM       {config.text_base_model or none}")
+    else:
+        print(f"LLM       {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}")
     if report.new_keys:
         print(f"new       {len(report.new_keys)} weights of projection, adaptor or logit scale are to be trained")
     if report.dropped_keys:

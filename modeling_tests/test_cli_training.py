@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of both stages, on tiny models: from captions on disk to a model that `AutoModel` loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from shard_files import CAPTION_FIELDS, write_shards
+from tiny_data import write_training_files
+from transformers import AutoModel
+
+from llm2clip_hf.cli import main as cli
+from llm2clip_hf.data import CaptionEmbeddingStore, load_captions
+from llm2clip_hf.evaluation import evaluate_retrieval
+
+
+pytest.importorskip("sentence_transformers")
+
+COMMON = ["--report_to", "none", "--disable_tqdm", "True", "--per_device_train_batch_size", "8", "--use_cpu", "True"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("verbs")
+    write_training_files(path)
+    return path
+
+
+def run(*argv: object) -> None:
+    assert cli.main([str(argument) for argument in argv]) == 0
+
+
+def test_check_prints_the_plan_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(
+        "train-captions", "--llm", folder / "llm", "--captions", folder / "captions.jsonl", "--num_test_images", 4,
+        "--output_dir", folder / "nothing", "--check", *COMMON,
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    rows = len(load_captions(folder / "captions.jsonl")) - 4
+    assert f"captions: {rows} rows" in text
+    assert f"steps     {rows // 8}, 8 pairs per step on 1 device(s)" in text
+    assert "M trained" in text
+    run(
+        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "llm", "--data",
+        folder / "train.parquet", "--output_dir", folder / "nothing", "--check", *COMMON,
+    )  # fmt: skip
+    assert "raw_caption, dense_caption" in capsys.readouterr().out
+    assert not (folder / "nothing").exists()
+
+
+@pytest.mark.slow
+def test_from_captions_to_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folder / "stage1.yaml"
+    config.write_text(
+        f"llm: {folder / 'llm'}\noutput_dir: {folder / 'cc'}\nnum_test_images: 4\nlora_r: 4\nwarmup_steps: 0\n"
+        f"sources:\n  pairs: {{path: {folder / 'captions.jsonl'}, hard_negatives: true}}\n"
+        f"  lines: {{kind: lines, path: {folder / 'lines.txt'}, instruction: 'Find the same.'}}\n"
+    )
+    (folder / "lines.txt").write_text("".join(f"The number of this long line is {n}.\n" for n in range(9)))
+    run("train-captions", "--config", config, "--mntp_steps", 2, *COMMON)
+    results = json.loads((folder / "cc" / "results.json").read_text())
+    assert results["training"]["rows"]["lines"] == 9
+    assert results["before"].keys() == results["after"].keys()
+    assert "accuracy (CRA)" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(folder / "cc").config.is_causal is False
+
+    # A finished folder is not written over.
+    assert cli.main(["train-captions", "--config", str(config), *COMMON]) == 1
+    assert "already holds a finished model" in capsys.readouterr().err
+
+    run("embed-captions", "--llm", folder / "cc", "--data", folder / "train.parquet", "--output_dir", folder / "store")
+    run("embed-captions", "--verify", folder / "store")
+    run(
+        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "cc", "--data",
+        folder / "train.parquet", "--test_data", folder / "train.parquet", "--store", folder / "store",
+        "--caption_weights", "raw_caption=1", "dense_caption=0", "--projection_dim", 20, "--output_dir",
+        folder / "clip", "--num_train_epochs", 1, "--text_weights", "bundled", *COMMON,
+    )  # fmt: skip
+    model = AutoModel.from_pretrained(folder / "clip")
+    assert model.config.text_weights == "bundled"
+    # The LLM in the model gives what was stored, and the recorded retrieval is that of the saved folder.
+    store = CaptionEmbeddingStore.open(folder / "store")
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder / "clip")
+    store.check_compatible(model, processor.tokenizer)
+    recorded = json.loads((folder / "clip" / "results.json").read_text())["test"]
+    from llm2clip_hf.data import load_image_text
+
+    table = load_image_text(folder / "train.parquet")
+    measured = evaluate_retrieval(model, table.images, table.captions, processor=processor)
+    assert measured["image_to_text_recall@1"] == pytest.approx(recorded["image_to_text_recall@1"], abs=0.06)
+
+
+@pytest.mark.slow
+def test_training_on_tar_shards(folder: Path) -> None:
+    shards = write_shards(folder, [9, 7])
+    fields = [f"{source}={field}" for source, field in CAPTION_FIELDS.items()]
+    run(
+        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "llm", "--shards",
+        folder / "{000..001}.tar", "--caption_fields", *fields, "--store", folder / "shard-store",
+        "--projection_dim", 20, "--output_dir", folder / "shard-clip", "--max_steps", 3, *COMMON,
+    )  # fmt: skip
+    assert len(shards) == 2
+    store = CaptionEmbeddingStore.open(folder / "shard-store")
+    assert (len(store), store.index_of("00015"), store.source_names) == (16, 15, ("real", "dense"))
+    model = AutoModel.from_pretrained(folder / "shard-clip", load_text_model=False)
+    embeds = model.get_text_features(llm_embeds=store[3].float()).pooler_output
+    assert torch.isfinite(embeds).all()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train-captions", "--llm", "x"], "Give either `captions` or, in a config file, `sources`"),
+        (["train-captions", "--llm", "x", "--captions", "no.jsonl"], "no.jsonl"),
+        (["train-clip", "--data", "x"], "Give either `model`"),
+        (["train-clip", "--vision_model", "v", "--data", "x"], "`text_model` is missing"),
+        (["train-clip", "--model", "m", "--data", "x", "--train_text", "lora"], "Set `text_mode=online`"),
+        (["train-clip", "--model", "m", "--shards", "x.tar"], "`shards` need `caption_fields`"),
+        (["embed-captions", "--llm", "x"], "`--output_dir` is missing"),
+        (["embed-captions", "--llm", "x", "--output_dir", "o"], "Give one of `data`"),
+        (["embed-captions", "--verify", "nowhere"], "no caption embedding store"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    extra = ["--output_dir", "out", "--use_cpu", "True"] if argv[0].startswith("train") else []
+    assert cli.main([*argv, *extra]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_settings_of_a_source_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folder / "bad.yaml"
+    config.write_text(f"llm: x\noutput_dir: {folder / 'bad'}\nsources: {{a: {{path: p, hard_negative: true}}}}\n")
+    assert cli.main(["train-captions", "--config", str(config)]) == 1
+    assert "Source `a` of kind `captions` has no setting ['hard_negative']" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm2clip evaluate`: measure a model on retrieval, zero-shot and caption tasks, beside published numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .options import parse_options
+from .results import RESULTS_FILE, write_results
+
+
+EXAMPLES = """\
+  llm2clip evaluate --model llm2clip --tasks flickr30k coco --data_root benchmarks --output_dir results/llm2clip
+  llm2clip evaluate --model openai/clip-vit-large-patch14-336 --tasks flickr30k coco --data_root benchmarks
+  llm2clip evaluate --model llm2clip --tasks pairs.parquet "zero-shot:flowers/test.parquet?label_column=label_name"
+  llm2clip evaluate --model llm2clip --tasks "cross-lingual:emoji.parquet?text_column=names&where=split:test"
+  llm2clip evaluate --list_tasks
+  llm2clip evaluate --show results/llm2clip"""
+
+
+@dataclass
+class EvaluateOptions:
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or repository of an LLM2CLIP, CLIP or SigLIP model."}
+    )
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Names of benchmarks (see --list_tasks), KIND:PATH?SETTINGS with the kinds retrieval, "
+            "cross-lingual, zero-shot and cra, YAML files of tasks, or paths of images with captions."
+        },
+    )
+    data_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder with local copies of the benchmarks; what it lacks comes from the Hub."},
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for results.json and the pictures; nothing is written if left out."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images or texts per forward pass."})
+    device: str | None = field(default=None, metadata={"help": "Device; cuda if there is one, else cpu."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the weights."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens per text; 512 or the tokenizer's maximum if left out."}
+    )
+    text_model: str | None = field(
+        default=None, metadata={"help": "LLM of an LLM2CLIP model, instead of the one that its config names."}
+    )
+    text_embeddings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Stores of `llm2clip embed-captions` with exactly the tasks' captions; the LLM stays away."},
+    )
+    processor: str | None = field(
+        default=None, metadata={"help": "Folder or repository of the processor, if the model has none."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model's repository."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the repository brings; models of this package need none."}
+    )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "What to do with rows of own data that cannot be used: stop, or count."}
+    )
+    max_images: int | None = field(
+        default=None, metadata={"help": "Use the first so many images per task; the result is marked partial."}
+    )
+    published: bool = field(default=True, metadata={"help": "Show published numbers beside the result."})
+    pictures: bool = field(default=True, metadata={"help": "Draw PNG files into `output_dir`."})
+    list_tasks: bool = field(default=False, metadata={"help": "List the benchmarks and exit."})
+    show: str | None = field(default=None, metadata={"help": "Print the tables of a folder with results, and exit."})
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit status."""
+    (options,) = parse_options(
+        argv,
+        verb="evaluate",
+        description="Measure a model: image-text retrieval, in many languages too, zero-shot classification, and "
+        "caption retrieval accuracy. Prints tables beside published numbers, and writes results.json and pictures.",
+        examples=EXAMPLES,
+        own=EvaluateOptions,
+    )
+    if options.list_tasks:
+        return list_tasks()
+    if options.show is not None:
+        return show(options)
+    if options.model is None or not options.tasks:
+        raise ValueError("Give `--model` and at least one of `--tasks`. `--list_tasks` lists the benchmarks.")
+    return evaluate(options)
+
+
+def list_tasks() -> int:
+    """Prints the benchmarks."""
+    from llm2clip_hf.evaluation.definitions import TASKS
+
+    for name, task in TASKS.items():
+        hub = f"Hub: {task.hub.repo}" if task.hub is not None else "local copy only"
+        images = f"{task.num_images} images" if task.num_images else ""
+        print(f"{name:<16}{task.kind:<15}{images:<15}{hub}")
+    return 0
+
+
+def show(options: EvaluateOptions) -> int:
+    """Prints the tables of results that are on disk."""
+    import json
+    from pathlib import Path
+
+    from llm2clip_hf.evaluation.report import format_report
+
+    path = Path(str(options.show))
+    path = path / RESULTS_FILE if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"`{path}` cannot be read: {error}. Give a folder that `evaluate` wrote.") from error
+    print(format_report(record, options.published))
+    return 0
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """Measures, prints and writes."""
+    import torch
+
+    from llm2clip_hf.evaluation.model_loading import describe_model, load_model_and_processor
+    from llm2clip_hf.evaluation.report import describe_hardware, format_report
+    from llm2clip_hf.evaluation.tasks import evaluate_tasks, resolve_tasks
+
+    tasks = resolve_tasks(options.tasks)  # before the model, which may take minutes to load
+    model, processor = load_model_and_processor(
+        str(options.model),
+        processor=options.processor,
+        text_model=options.text_model,
+        load_text_model=not options.text_embeddings,
+        revision=options.revision,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    evaluation = evaluate_tasks(
+        model,
+        processor,
+        tasks,
+        data_root=options.data_root,
+        text_embeddings=options.text_embeddings,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        on_bad_row=options.on_bad_row,
+        max_images=options.max_images,
+        device=device,
+        show_progress=True,
+    )
+    record: dict[str, Any] = {
+        "model": describe_model(model, str(options.model), options.revision),
+        "tasks": evaluation.results,
+        "settings": {
+            "batch_size": options.batch_size,
+            "max_length": options.max_length,
+            "text_model": options.text_model,
+            "text_embeddings": options.text_embeddings,
+        },
+        "hardware": describe_hardware(device),
+    }
+    print(format_report(record, options.published))
+    if options.output_dir is not None:
+        write_outputs(options, record, evaluation)
+    return 0
+
+
+def write_outputs(options: EvaluateOptions, record: dict[str, Any], evaluation: Any) -> None:
+    """Writes `results.json` and the pictures."""
+    path = write_results(options.output_dir, record)
+    print(f"\nwritten   {path}")
+    if options.pictures:
+        from llm2clip_hf.evaluation.pictures import write_pictures
+
+        for picture in write_pictures(evaluation, path.parent, str(options.model).rstrip("/").split("/")[-1]):
+            print(f"written   {picture}")
