@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow test-all lint format types clean
+.PHONY: help demo test test-slow test-all lint format types docs cards clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
@@ -34,6 +34,12 @@ format: $(VENV)/.dev  ## Format the code
 
 types: $(VENV)/.dev  ## Check types
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## Build the documentation site in build/site; warnings are errors
+	$(BIN)/mkdocs build --quiet
+
+cards: $(VENV)/.demo  ## Write the cards of the released checkpoints again
+	$(BIN)/python -c "from llm2clip_hf.hub.conversion_card import write_released_cards; write_released_cards('model_cards')"
 
 clean:  ## Remove the environment and what was built
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
+import torch
 from tiny_data import write_training_files
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from llm2clip_hf import LLM2CLIPModel
 
@@ -57,3 +60,29 @@ def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
         [image, text] for image in images[:2] for text in ("a red sea", "a blue boat")
     ]
     assert all(-1.0 <= float(line.split("  ")[0]) <= 1.0 for line in output.splitlines())
+
+    output = run(
+        str(EXAMPLES / "evaluate.py"), "--models", str(tmp_path / "clip" / "model"), "--tasks",
+        str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / "results"),
+    )  # fmt: skip
+    assert output.count("R@1 image to text") == 1
+    assert (tmp_path / "results" / "model" / "recall.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", ["clip", "eva02"])
+def test_llava_around_the_tower(tmp_path: Path, vision: str) -> None:
+    model = tiny_models.model(vision)
+    model.save_pretrained(tmp_path / "clip")
+    AutoModelForCausalLM.from_config(tiny_models.text_config()).save_pretrained(tmp_path / "llm")
+    output = run(
+        str(EXAMPLES / "llava.py"), "--model", str(tmp_path / "clip"), "--llm", str(tmp_path / "llm"), "--output_dir",
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    assert f"25 image tokens from {type(model.vision_model).__name__}" in output
+    assert f"(1, 29, {tiny_models.VOCAB + 1})" in output
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "llava")
+    images = tiny_models.images(2)
+    with torch.no_grad():
+        given = llava.model.vision_tower(images).last_hidden_state
+        torch.testing.assert_close(given, model.vision_model(images).last_hidden_state, atol=1e-6, rtol=1e-5)

@@ -15,7 +15,9 @@ from .metrics import (
     retrieval_ranks,
     top_k_accuracy,
 )
+from .report import format_report, to_eval_results
 from .retrieval import evaluate_retrieval
+from .tasks import evaluate_tasks, resolve_tasks
 from .text_towers import embed_texts
 from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
 
@@ -37,13 +39,17 @@ __all__ = [
     "evaluate_caption_retrieval",
     "evaluate_linear_probe",
     "evaluate_retrieval",
+    "evaluate_tasks",
     "evaluate_zero_shot_classification",
     "first_two_captions",
+    "format_report",
     "load_zero_shot_classifier",
     "mean_per_class_recall",
+    "resolve_tasks",
     "retrieval_metrics",
     "retrieval_ranks",
     "save_zero_shot_classifier",
+    "to_eval_results",
     "top_k_accuracy",
 ]
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load any model of CLIP's interface with its processor, for evaluation."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+
+__all__ = ["describe_model", "load_model_and_processor"]
+
+
+def load_model_and_processor(
+    name: str,
+    *,
+    processor: str | None = None,
+    text_model: str | None = None,
+    load_text_model: bool = True,
+    revision: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """
+    A model with its processor, from a folder or a repository.
+
+    Args:
+        name (`str`): folder or repository of an LLM2CLIP model, or of a CLIP or SigLIP model of transformers.
+        processor (`str`, *optional*): folder or repository of the processor; that of the model by default.
+        text_model (`str`, *optional*): LLM of an LLM2CLIP model, instead of the one its config names.
+        load_text_model (`bool`, defaults to `True`): `False` leaves the LLM out; texts are stored embeddings then.
+        revision (`str`, *optional*): revision of the repository.
+        dtype (`str`, *optional*): type of the weights, e.g. `"bfloat16"`; float32 by default.
+        trust_remote_code (`bool`, defaults to `False`): run code that the repository brings. Models of this package
+            need none of it.
+
+    Returns:
+        `tuple`: model in eval mode, and processor.
+
+    Raises:
+        ValueError: if the model has no joint space of images and texts, or there is no processor.
+    """
+    remote = {"trust_remote_code": trust_remote_code, "revision": revision}
+    config = AutoConfig.from_pretrained(name, **remote)
+    extra: dict[str, Any] = {}
+    if config.model_type == "llm2clip":
+        extra["load_text_model"] = load_text_model
+        if text_model is not None:
+            extra["text_model"] = text_model
+        extra["text_model_kwargs"] = {"dtype": _dtype(dtype)}
+    elif text_model is not None or not load_text_model:
+        raise ValueError(f"`{name}` is a {config.model_type} model, which has a text encoder of its own.")
+    model = AutoModel.from_pretrained(name, dtype=_dtype(dtype), **extra, **remote).eval()
+    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        raise ValueError(
+            f"`{name}` is a {type(model).__name__}, which has no joint space of images and texts "
+            "(`get_image_features`, `get_text_features`)."
+        )
+    return model, _load_processor(
+        processor or name, load_text_model, {**remote, "revision": None if processor else revision}
+    )
+
+
+def describe_model(model: Any, name: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    What a result says of its model.
+
+    Args:
+        model: the model.
+        name (`str`): folder or repository it came from.
+        revision (`str`, *optional*): revision that was asked for.
+
+    Returns:
+        `dict`: name, revision, class, type, type of the weights, number of parameters, and the LLM if one is named.
+    """
+    config = model.config
+    described = {
+        "name": name,
+        "revision": revision or getattr(config, "_commit_hash", None),
+        "class": type(model).__name__,
+        "model_type": config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    if getattr(config, "text_base_model", None):
+        described["text_base_model"] = config.text_base_model
+        described["text_base_revision"] = config.text_base_revision
+    return described
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    return getattr(torch, name or "float32")
+
+
+def _load_processor(name: str, needs_tokenizer: bool, remote: dict[str, Any]) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(name, **remote)
+        if hasattr(processor, "image_processor") or not needs_tokenizer:
+            return processor
+        found = type(processor).__name__
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not needs_tokenizer:
+        try:
+            return _ImageProcessorOnly(AutoImageProcessor.from_pretrained(name, **remote))
+        except (OSError, ValueError, ImportError) as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise ValueError(
+        f"`{name}` has no processor with an image processor and a tokenizer ({found}). Save one beside the model with "
+        "`processor.save_pretrained`, or name one with `processor`."
+    )
+
+
+class _ImageProcessorOnly:
+    """An image processor where a processor is expected; there is no tokenizer."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor, self.tokenizer = image_processor, None
