@@ -57,7 +57,7 @@ def test_python_of_the_readme_runs(tmp_path: Path) -> None:
     script = "\n".join(
         [
             train,
-            "images, labels, class_names = rows['image'][:], [0, 1] * 10, ['red sea', 'blue boat']",
+            "images, captions, labels, class_names = train.images, train.captions, [0, 1] * 10, ['red sea', 'boat']",
             evaluate,
             use,
         ]

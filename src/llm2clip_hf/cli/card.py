@@ -10,7 +10,11 @@ from typing import Any
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status, 1 with `--check` if the card is stale."""
-    arguments = _parser().parse_args(list(argv))
+    parser = _parser()
+    arguments = parser.parse_args(list(argv))
+    # Not left to argparse, which would name it before an option that does not exist.
+    if arguments.folder is None:
+        parser.error("FOLDER is required")
 
     from llm2clip_hf.hub import LLM2CLIPModelCardData
     from llm2clip_hf.hub.model_card import CARD_FILE, FACTS_FILE
@@ -37,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "config, its training log and results. A card that somebody wrote or edited keeps its text; missing metadata "
         "are added to it.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="folder of a saved model")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="folder of a saved model")
     parser.add_argument("--name", metavar="REPO", help="repository or title (default: the name of the folder)")
     parser.add_argument("--license", metavar="ID", help="licence of the weights, e.g. apache-2.0")
     parser.add_argument("--language", nargs="+", metavar="CODE", help="languages of the texts, e.g. en de")
@@ -65,7 +69,7 @@ def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
         "base_model": arguments.base_model,
         "datasets": [name for name in datasets if is_repository(name)],
         "training_data": datasets,
-        "results": _results(arguments.results or []),
+        **_results(arguments.results or []),
         "figures": arguments.figure,
         "limits": arguments.limits,
     }
@@ -77,7 +81,10 @@ def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
 def _results(files: Sequence[str]) -> dict[str, Any]:
     import json
 
+    from llm2clip_hf.evaluation.report import to_eval_results
+
     results: dict[str, Any] = {}
+    entries: list[Any] = []
     for file in files:
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -87,5 +94,8 @@ def _results(files: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"The results file `{file}` is no valid JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"The results file `{file}` holds {type(content).__name__}, expected an object.")
-        results |= content
-    return results
+        if "tasks" in content:  # of `llm2clip evaluate`
+            entries += to_eval_results(content)
+        else:
+            results |= content
+    return {"results": results, "eval_results": entries}

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
+
+from .publishing_llm2clip import PushedProcessor, take_push_options
 
 
 logger = logging.get_logger(__name__)
@@ -76,6 +78,24 @@ def text_prefix_length(tokenizer: Any) -> int:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"A tokenizer with a `tokenizers` backend is needed, got {type(tokenizer).__name__}.")
     return len(_template_tokens(tokenizer)[0])
+
+
+def text_end_token(tokenizer: Any) -> int | None:
+    """
+    The special token that `tokenizer` puts after every text, truncated or not: end-of-text or end-of-turn.
+
+    Args:
+        tokenizer: A tokenizer of transformers with a `tokenizers` backend.
+
+    Returns:
+        `int`: its id; `None` if texts end in a token of their own or in plain text of a template.
+    """
+    suffix = _template_tokens(tokenizer)[1]
+    if not suffix:
+        return None
+    added = tokenizer.added_tokens_decoder.get(suffix[-1])
+    is_special = suffix[-1] in tokenizer.all_special_ids or (added is not None and added.special)
+    return suffix[-1] if is_special else None
 
 
 def _auto_template(tokenizer: Any) -> str | None:
@@ -218,16 +238,19 @@ class LLM2CLIPProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
-class LLM2CLIPProcessor(ProcessorMixin):
+class LLM2CLIPProcessor(PushedProcessor):
     r"""
     Images to `pixel_values`, texts to `input_ids` and `attention_mask`, as an [`LLM2CLIPModel`] takes them.
 
     Texts are wrapped in the template that is part of the tokenizer ([`apply_text_template`]), padded to the longest of
     the batch and truncated to 512 tokens.
 
+    A model that takes stored LLM embeddings needs no tokenizer: without one, images are processed as ever, the saved
+    folder loads again, and a text raises an error that says how to get a tokenizer.
+
     Args:
         image_processor: An image processor of transformers.
-        tokenizer: The LLM's tokenizer with the template applied.
+        tokenizer (*optional*): The LLM's tokenizer with the template applied.
 
     Example:
 
@@ -241,6 +264,37 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "tokenizer" and argument is None:
+            return type(None)
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    def to_dict(self) -> dict[str, Any]:
+        # By this entry, loading knows that there are no tokenizer files to look for.
+        return {**super().to_dict(), **({"tokenizer": None} if self.tokenizer is None else {})}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves image processor, tokenizer if there is one, and code; see `ProcessorMixin.save_pretrained`."""
+        push = take_push_options(kwargs, save_directory)
+        if self.tokenizer is None:
+            # Read from the instance while it is saved: only what it has.
+            vars(self)["get_attributes"] = lambda: ["image_processor"]
+        try:
+            saved = super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            vars(self).pop("get_attributes", None)
+        if push is not None:
+            self.push_to_hub(**push)
+        return saved
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        if processor_dict is not None and processor_dict.get("tokenizer", cls) is None:
+            return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), None]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -279,13 +333,15 @@ class LLM2CLIPProcessor(ProcessorMixin):
             `attention_mask` `(num_texts, length)`, int64.
 
         Raises:
-            ValueError: if neither or an empty list is given, if a text is not a string or gives no token, or if an
-                image holds NaN or infinite values.
+            ValueError: if neither or an empty list is given, if a text is not a string or gives no token, if an image
+                holds NaN or infinite values, or if a text is given to a processor without a tokenizer.
         """
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
         texts = self._check_text(text)
         self._check_images(images)
+        if self.tokenizer is None:
+            return self._images_alone(images, texts, kwargs)
         batch = super().__call__(images=images, text=texts, **kwargs)
         mask = batch.get("attention_mask")
         if texts is not None and isinstance(mask, torch.Tensor):
@@ -297,6 +353,19 @@ class LLM2CLIPProcessor(ProcessorMixin):
                     "Remove it, or use a tokenizer with a begin-of-text token or a template."
                 )
         return batch
+
+    def _images_alone(self, images: Any, text: Any, options: dict[str, Any]) -> BatchFeature:
+        if text is not None:
+            raise ValueError(
+                "`text` is given, but this processor has no tokenizer: its model takes stored LLM embeddings "
+                "(`llm_embeds`). For texts, convert the checkpoint with `--text-model LLM`; or set "
+                "`processor.tokenizer = apply_text_template(AutoTokenizer.from_pretrained(LLM))` and "
+                "`model.config.text_prefix_length = text_prefix_length(processor.tokenizer)`, and attach the LLM."
+            )
+        options = dict(options)
+        options.pop("text_kwargs", None)
+        shared, own = options.pop("common_kwargs", {}), options.pop("images_kwargs", {})
+        return self.image_processor(images, **{"return_tensors": "pt", **shared, **options, **own})
 
     @staticmethod
     def _check_images(images: Any) -> None:
@@ -323,4 +392,4 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
 LLM2CLIPProcessor.register_for_auto_class()
 
-__all__ = ["LLM2CLIPProcessor", "apply_text_template", "text_prefix_length"]
+__all__ = ["LLM2CLIPProcessor", "apply_text_template", "text_end_token", "text_prefix_length"]

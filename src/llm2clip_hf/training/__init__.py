@@ -14,6 +14,7 @@ from .caption_contrastive import CaptionContrastiveTrainer
 from .caption_encoder import CaptionEncoder, build_caption_encoder
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .clip_text import ClipTextCollator
+from .clip_text_head import concatenated_text_embeds, load_concatenated_text_head
 from .clip_trainer import LLM2CLIPTrainer
 from .clip_training_args import LLM2CLIPTrainingArguments
 from .lora import merge_lora
@@ -30,5 +31,7 @@ __all__ = [
     "MNTPTrainer",
     "MNTPTrainingArguments",
     "build_caption_encoder",
+    "concatenated_text_embeds",
+    "load_concatenated_text_head",
     "merge_lora",
 ]

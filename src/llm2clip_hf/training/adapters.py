@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -38,9 +39,9 @@ def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
         raise ValueError(f"`lora` is {dict(lora)!r}, but {error}. Name fields of `peft.LoraConfig`.") from error
 
 
-def has_adapters(llm: Any) -> bool:
-    """Whether transformers has put PEFT layers into a model."""
-    return bool(getattr(llm, "_hf_peft_config_loaded", False))
+def has_adapters(model: nn.Module | None) -> bool:
+    """Whether a model contains adapter layers of PEFT."""
+    return model is not None and bool(tuner_layers(model))
 
 
 def add_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
@@ -113,9 +114,9 @@ def load_adapter_weights(llm: PreTrainedModel, file: Path) -> None:
     set_peft_model_state_dict(llm, state, name)
 
 
-def tuner_layers(llm: PreTrainedModel) -> dict[str, BaseTunerLayer]:
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The PEFT layers of a model by name."""
-    return {name: module for name, module in llm.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def base_state(llm: PreTrainedModel) -> dict[str, torch.Tensor]:

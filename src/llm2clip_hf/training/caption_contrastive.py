@@ -20,6 +20,7 @@ from .caption_loss import CaptionContrastiveLoss
 from .caption_sources import INSTRUCTION, CaptionCollator, SourceRows, StreamRows, is_map_style, ordered_columns
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .checkpoints import AtomicCheckpointTrainer
+from .hub_publishing import PublishingEncoderTrainer
 from .single_source import SingleSourceBatchSampler
 
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_FOLDER = "adapter"
 
 
-class CaptionContrastiveTrainer(AtomicCheckpointTrainer, SentenceTransformerTrainer):
+class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTrainer, SentenceTransformerTrainer):
     r"""
     Trains a caption encoder so that captions of the same image are close and captions of other images are not.
 

@@ -24,7 +24,7 @@ CLIP_TEXT_NAMES = ("clip_input_ids", "clip_attention_mask")
 
 
 @contextmanager
-def chunked_forward(model: Any, embed_clip_text: Callable[..., torch.Tensor] | None = None) -> Iterator[None]:
+def chunked_forward(model: Any, embed_clip_text: Callable[..., dict[str, torch.Tensor]] | None = None) -> Iterator[None]:
     """
     Makes `model.forward` take a list of batches as `chunks` and return only the embeddings of all of them, for the
     duration of the context.
@@ -34,8 +34,8 @@ def chunked_forward(model: Any, embed_clip_text: Callable[..., torch.Tensor] | N
     Args:
         model (`nn.Module`): A model whose `forward` returns `image_embeds` and `text_embeds`, without a wrapper.
         embed_clip_text (*optional*):
-            Called as `embed_clip_text(clip_input_ids, clip_attention_mask)` for chunks that have these entries; gives
-            `clip_text_embeds`.
+            Called as `embed_clip_text(text_embeds, clip_input_ids, clip_attention_mask)` for chunks that have these
+            entries; gives further embeddings by name.
     """
     forward: Callable[..., Any] = model.forward
     was_patched = "forward" in model.__dict__
@@ -45,7 +45,7 @@ def chunked_forward(model: Any, embed_clip_text: Callable[..., torch.Tensor] | N
         outputs = forward(**{name: value for name, value in rows.items() if name not in CLIP_TEXT_NAMES})
         embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds")}
         if embed_clip_text is not None:
-            embeds["clip_text_embeds"] = embed_clip_text(*clip_text)
+            embeds |= embed_clip_text(embeds["text_embeds"], *clip_text)
         return embeds
 
     def chunked(chunks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

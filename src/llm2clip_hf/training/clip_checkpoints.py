@@ -3,7 +3,8 @@
 What stage 2 saves and loads again.
 
 A checkpoint is a folder that `AutoModel` loads: LoRA merged, the frozen LLM left out and named, CLIP's own text
-encoder in a folder beside. LoRA weights are kept apart as well, in `lora.safetensors`, from which training resumes.
+encoder and the concatenated head in a folder beside. LoRA weights are kept apart as well, in `lora.safetensors`, from
+which training resumes.
 """
 
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from torch import nn
 from transformers.modeling_utils import load_state_dict as load_weights
 
 from . import clip_text
+from .adapters import has_adapters
 from .checkpoints import AtomicCheckpointTrainer
-from .lora import LORA_FILE, has_lora, lora_layers, lora_state, merged_state
+from .lora import LORA_FILE, lora_layers, lora_state, merged_state
 from .sharding import unsharded_class
 from .trained_parts import has_llm
 
@@ -33,13 +35,13 @@ class ClipCheckpointTrainer(AtomicCheckpointTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         core: Any = self.accelerator.unwrap_model(self.model)
-        adapted, with_clip_text = has_lora(core), hasattr(core, clip_text.NAME)
+        adapted, with_clip_text = has_adapters(core), hasattr(core, clip_text.NAME)
         adapters: dict[str, Any] = {}
-        clip_text_state: dict[str, Any] = {}
+        attached: dict[str, Any] = {}
         if (adapted or with_clip_text) and self.args.should_save:
             state_dict = core.state_dict() if state_dict is None else state_dict
             adapters = lora_state(core, state_dict)
-            state_dict, clip_text_state = clip_text.split_state(merged_state(core, state_dict))
+            state_dict, attached = clip_text.split_state(merged_state(core, state_dict))
         with _as_plain_model(core):
             super()._save(output_dir, state_dict)
         if not self.args.should_save:
@@ -47,27 +49,28 @@ class ClipCheckpointTrainer(AtomicCheckpointTrainer):
         if adapters:
             save_file({key: tensor.contiguous().cpu() for key, tensor in adapters.items()}, folder / LORA_FILE)
         if with_clip_text:
-            core.clip_text_model.save_pretrained(folder / clip_text.NAME, state_dict=clip_text_state)
+            clip_text.save_attached(folder, core, attached)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         core: Any = self.accelerator.unwrap_model(self.model if model is None else model)
-        if self.is_fsdp_enabled or not (has_lora(core) or hasattr(core, clip_text.NAME)):
+        if self.is_fsdp_enabled or not (has_adapters(core) or hasattr(core, clip_text.NAME)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_parts(Path(resume_from_checkpoint), core)
 
     def _load_best_model(self) -> None:
         core: Any = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not (has_lora(core) or hasattr(core, clip_text.NAME)):
+        has_parts = has_adapters(core) or hasattr(core, clip_text.NAME)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_parts:
             super()._load_best_model()
         else:
             self._load_parts(Path(str(self.state.best_model_checkpoint)), core)
 
     def _load_parts(self, folder: Path, core: Any) -> None:
         """Loads a checkpoint of a model with LoRA: towers with LoRA keep their own weights, and get the adapters."""
-        adapted = tuple(f"{name}." for name in _TOWERS if has_lora(getattr(core, name, None)))
+        adapted = tuple(f"{name}." for name in _TOWERS if has_adapters(getattr(core, name, None)))
         for file in (folder / "model.safetensors", *([folder / LORA_FILE] if adapted else [])):
             if not file.is_file():
                 raise ValueError(
@@ -76,17 +79,17 @@ class ClipCheckpointTrainer(AtomicCheckpointTrainer):
                 )
         state = load_weights(str(folder / "model.safetensors"))
         state = {key: tensor for key, tensor in state.items() if not key.startswith(adapted or ("\0",))}
-        state |= clip_text.load_clip_text_state(folder, core)
+        state |= clip_text.load_attached_state(folder, core)
         if adapted:
             state |= load_file(folder / LORA_FILE)
         self._issue_warnings_after_load(core.load_state_dict(state, strict=False))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         model: Any = self.accelerator.unwrap_model(self.model)
-        elsewhere = ["text_model."] if has_llm(model) and not has_lora(model.text_model) else []
+        elsewhere = ["text_model."] if has_llm(model) and not has_adapters(model.text_model) else []
         for name in _TOWERS:
             part: Any = getattr(model, name, None)
-            if has_lora(part):
+            if has_adapters(part):
                 adapters = set(lora_state(part))
                 elsewhere += [f"{name}.{key}" for key in part.state_dict() if key not in adapters]
         missing = [key for key in load_result.missing_keys if not key.startswith(tuple(elsewhere))]
@@ -106,7 +109,7 @@ def _as_plain_model(model: Any) -> Iterator[None]:
     """
     sharded_class = type(model)
     model.__class__ = unsharded_class(model)
-    towers: list[Any] = [tower for tower in (getattr(model, name, None) for name in _TOWERS) if has_lora(tower)]
+    towers: list[Any] = [tower for tower in (getattr(model, name, None) for name in _TOWERS) if has_adapters(tower)]
     flags = [getattr(tower, "_hf_peft_config_loaded", False) for tower in towers]
     config: Any = getattr(model, "config", None)
     text_weights = getattr(config, "text_weights", None)

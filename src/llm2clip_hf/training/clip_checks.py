@@ -11,9 +11,9 @@ from torch import nn
 from ..data import CaptionEmbeddingStore
 from ..data.embedding_store import fingerprint_differences
 from ..data.fingerprint import tokenizer_digest, weights_digest
+from .adapters import has_adapters
 from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
 from .clip_training_args import LLM2CLIPTrainingArguments
-from .lora import has_lora
 from .trained_parts import has_llm, is_llm2clip
 
 
@@ -123,7 +123,7 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
                 f"`llm_hidden_size={store.embedding_dim}`."
             )
         _compare(store, stores[0].fingerprint, f"`{stores[0].path}`", "Embed all captions with one LLM and template.")
-    recorded = getattr(config, "text_fingerprint", None)
+    recorded = config.text_fingerprint
     if recorded:
         _compare(
             stores[0],
@@ -131,7 +131,7 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
             "what the model was trained with",
             "Use those embeddings, or set `model.config.text_fingerprint = None` to train with others on purpose.",
         )
-    if has_llm(model) and not has_lora(model.text_model) and "weights_sha256" in stores[0].fingerprint:
+    if has_llm(model) and not has_adapters(model.text_model) and "weights_sha256" in stores[0].fingerprint:
         logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", stores[0].path)
         expected = {
             "weights_sha256": weights_digest(model.text_model),

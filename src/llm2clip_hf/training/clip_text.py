@@ -3,11 +3,12 @@
 CLIP's own text encoder beside the LLM (LLM2CLIP, arXiv 2411.04997, tables 9 and A8).
 
 Variant (b), `integration="both"`, trains images against the LLM and against CLIP's text encoder; variant (c),
-`"aligned"`, also the two text encoders against each other. The losses are added with equal weights, as the paper
-names none.
+`"aligned"`, also the two text encoders against each other; variant (d), `"concatenated"`, also images against a
+trained head over both, see `clip_text_head`. The losses are added with equal weights, as the paper names none.
 
 During training the text encoder is a submodule of the model, `clip_text_model`; in a saved folder it is a folder of
-its own beside the model, `clip_text_model/`, which `CLIPTextModelWithProjection.from_pretrained` loads.
+its own beside the model, `clip_text_model/`, which `CLIPTextModelWithProjection.from_pretrained` loads. The head lies
+in that folder too; `load_concatenated_text_head` loads it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..data import ImageTextCollator
+from .clip_text_head import (
+    HEAD_FILE,
+    HEAD_NAME,
+    build_head,
+    concatenated_text_embeds,
+    load_concatenated_text_head,
+    save_head,
+)
 from .trained_parts import is_llm2clip
 
 
@@ -30,7 +39,7 @@ NAME = "clip_text_model"
 
 def attach_clip_text_model(model: Any, clip_text_model: Any, integration: str) -> None:
     """
-    Makes CLIP's text encoder part of the model that is trained.
+    Makes CLIP's text encoder, and for variant (d) the concatenated head, part of the model that is trained.
 
     Args:
         model (`LLM2CLIPModel`): The model.
@@ -44,8 +53,8 @@ def attach_clip_text_model(model: Any, clip_text_model: Any, integration: str) -
     if integration == "replace":
         if clip_text_model is not None:
             raise ValueError(
-                "`clip_text_model` has no effect with `integration='replace'`. Set 'both' or 'aligned', or leave it "
-                "out."
+                "`clip_text_model` has no effect with `integration='replace'`. Set 'both', 'aligned' or "
+                "'concatenated', or leave it out."
             )
         return
     if clip_text_model is None:
@@ -66,29 +75,79 @@ def attach_clip_text_model(model: Any, clip_text_model: Any, integration: str) -
             f"`projection_dim={model.config.projection_dim}, ignore_mismatched_sizes=True`."
         )
     model.add_module(NAME, clip_text_model)
-    keys = {f"{NAME}.{key}" for key in clip_text_model.state_dict()}
+    if integration != "concatenated":
+        # Of an earlier run on this model; it would be left without a gradient.
+        model._modules.pop(HEAD_NAME, None)
+    elif not hasattr(model, HEAD_NAME):
+        model.add_module(HEAD_NAME, build_head(width))
+    keys = {f"{NAME}.{key}" for key in clip_text_model.state_dict()} | {f"{HEAD_NAME}.weight"}
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *keys}
 
 
-def embed_clip_text(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """L2-normalised text embeddings of the attached encoder, of shape `(batch, projection_dim)`, float32."""
+def embed_clip_text(
+    model: Any, text_embeds: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """
+    Text embeddings that the attached parts add to those of the LLM.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `clip_text_embeds` and, where there is a head, `concatenated_text_embeds`, each of
+        shape `(batch, projection_dim)`, float32, L2-normalised.
+    """
     outputs = getattr(model, NAME)(input_ids=input_ids, attention_mask=attention_mask)
-    return F.normalize(outputs.text_embeds.float(), dim=-1)
+    embeds = {"clip_text_embeds": F.normalize(outputs.text_embeds.float(), dim=-1)}
+    if hasattr(model, HEAD_NAME):
+        head = getattr(model, HEAD_NAME)
+        embeds["concatenated_text_embeds"] = concatenated_text_embeds(head, embeds["clip_text_embeds"], text_embeds)
+    return embeds
+
+
+def loss_pairs(embeds: Mapping[str, torch.Tensor], integration: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs of embeddings whose losses are added."""
+    pairs = [("image_embeds", "text_embeds")]
+    if integration != "replace":
+        pairs.append(("image_embeds", "clip_text_embeds"))
+    if integration in ("aligned", "concatenated"):
+        pairs.append(("clip_text_embeds", "text_embeds"))
+    if integration == "concatenated":
+        pairs.append(("image_embeds", "concatenated_text_embeds"))
+    return [(embeds[one], embeds[other]) for one, other in pairs]
 
 
 def split_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A state dict without the entries of the attached encoder, and those entries under the encoder's own names."""
+    """A state dict without the entries of the attached parts, and those entries."""
+    attached = (f"{NAME}.", f"{HEAD_NAME}.")
+    plain = {key: tensor for key, tensor in state.items() if not key.startswith(attached)}
+    return plain, {key: tensor for key, tensor in state.items() if key.startswith(attached)}
+
+
+def save_attached(folder: Path, model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Writes the attached parts beside a model, given their entries of its state dict."""
     prefix = f"{NAME}."
-    plain = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
-    return plain, {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    getattr(model, NAME).save_pretrained(folder / NAME, state_dict=own)
+    if hasattr(model, HEAD_NAME):
+        save_head(folder, state[f"{HEAD_NAME}.weight"])
 
 
-def load_clip_text_state(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The encoder's entries of the state dict of a checkpoint; empty for a model without the encoder."""
+def load_attached_state(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The entries of the attached parts of the state dict of a checkpoint; empty for a model without them.
+
+    Raises:
+        ValueError: if the checkpoint has no head and the model one, or the other way round.
+    """
     if not hasattr(model, NAME):
         return {}
     state = load_file(folder / NAME / "model.safetensors")
-    return {f"{NAME}.{key}": tensor for key, tensor in state.items()}
+    entries = {f"{NAME}.{key}": tensor for key, tensor in state.items()}
+    if hasattr(model, HEAD_NAME):
+        entries[f"{HEAD_NAME}.weight"] = load_concatenated_text_head(folder).weight
+    elif (folder / HEAD_FILE).exists():
+        raise ValueError(
+            f"`{folder}` holds a concatenated head. Resume with `integration='concatenated'`, as the run began."
+        )
+    return entries
 
 
 class ClipTextCollator:
@@ -123,8 +182,8 @@ class ClipTextCollator:
         for position, sample in enumerate(samples):
             if "text" not in sample:
                 raise ValueError(
-                    f"Sample {position} has no `text` for CLIP's text encoder, only {sorted(sample)}. Let the data "
-                    "set return the captions beside their embeddings."
+                    f"Sample {position} has no `text` for CLIP's text encoder, only {sorted(sample)}. Make the "
+                    "data set with `captions`, `store` and `with_text=True`."
                 )
         tokens = self.clip_tokenizer(
             [sample["text"] for sample in samples], padding=True, truncation=True, return_tensors="pt"

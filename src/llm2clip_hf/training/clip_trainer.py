@@ -76,14 +76,15 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         eval_dataset (*optional*): Rows of one image and one caption; retrieval among all rows is reported.
         processing_class (*optional*): The processor, saved with every checkpoint.
         compute_metrics (*optional*):
-            From an `EvalPrediction` whose predictions are `(image_embeds, text_embeds)`; retrieval by default.
+            From an `EvalPrediction` whose predictions are `(image_embeds, text_embeds)`, followed by those of CLIP's
+            text encoder and of the concatenated head where there are such; retrieval by default.
         evaluators (mapping from `str` to callable, *optional*):
             Further evaluations, each called as `evaluator(model, processing_class)` with the model in evaluation mode
             and without gradients. The numbers that `evaluators["flickr"]` returns are logged as `eval_flickr_<name>`,
             and can be `metric_for_best_model`.
         clip_text_model (`CLIPTextModelWithProjection`, *optional*):
             CLIP's own text encoder, for `integration` other than `"replace"`. It is trained, and saved beside the
-            model as `clip_text_model/`.
+            model as `clip_text_model/`, together with the head of `integration="concatenated"`.
         kwargs: Further arguments of `Trainer`.
 
     Raises:
@@ -177,11 +178,7 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         core = self.accelerator.unwrap_model(model)
         scale, bias = whole_parameter(core.logit_scale).exp(), getattr(core, "logit_bias", None)
         bias = None if bias is None else whole_parameter(bias)
-        pairs = [(embeds["image_embeds"], embeds["text_embeds"])]
-        if "clip_text_embeds" in embeds:
-            pairs.append((embeds["image_embeds"], embeds["clip_text_embeds"]))
-            if self.args.integration == "aligned":
-                pairs.append((embeds["clip_text_embeds"], embeds["text_embeds"]))
+        pairs = clip_text.loss_pairs(embeds, self.args.integration)
         loss = torch.stack([self.contrastive_loss(one, other, scale, bias) for one, other in pairs]).sum()
         if not torch.isfinite(loss):
             self._stop_at_nonfinite_loss(loss, embeds, batches)
@@ -208,8 +205,8 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         embed_clip_text = None
         if CLIP_TEXT_NAMES[0] in chunks[0]:
 
-            def embed_clip_text(*tokens: Any) -> torch.Tensor:
-                return clip_text.embed_clip_text(core, *tokens)
+            def embed_clip_text(*inputs: Any) -> dict[str, torch.Tensor]:
+                return clip_text.embed_clip_text(core, *inputs)
 
         with chunked_forward(core, embed_clip_text):
             outputs = model(chunks=chunks)
@@ -430,11 +427,12 @@ def row_names(batches: list[dict[str, Any]]) -> list[Any]:
 def retrieval_of_pairs(prediction: EvalPrediction) -> dict[str, float]:
     """
     Retrieval metrics of paired image and text embeddings, row `i` of one with row `i` of the other; those of CLIP's
-    own text encoder, where it is trained too, under names that begin with `clip_text_`.
+    own text encoder, where it is trained too, under names that begin with `clip_text_`, and those of the concatenated
+    head under `concatenated_text_`.
     """
     image_embeds, *all_text_embeds = (torch.as_tensor(embeds) for embeds in prediction.predictions)
     metrics: dict[str, float] = {}
-    for prefix, text_embeds in zip(("", "clip_text_"), all_text_embeds):
+    for prefix, text_embeds in zip(("", "clip_text_", "concatenated_text_"), all_text_embeds):
         found = retrieval_metrics(image_embeds, text_embeds, torch.arange(len(text_embeds)))
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
     return metrics

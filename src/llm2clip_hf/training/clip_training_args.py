@@ -12,7 +12,7 @@ from .precision import gpu_supports_bf16
 LOSS_TYPES = ("softmax", "sigmoid")
 TRAIN_VISION = ("full", "lora", "projection", "frozen")
 TRAIN_TEXT = ("adapter", "lora", "frozen")
-INTEGRATIONS = ("replace", "both", "aligned")
+INTEGRATIONS = ("replace", "both", "aligned", "concatenated")
 
 
 @dataclass
@@ -48,8 +48,9 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             layers.
         integration (`str`, *optional*, defaults to `"replace"`):
             What becomes of CLIP's own text encoder (paper tables 9 and A8): `"replace"` (the LLM replaces it),
-            `"both"` (a second loss between images and the trainer's `clip_text_model`) or `"aligned"` (and a third
-            between that and the LLM).
+            `"both"` (a second loss between images and the trainer's `clip_text_model`), `"aligned"` (and a third
+            between that and the LLM) or `"concatenated"` (and a fourth between images and a trained linear head over
+            the concatenated embeddings of both; the paper names this head without saying what it is).
 
     Locked-image tuning is `train_vision="projection"`: a frozen tower under a trained projection, text adaptor and
     logit scale. The logit scale and bias are always trained.
@@ -125,7 +126,9 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
         metadata={
             "help": "What becomes of CLIP's own text encoder (paper tables 9 and A8): "
             '`"replace"` (the LLM replaces it), `"both"` (a second loss between images and the trainer\'s '
-            '`clip_text_model`) or `"aligned"` (and a third between that and the LLM).'
+            '`clip_text_model`), `"aligned"` (and a third between that and the LLM) or `"concatenated"` (and a '
+            "fourth between images and a trained linear head over the concatenated embeddings of both; the paper "
+            "names this head without saying what it is)."
         },
     )
 

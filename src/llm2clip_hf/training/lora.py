@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .adapters import add_lora
+from .adapters import add_lora, has_adapters, tuner_layers
 
 
-__all__ = ["attach_lora", "has_lora", "lora_layers", "lora_state", "merge_lora", "merged_state"]
+__all__ = ["attach_lora", "lora_layers", "lora_state", "merge_lora", "merged_state"]
 
 LORA_FILE = "lora.safetensors"
 
@@ -40,14 +39,9 @@ def attach_lora(part: Any, config: LoraConfig) -> None:
         value = getattr(config, name, plain)
         if value != plain:
             raise ValueError(f"LoRA with `{name}={value!r}` cannot be merged into plain weights. Leave `{name}` out.")
-    if not has_lora(part):
+    if not has_adapters(part):
         add_lora(part, config)
     lora_layers(part)
-
-
-def has_lora(module: nn.Module | None) -> bool:
-    """Whether a module contains adapter layers of PEFT."""
-    return module is not None and any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -58,9 +52,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
         ValueError: if an adapter layer is not a LoRA of a plain linear layer, for example of a quantised one.
     """
     layers: dict[str, LoraLinear] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+    for name, layer in tuner_layers(model).items():
         if not isinstance(layer, LoraLinear) or type(layer.get_base_layer()).__name__ not in _LINEAR:
             raise ValueError(
                 f"`{name}` is a {type(layer).__name__} on a {type(layer.get_base_layer()).__name__}, which cannot be "

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts for a model card: from metrics, from a trainer, and checks of what the Hub takes."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+# Options of a run that say how it was trained; others are about speed, files and logs.
+_OPTIONS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "vision_layer_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "loss_type",
+    "train_vision",
+    "train_text",
+    "integration",
+    "bf16",
+    "fp16",
+    "seed",
+)
+# What results files say besides results.
+_NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "training")
+# Times, and the loss, whose value depends on the size of the batch.
+_NO_QUALITY = re.compile(r"(^|_)(loss|runtime|samples_per_second|steps_per_second|(preparation|compilation)_time)$")
+# Metrics that are shares: fractions in results, percent in cards.
+_SHARE = re.compile(r"recall@|top[0-9]|accuracy")
+_SLUG = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """
+    Checks the front matter of a card.
+
+    Args:
+        fields (`dict`): Fields by name.
+
+    Raises:
+        ValueError: for a value that the Hub would refuse, with the field and what is expected.
+    """
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name in ("license", "pipeline_tag", "library_name"):
+            if not isinstance(value, str) or not _SLUG.fullmatch(value):
+                raise ValueError(
+                    f"`{name}` must be an identifier of the Hub such as 'apache-2.0' or 'other', in lower case, got "
+                    f"{value!r}."
+                )
+        elif name in ("datasets", "base_model"):
+            for item in value:
+                _check_repository(name, item)
+        elif name in ("tags", "language", "metrics"):
+            items = [value] if isinstance(value, str) else value
+            if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
+                raise ValueError(f"`{name}` must be a string or a list of strings, got {value!r}.")
+        elif not _is_plain(value):
+            raise ValueError(
+                f"`{name}` is {type(value).__name__}, which front matter cannot hold. Give strings, numbers, lists or "
+                "dictionaries of them."
+            )
+
+
+def _check_repository(name: str, value: Any) -> None:
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise ValueError(
+            f"`{name}` names {value!r}, which is no repository of the Hub such as 'org/name'. What is not on the Hub "
+            "goes into `training_data`."
+        ) from error
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (str, int, float))
+
+
+def metric_rows(results: Mapping[str, Any], data: str = "") -> Iterator[tuple[str, str, float]]:
+    """Rows `(data set, metric, value)` of nested results; what is not a number, or no result, is left out."""
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            if name not in _NO_METRICS:
+                yield from metric_rows(value, f"{data} / {name}" if data else str(name))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not _NO_QUALITY.search(name):
+            yield data, str(name), value
+
+
+def entries_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """
+    Nested results as entries like those of `evaluation.report.to_eval_results`: recall and accuracy in percent.
+
+    Args:
+        results (`dict`): Metrics by name, or such dictionaries by data set; recall and accuracy as fractions.
+
+    Returns:
+        `list[EvalResult]`: `dataset_name` is empty for the metrics of no named data set.
+    """
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification" if metric.startswith("zero_shot") else "image-text-retrieval",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-"),
+            dataset_name=data,
+            metric_type=metric.replace("@", "_at_"),
+            metric_name=metric.replace("_", " "),
+            metric_value=round(100 * value, 2) if _SHARE.search(metric) else value,
+        )
+        for data, metric, value in metric_rows(results)
+    ]
+
+
+def metric_text(value: Any) -> str:
+    """A cell of a table."""
+    if isinstance(value, float):
+        return f"{value:.2f}" if 0.1 <= abs(value) < 1e6 or value == 0 else f"{value:.2g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def trainer_facts(trainer: Any) -> dict[str, Any]:
+    """Arguments of a card that a trainer tells: options, size of the data, last evaluation, time and hardware."""
+    args, state = trainer.args, trainer.state
+    options: dict[str, Any] = {}
+    for name in _OPTIONS:
+        value = getattr(args, name, None)
+        value = getattr(value, "value", value)  # of an enumeration
+        if value is None or value is False or (name in ("max_steps", "warmup_steps") and value <= 0):
+            continue
+        options[name] = value
+    if "max_steps" in options:
+        del options["num_train_epochs"]  # which it overrides
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    options["rows per step"] = rows
+    options["steps"] = state.global_step
+    facts: dict[str, Any] = {"hyperparameters": options, **trainer_state_facts({"log_history": state.log_history})}
+    data = trainer.train_dataset
+    if hasattr(data, "__len__"):
+        facts["training_data"] = [f"{len(data):,} rows"]
+    if facts["runtime"]:
+        kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        facts["runtime"] = {"hardware": f"{args.world_size} x {kind}", **facts["runtime"]}
+    return facts
+
+
+def trainer_state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log of a training run tells: the last value of each metric of its evaluations, and its time."""
+    results: dict[str, float] = {}
+    runtime: dict[str, Any] = {}
+    for entry in state.get("log_history", []):
+        found = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        results |= {name: value for _, name, value in metric_rows(found)}
+        if "train_runtime" in entry:
+            runtime["hours"] = round(entry["train_runtime"] / 3600, 4)
+    return {"results": results, "runtime": runtime}
+
+
+__all__ = [
+    "check_fields",
+    "entries_of_results",
+    "metric_rows",
+    "metric_text",
+    "trainer_facts",
+    "trainer_state_facts",
+]
