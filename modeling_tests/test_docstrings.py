@@ -14,7 +14,7 @@ import pytest
 import llm2clip_hf
 
 
-PACKAGES = ("", ".modeling", ".ops", ".losses", ".data", ".evaluation", ".training")
+PACKAGES = ("", ".modeling", ".ops", ".losses", ".data", ".evaluation", ".training", ".hub")
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(llm2clip_hf.__path__, "llm2clip_hf.")
