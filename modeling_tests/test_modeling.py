@@ -340,6 +340,16 @@ def test_config_round_trip(tmp_path: Path) -> None:
     assert second == first
 
 
+def test_text_fingerprint_is_part_of_the_config(tmp_path: Path) -> None:
+    fingerprint = {"weights_sha256": "ab" * 32, "text_prefix_length": 3, "template": None}
+    for value in (None, fingerprint):
+        tiny_models.config(text_fingerprint=value).save_pretrained(tmp_path)
+        assert LLM2CLIPConfig.from_pretrained(tmp_path).text_fingerprint == value
+    assert LLM2CLIPConfig().text_fingerprint is None
+    with pytest.raises(ValueError, match="`text_fingerprint` must be a dict or None, got 'abc'"):
+        LLM2CLIPConfig(text_fingerprint="abc")
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"logit_bias_init_value": -10.0}, {"vision_projection": "linear_bias"}])
 def test_saved_model_loads_to_the_last_bit(kwargs: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_models.model(**kwargs)

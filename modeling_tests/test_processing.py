@@ -194,6 +194,15 @@ def test_empty_caption_is_its_end_of_turn_token() -> None:
     torch.testing.assert_close(embeds[0], outputs[0, 5], atol=1e-5, rtol=1e-5)
 
 
+def test_the_options_of_a_call_are_not_saved(tmp_path: Path) -> None:
+    processor = tiny_models.processor()
+    text = "a red boat on the blue sea and a dog on the beach"
+    expected = processor(text=text)["input_ids"]
+    assert processor(text=text, max_length=9)["input_ids"].shape[-1] == 9
+    processor.save_pretrained(tmp_path)
+    assert LLM2CLIPProcessor.from_pretrained(tmp_path)(text=text)["input_ids"].equal(expected)
+
+
 def test_processor_without_a_tokenizer_takes_images(tmp_path: Path) -> None:
     processor = LLM2CLIPProcessor(tiny_models.image_processor())
     processor.save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .modeling_eva02 import Eva02VisionModel
     from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPOutput, LLM2CLIPTextAdapter, assert_bidirectional, pool_text
     from .processing_llm2clip import LLM2CLIPProcessor, apply_text_template, text_prefix_length
+    from .vision_llm2clip import LLM2CLIPVisionModel
 
 # Imported when first used: the config must be importable while transformers is still loading its Auto classes.
 _MODULES = {
@@ -20,6 +21,7 @@ _MODULES = {
     "LLM2CLIPOutput": "modeling_llm2clip",
     "LLM2CLIPProcessor": "processing_llm2clip",
     "LLM2CLIPTextAdapter": "modeling_llm2clip",
+    "LLM2CLIPVisionModel": "vision_llm2clip",
     "apply_text_template": "processing_llm2clip",
     "assert_bidirectional": "modeling_llm2clip",
     "pool_text": "modeling_llm2clip",
@@ -41,6 +43,7 @@ __all__ = [
     "LLM2CLIPOutput",
     "LLM2CLIPProcessor",
     "LLM2CLIPTextAdapter",
+    "LLM2CLIPVisionModel",
     "apply_text_template",
     "assert_bidirectional",
     "pool_text",

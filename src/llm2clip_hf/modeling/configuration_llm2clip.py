@@ -31,6 +31,7 @@ NOT_BIDIRECTIONAL = ("gpt2", "llama4_text", "mamba", "mamba2", "nemotron", "rwkv
 
 VISION_POOLINGS = ("pooler", "cls", "mean")
 VISION_PROJECTIONS = ("linear", "linear_bias", "none")
+TEXT_POOLINGS = ("mean", "eos", "last")
 TEXT_WEIGHTS = ("bundled", "external", "none")
 
 
@@ -101,6 +102,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
         text_prefix_length (`int`, *optional*, defaults to 0):
             Number of leading tokens of every text (begin-of-text and template header) that are attended to, but left
             out of the mean.
+        text_pooling (`str`, *optional*):
+            How the states of a text's tokens become one vector: `"mean"`, or the state of its last token. `"eos"` says
+            that this is an end token which the tokenizer puts after every text, `"last"` takes whatever token is
+            there (paper section 4.7 compares mean and end token). Defaults to what `text_config.text_pooling` says,
+            as a caption encoder of stage 1 does, else to `"mean"`.
         logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
             Initial logarithm of the logit scale, ln(1 / 0.07).
         logit_bias_init_value (`float`, *optional*):
@@ -115,6 +121,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
             Repository or folder of the external LLM.
         text_base_revision (`str`, *optional*):
             Revision of that repository, best a commit hash.
+        text_fingerprint (`dict`, *optional*):
+            What made the stored LLM embeddings that the model was trained on: names and digests of the LLM, tokenizer
+            and template. The trainer sets it from the embedding store, and refuses embeddings of another origin;
+            `None` takes any. Values are those of JSON.
 
     Raises:
         ValueError: for a value outside the ranges above, an unknown tower type, or a decoder that cannot attend
@@ -149,12 +159,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
         normalize_llm_embeds: bool = True,
         llm_hidden_size: int | None = None,
         text_prefix_length: int = 0,
+        text_pooling: str | None = None,
         logit_scale_init_value: float = 2.6592,
         logit_bias_init_value: float | None = None,
         max_logit_scale: float = 100.0,
         text_weights: str | None = None,
         text_base_model: str | None = None,
         text_base_revision: str | None = None,
+        text_fingerprint: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config, "vision_config", "clip_vision_model")
@@ -169,12 +181,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.normalize_llm_embeds = normalize_llm_embeds
         self.llm_hidden_size: Any = llm_hidden_size
         self.text_prefix_length = text_prefix_length
+        self.text_pooling: Any = text_pooling
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_bias_init_value: Any = logit_bias_init_value
         self.max_logit_scale = max_logit_scale
         self.text_weights = text_weights
         self.text_base_model = text_base_model
         self.text_base_revision = text_base_revision
+        self.text_fingerprint: Any = text_fingerprint
         self._resolve_text()
         self._resolve_vision()
         self._check_values()
@@ -185,6 +199,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if self.text_config is None:
             self.llm_hidden_size = 4096 if self.llm_hidden_size is None else self.llm_hidden_size
             self.text_weights = self.text_weights or "none"
+            self.text_pooling = self.text_pooling or "mean"
             return
         model_type = self.text_config.model_type
         if model_type in NOT_BIDIRECTIONAL:
@@ -208,6 +223,16 @@ class LLM2CLIPConfig(PreTrainedConfig):
         # Persisted in config.json; the one switch that all attention backends of transformers honour.
         self.text_config.is_causal = False
         self.text_weights = self.text_weights or "bundled"
+        self._resolve_text_pooling()
+
+    def _resolve_text_pooling(self) -> None:
+        trained = getattr(self.text_config, "text_pooling", None)
+        if trained is not None and self.text_pooling not in (None, trained):
+            raise ValueError(
+                f"`text_pooling` is {self.text_pooling!r}, but the LLM is a caption encoder trained with {trained!r}, "
+                "as its config says. Leave `text_pooling` out."
+            )
+        self.text_pooling = self.text_pooling or trained or "mean"
 
     def _resolve_vision(self) -> None:
         if self.vision_hidden_size is not None:
@@ -221,6 +246,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         _check_choice("vision_pooling", self.vision_pooling, VISION_POOLINGS)
         _check_choice("vision_projection", self.vision_projection, VISION_PROJECTIONS)
+        _check_choice("text_pooling", self.text_pooling, TEXT_POOLINGS)
         _check_choice("text_weights", self.text_weights, TEXT_WEIGHTS)
         for name in ("projection_dim", "adapter_num_layers", "adapter_expansion", "llm_hidden_size"):
             _check_positive_int(name, getattr(self, name))
@@ -240,6 +266,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
             raise ValueError(f"`logit_scale_init_value` must be finite, got {self.logit_scale_init_value!r}.")
         if self.logit_bias_init_value is not None and not math.isfinite(self.logit_bias_init_value):
             raise ValueError(f"`logit_bias_init_value` must be finite or None, got {self.logit_bias_init_value!r}.")
+        if self.text_fingerprint is not None and not isinstance(self.text_fingerprint, dict):
+            raise ValueError(
+                f"`text_fingerprint` must be a dict or None, got {self.text_fingerprint!r}. Take the `fingerprint` of "
+                "the `CaptionEmbeddingStore`."
+            )
         if self.text_config is None and self.text_weights == "bundled":
             raise ValueError(
                 "`text_weights` is 'bundled', but there is no `text_config`. Give the config of the LLM, or set "

@@ -138,7 +138,7 @@ class Eva02VisionEmbeddings(nn.Module):
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         positions = self._positions(patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + positions
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + positions
 
 
 class Eva02VisionOutputLinear(nn.Linear):

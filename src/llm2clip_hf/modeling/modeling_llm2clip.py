@@ -15,7 +15,7 @@
 """LLM2CLIP: a vision tower and a large language model in one embedding space (arXiv 2411.04997)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,14 @@ from .modules_llm2clip import (
     pool_text,
 )
 from .pretrained_llm2clip import ATTACH_HINT, LLM2CLIPPreTrainedModel
+
+
+if TYPE_CHECKING:
+    # Not needed here. What a file of the model names like this is copied with it: the classes for
+    # sentence-transformers, for the pipeline of sigmoid models and for the tower alone, imported by who asks for them.
+    from .pipeline_llm2clip import LLM2CLIPZeroShotImageClassificationPipeline  # noqa: F401
+    from .sentence_llm2clip import LLM2CLIPEncoder  # noqa: F401
+    from .vision_llm2clip import LLM2CLIPVisionModel  # noqa: F401
 
 
 @dataclass
@@ -184,10 +192,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
         Returns:
             `torch.FloatTensor` of shape `(batch, llm_hidden_size)`, float32, un-normalised: the mean over the text's
-            own tokens (paper section 3.1).
+            own tokens (paper section 3.1), or the state of its last one, as `config.text_pooling` says.
         """
         outputs = self._run_text_model(input_ids, attention_mask, **kwargs)
-        return pool_text(outputs.last_hidden_state, attention_mask, self.config.text_prefix_length)
+        return self._pool_text(outputs, attention_mask)
+
+    def _pool_text(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        return pool_text(outputs.last_hidden_state, attention_mask, config.text_prefix_length, config.text_pooling)
 
     def _run_text_model(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **kwargs: Any
@@ -234,7 +246,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         outputs = self._run_text_model(input_ids, attention_mask, **kwargs)
-        pooled = pool_text(outputs.last_hidden_state, attention_mask, self.config.text_prefix_length)
+        pooled = self._pool_text(outputs, attention_mask)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.text_adapter(pooled),
@@ -269,8 +281,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_model.dtype)
         outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
         pooled = pool_image(outputs, self.config, pixel_values.shape[-2], pixel_values.shape[-1])
-        if isinstance(self.visual_projection, nn.Linear):
-            pooled = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+        projection: Any = self.visual_projection  # none, a linear layer, or an adapter around one
+        if not isinstance(projection, nn.Identity):
+            pooled = projection(pooled.to(projection.weight.dtype))
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooled,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 
-from .configuration_llm2clip import LLM2CLIPConfig
+from .configuration_llm2clip import TEXT_POOLINGS, LLM2CLIPConfig
 
 
 class LLM2CLIPAdapterLinear(nn.Linear):
@@ -72,27 +72,42 @@ class LLM2CLIPTextAdapter(nn.Module):
 
 
 def pool_text(
-    last_hidden_state: torch.Tensor, attention_mask: torch.Tensor | None = None, prefix_length: int = 0
+    last_hidden_state: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    prefix_length: int = 0,
+    pooling: str = "mean",
 ) -> torch.Tensor:
     """
-    Mean of the hidden states of a text's own tokens, the template header left out.
+    One vector per text: the mean of the hidden states of its own tokens, or the state of its last token.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden_size)`): Output of the LLM.
         attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
             1 for tokens, 0 for padding on either side; all ones if left out.
         prefix_length (`int`, *optional*, defaults to 0):
-            Number of leading tokens of each text that are not pooled. A text that has no other token is pooled over
-            all it has.
+            Number of leading tokens of each text that are left out of the mean. A text that has no other token is
+            pooled over all it has.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`, `"last"` (the last attended token) or `"eos"` (the same, for a tokenizer that ends every text in
+            an end token).
 
     Returns:
         `torch.Tensor` of shape `(batch, hidden_size)`, float32; zeros for a row without any token.
+
+    Raises:
+        ValueError: if `pooling` is none of these.
     """
+    if pooling not in TEXT_POOLINGS:
+        raise ValueError(f"`pooling` must be one of {', '.join(map(repr, TEXT_POOLINGS))}, got {pooling!r}.")
     if attention_mask is None:
         attention_mask = last_hidden_state.new_ones(last_hidden_state.shape[:2])
     attended = attention_mask.to(torch.bool)
-    pooled = attended & (attended.cumsum(1) > prefix_length)
-    pooled = torch.where(pooled.any(1, keepdim=True), pooled, attended)
+    order = attended.cumsum(1)
+    if pooling == "mean":
+        pooled = attended & (order > prefix_length)
+        pooled = torch.where(pooled.any(1, keepdim=True), pooled, attended)
+    else:
+        pooled = attended & (order == order[:, -1:])
     weights = pooled.to(torch.float32)
     # Padding may hold NaN in some attention backends, and 0 * NaN is NaN: select, do not multiply.
     hidden_states = last_hidden_state.to(torch.float32).masked_fill(~pooled.unsqueeze(-1), 0.0)

@@ -14,8 +14,12 @@
 # limitations under the License.
 """Loading and saving of LLM2CLIP, with its LLM bundled, named or left out."""
 
+import copy
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +29,8 @@ from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional
-from .processing_llm2clip import apply_text_template, text_prefix_length
+from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
+from .publishing_llm2clip import PushedModel, take_push_options
 
 
 ATTACH_HINT = (
@@ -33,8 +38,26 @@ ATTACH_HINT = (
     "`llm_embeds`."
 )
 
+# The pipeline of transformers takes the softmax over the labels, which is not what a sigmoid model means.
+SIGMOID_PIPELINES = {
+    "zero-shot-image-classification": {
+        "impl": "pipeline_llm2clip.LLM2CLIPZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+    }
+}
+# What sentence-transformers reads beside the model's own files.
+SENTENCE_FILES: dict[str, Any] = {
+    "config_sentence_transformers.json": {
+        "default_prompt_name": None,
+        "model_type": "SentenceTransformer",
+        "prompts": {},
+        "similarity_fn_name": "cosine",
+    },
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_llm2clip.LLM2CLIPEncoder"}],
+}
 
-class LLM2CLIPPreTrainedModel(PreTrainedModel):
+
+class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[misc]
     """Base class: what transformers reads from the class, initialisation, loading and saving."""
 
     config: LLM2CLIPConfig
@@ -83,11 +106,15 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 New value of `config.text_weights`, for example `"bundled"` to save the LLM with the model.
 
         Raises:
-            ValueError: if its width is not the adaptor's, or it does not attend bidirectionally.
+            ValueError: if its width is not the adaptor's, it was trained with another pooling, or it does not attend
+                bidirectionally.
         """
-        # The config's own checks: architecture, width of the adaptor, choice of `text_weights`.
+        # The config's own checks: architecture, width of the adaptor, pooling, choice of `text_weights`.
         LLM2CLIPConfig(
-            text_config=text_model.config, llm_hidden_size=self.config.llm_hidden_size, text_weights=text_weights
+            text_config=text_model.config,
+            llm_hidden_size=self.config.llm_hidden_size,
+            text_pooling=self.config.text_pooling,
+            text_weights=text_weights,
         )
         text_model.config.is_causal = False
         assert_bidirectional(text_model)
@@ -173,17 +200,26 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen.
 
         Raises:
-            ValueError: if a part has missing weights, or the LLM cannot attend bidirectionally.
+            ValueError: if a part has missing weights, the LLM cannot attend bidirectionally, or `text_pooling` is not
+                the one it was trained with or does not fit its tokenizer.
         """
         vision_model = load_pretrained_vision(vision_model_name_or_path)
         if text_model_name_or_path is None:
             return cls(LLM2CLIPConfig(vision_config=vision_model.config, **config_kwargs), vision_model).eval()
         config_kwargs.setdefault("text_base_model", str(text_model_name_or_path))
         revision = config_kwargs.get("text_base_revision")
-        if "text_prefix_length" not in config_kwargs:
-            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=revision or "main")
-            config_kwargs["text_prefix_length"] = text_prefix_length(apply_text_template(tokenizer, text_template))
         text_model = load_pretrained_text(text_model_name_or_path, revision, text_model_kwargs)
+        pooling = config_kwargs.get("text_pooling") or getattr(text_model.config, "text_pooling", None)
+        if "text_prefix_length" not in config_kwargs or pooling == "eos":
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=revision or "main")
+            tokenizer = apply_text_template(tokenizer, text_template)
+            config_kwargs.setdefault("text_prefix_length", text_prefix_length(tokenizer))
+            if pooling == "eos" and text_end_token(tokenizer) is None:
+                raise ValueError(
+                    f"`text_pooling` is 'eos', but the tokenizer of {str(text_model_name_or_path)!r} puts no end "
+                    f"token after a text. Pass `text_template='{{text}}{tokenizer.eos_token}'`, to the processor "
+                    "too, or set `text_pooling='last'`."
+                )
         config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **config_kwargs)
         model = cls(config, vision_model, load_text_model=False)
         model.attach_text_model(text_model)
@@ -197,6 +233,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """
         Saves config, weights and code; the folder loads with `trust_remote_code=True` without this package.
 
+        `AutoModel`, pipelines and, once the processor is saved there too, `SentenceTransformer` load it.
+
         Args:
             save_directory (`str`): Folder to write to.
             text_weights (`str`, *optional*):
@@ -205,11 +243,29 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             kwargs: As for any transformers model.
 
         Raises:
-            ValueError: if the LLM is to be bundled but is not attached, or to be external but is not named, or if a
-                part carries an adapter (LoRA) that has not been merged.
+            ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
+                named, or if a part carries an adapter (LoRA) that has not been merged.
         """
+        push = take_push_options(kwargs, save_directory)
+        self._check_merged(weights_given=kwargs.get("state_dict") is not None)
         with self._saving(text_weights or str(self.config.text_weights)):
             super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_sentence_files(Path(save_directory))
+        if push is not None:
+            self.push_to_hub(**push, text_weights=text_weights)
+
+    def _check_merged(self, weights_given: bool) -> None:
+        """Refuses parts with adapters, whose weights have other names, unless plain weights are given to be saved."""
+        for name, part in self.named_children():
+            # The flag is set by `add_adapter`; `get_peft_model` leaves only its layers, each with a base layer.
+            layers = not weights_given and any(hasattr(module, "base_layer") for module in part.modules())
+            if layers or getattr(part, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"`{name}` carries an adapter; saved like this, its weights could not be loaded again. Merge it "
+                    "first, with `llm2clip_hf.training.merge_lora(model)`, or with `merge_and_unload()` where PEFT's "
+                    "own wrapper put it there; `trainer.save_model` saves a trained model merged."
+                )
 
     @contextmanager
     def _saving(self, text_weights: str) -> Iterator[None]:
@@ -217,18 +273,20 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         config, text_model = self.config, self.text_model
         if text_weights == "bundled" and text_model is None:
             raise ValueError(f"`text_weights` is 'bundled', but the model holds no LLM to save. {ATTACH_HINT}")
+        if text_weights == "bundled" and getattr(text_model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                "`text_weights` is 'bundled', but the LLM is quantised, and a folder cannot say that of one part. "
+                "Save with `text_weights='external'` and quantise on loading, with `text_model_kwargs`."
+            )
         if text_weights == "external" and not config.text_base_model:
             raise ValueError(
                 "`text_weights` is 'external', but `config.text_base_model` does not name the LLM. Set it to the "
                 "LLM's repository or folder."
             )
-        for name in ("vision_model", "text_model"):
-            if getattr(getattr(self, name), "_hf_peft_config_loaded", False):
-                raise ValueError(
-                    f"`{name}` carries an adapter; saved like this, its weights could not be loaded again. Merge it "
-                    "first, with `merge_and_unload()` of PEFT."
-                )
         restore = (config.text_weights, self._keys_to_ignore_on_save)
+        # How this copy of the LLM is quantised is no matter of the folder; written, it would be applied to all parts.
+        text_fields = {} if config.text_config is None else vars(config.text_config)
+        quantization = text_fields.pop("quantization_config", None)
         config.text_weights = text_weights
         if text_model is not None and text_weights != "bundled":
             text_keys = {f"text_model.{key}" for key in text_model.state_dict()}
@@ -240,6 +298,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 **(getattr(config, "auto_map", None) or {}),
                 "AutoModelForZeroShotImageClassification": modeling_class,
             }
+            if config.logit_bias_init_value is not None:
+                config.custom_pipelines = copy.deepcopy(SIGMOID_PIPELINES)
         if text_model is not None and text_weights == "bundled":
             # One dtype is recorded for the folder and used when it is loaded: that of the LLM, since all other parts
             # are kept in float32 then.
@@ -248,7 +308,20 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             yield
         finally:
             config.text_weights, self._keys_to_ignore_on_save = restore
+            if quantization is not None:
+                text_fields["quantization_config"] = quantization
             self._dtype_to_save = None
+
+
+def write_sentence_files(folder: Path) -> None:
+    """Makes a folder with a saved model one that `SentenceTransformer` loads; prompts that it has are kept."""
+    for name, content in SENTENCE_FILES.items():
+        target = folder / name
+        if name == "config_sentence_transformers.json" and target.exists():
+            continue
+        partial = target.with_name(f".{name}.partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, target)
 
 
 def check_loading_info(name: Any, info: dict[str, Any]) -> None:

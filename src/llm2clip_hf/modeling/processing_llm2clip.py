@@ -280,6 +280,10 @@ class LLM2CLIPProcessor(PushedProcessor):
         if self.tokenizer is None:
             # Read from the instance while it is saved: only what it has.
             vars(self)["get_attributes"] = lambda: ["image_processor"]
+        elif getattr(self.tokenizer, "is_fast", False):
+            # The options of the last call, which would become part of the file and hold for every later one.
+            self.tokenizer.backend_tokenizer.no_truncation()
+            self.tokenizer.backend_tokenizer.no_padding()
         try:
             saved = super().save_pretrained(save_directory, *args, **kwargs)
         finally:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PEFT, quantised LLMs, `torch.compile`, and parts offloaded to CPU and disk: the numbers stay the model's."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, QuantoConfig, TorchAoConfig
+
+from llm2clip_hf import LLM2CLIPModel
+
+
+TARGETS = {
+    "vision": r"vision_model\..*\.(q_proj|v_proj)",
+    "llm": r"text_model\..*\.(q_proj|up_proj)",
+    "everywhere": r"visual_projection|text_adapter\.projection|(vision_model|text_model)\..*\.(q_proj|v_proj)",
+}
+
+
+def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 300, (batch, 9), generator=torch.Generator().manual_seed(6))
+    return {"pixel_values": tiny_models.images(batch), "input_ids": ids}
+
+
+def lora(targets: Any) -> peft.LoraConfig:
+    # Weights that are not zero: an adapter that does nothing would hide that it was lost.
+    return peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets, init_lora_weights=False)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs()).logits_per_image
+
+
+def assert_close(given: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(given, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", list(TARGETS))
+def test_adapters_alone_and_merged_reload_to_the_same_model(part: str, tmp_path: Path) -> None:
+    plain = logits(tiny_models.model())
+    adapted = peft.get_peft_model(tiny_models.model(), lora(TARGETS[part]))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    wanted = logits(adapted)
+    assert (wanted - plain).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    tiny_models.model().save_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(LLM2CLIPModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert_close(logits(again), wanted)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert_close(logits(LLM2CLIPModel.from_pretrained(tmp_path / "merged")), wanted)
+
+
+def test_adapter_on_the_tower_alone(tmp_path: Path) -> None:
+    model = tiny_models.model()
+    model.vision_model = peft.get_peft_model(model.vision_model, lora(["q_proj", "fc1"]))
+    wanted = logits(model)
+    with pytest.raises(ValueError, match="`vision_model` carries an adapter.*Merge it first"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.vision_model = model.vision_model.merge_and_unload()
+    assert_close(logits(model), wanted)
+    model.save_pretrained(tmp_path / "model")
+    assert_close(logits(LLM2CLIPModel.from_pretrained(tmp_path / "model")), wanted)
+
+
+@pytest.mark.parametrize("targets", [TARGETS["llm"], r"text_adapter\.projection"])
+def test_unmerged_adapters_of_plain_peft_are_not_saved(targets: str, tmp_path: Path) -> None:
+    """`get_peft_model` puts its layers into the model it is given, which keeps its own `save_pretrained`."""
+    model = tiny_models.model()
+    peft.get_peft_model(model, lora(targets))
+    with pytest.raises(ValueError, match="`text_(model|adapter)` carries an adapter"):
+        model.save_pretrained(tmp_path / "model")
+
+
+def test_modules_to_save_are_trained_and_reloaded(tmp_path: Path) -> None:
+    config = lora(TARGETS["vision"])
+    config.modules_to_save = ["visual_projection"]
+    adapted = peft.get_peft_model(tiny_models.model(), config)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    adapted.train()(**inputs(), return_loss=True).loss.backward()
+    optimizer.step()
+    wanted = logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_models.model(), tmp_path)
+    assert_close(logits(again), wanted)
+    merged = again.merge_and_unload()
+    assert isinstance(merged.visual_projection, torch.nn.Linear)
+    assert_close(logits(merged), wanted)
+
+
+# ---------------------------------------------------------------------------------------------------- quantised LLMs
+
+
+def quantization(name: str) -> tuple[Any, str]:
+    """A config for 8-bit weights that runs on a CPU, and the name of the weights' class."""
+    if name == "torchao":
+        torchao = pytest.importorskip("torchao", reason="torchao is not installed")
+        quantizers = pytest.importorskip("torchao.quantization")
+        assert torchao
+        return TorchAoConfig(quantizers.Int8WeightOnlyConfig()), "Int8Tensor"
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    return QuantoConfig(weights="int8"), "WeightQBytesTensor"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchao", "quanto"])
+def test_only_the_llm_is_quantised(name: str, tmp_path: Path) -> None:
+    config, weights_class = quantization(name)
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
+    text_config = tiny_models.text_config()
+    for field, value in sizes.items():
+        setattr(text_config, field, value)
+    AutoModel.from_config(text_config).save_pretrained(tmp_path / "llm")
+    tiny_models.model(
+        "clip", None, text_weights="external", text_base_model=str(tmp_path / "llm"), llm_hidden_size=64
+    ).save_pretrained(tmp_path / "clip")
+    plain = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs={"quantization_config": config})
+
+    layers = {n: m for n, m in model.named_modules() if n.endswith("_proj") or isinstance(m, torch.nn.Linear)}
+    quantised = {n for n, m in layers.items() if type(m.weight).__name__ == weights_class}
+    assert quantised == {n for n in layers if n.startswith("text_model.")} != set()
+    with torch.no_grad():
+        given, wanted = model(**inputs()), plain(**inputs())
+    assert torch.equal(given.image_embeds, wanted.image_embeds)
+    cosines = (given.text_embeds * wanted.text_embeds).sum(1)
+    assert cosines.min() > 0.995
+    assert cosines.min() < 1.0 - 1e-7, "eight bits leave a trace"
+    with pytest.raises(ValueError, match="'bundled', but the LLM is quantised"):
+        model.save_pretrained(tmp_path / "again", text_weights="bundled")
+    # The checkpoint names the LLM, as before: it loads in full precision, or quantised again.
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        again = LLM2CLIPModel.from_pretrained(tmp_path / "again")(**inputs())
+    torch.testing.assert_close(again.text_embeds, wanted.text_embeds, atol=1e-6, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- compiled, and offloaded
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["get_image_features", "get_text_features"])
+def test_compiled_getters_give_the_same_numbers(method: str) -> None:
+    torch.compiler.reset()
+    model = tiny_models.model("siglip")
+    compiled = torch.compile(getattr(model, method), backend="aot_eager", dynamic=True)
+    name = "pixel_values" if method == "get_image_features" else "input_ids"
+    for batch in (2, 3):
+        batch_inputs = {name: inputs(batch)[name]}
+        wanted = getattr(model, method)(**batch_inputs).pooler_output
+        torch.testing.assert_close(compiled(**batch_inputs).pooler_output, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offloaded", ["text_model", "vision_model"])
+def test_part_offloaded_to_disk_gives_the_same_numbers(offloaded: str, tmp_path: Path) -> None:
+    model = tiny_models.model()
+    model.save_pretrained(tmp_path / "model")
+    device_map = {name: "cpu" for name, _ in model.named_children()} | {"logit_scale": "cpu", offloaded: "disk"}
+    loaded = LLM2CLIPModel.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    assert {p.device.type for p in getattr(loaded, offloaded).parameters()} == {"meta"}
+    assert_close(logits(loaded), logits(model))
+
+
+def test_device_map_auto(tmp_path: Path) -> None:
+    model = tiny_models.model("eva02")
+    model.save_pretrained(tmp_path)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": "1GiB"})
+    assert_close(logits(loaded), logits(model))
