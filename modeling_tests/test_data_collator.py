@@ -48,6 +48,13 @@ def test_samples_without_index_give_no_index():
     assert set(ImageTextCollator()(samples)) == {"pixel_values", "llm_embeds"}
 
 
+def test_keys_pass_through_as_names():
+    samples = [sample(n, llm_embeds=torch.zeros(4), key=f"{n:03d}") for n in (4, 2)]
+    batch = ImageTextCollator()(samples)
+    assert set(batch) == {"pixel_values", "llm_embeds", "index", "key"}
+    assert batch["key"] == ["004", "002"]
+
+
 def test_mixed_missing_and_unknown_keys_are_refused():
     embeds = {"llm_embeds": torch.zeros(4)}
     no_index = {name: value for name, value in sample(1, **embeds).items() if name != "index"}
@@ -57,7 +64,7 @@ def test_mixed_missing_and_unknown_keys_are_refused():
         ([sample(0, **embeds), no_index], "Sample 1 has the keys"),
         ([sample(0)], "one of `llm_embeds` and `text`"),
         ([sample(0, text="a", **embeds)], "one of `llm_embeds` and `text`"),
-        ([sample(0, labels=1, **embeds)], "may have `index`"),
+        ([sample(0, labels=1, **embeds)], "may have `index` and `key`"),
         ([{"text": "a"}], "They need `pixel_values`"),
         ([sample(0, text="a")], "the collator has no processor"),
         ([sample(0, **embeds), sample(1, llm_embeds=torch.zeros(5))], r"`llm_embeds` of sample 1 has shape \(5,\)"),

@@ -89,6 +89,25 @@ def test_stored_embeddings_are_those_of_the_caption_that_text_would_give(images,
                 assert torch.equal(sample["llm_embeds"], expected)
 
 
+def test_the_text_beside_a_stored_embedding_is_that_of_the_same_caption(images, store, embeddings):
+    options = {"transform": CenterCropTransform(16), "seed": 3, "caption_weights": {"real": 1, "dense": 2}}
+    text_alone = ImageTextDataset(images, CAPTIONS, with_text=True, **options)
+    both = ImageTextDataset(images, CAPTIONS, store=store, with_text=True, **options)
+    drawn = set()
+    for epoch in range(4):
+        for dataset in (text_alone, both):
+            dataset.set_epoch(epoch)
+        for index in range(COUNT):
+            sample = both[index]
+            assert set(sample) == {"pixel_values", "llm_embeds", "text", "index"}
+            assert torch.equal(sample["llm_embeds"], embeddings[sample["text"]])
+            assert sample["text"] == text_alone[index]["text"]
+            drawn.add(sample["text"])
+    assert len(drawn) > COUNT
+    with pytest.raises(ValueError, match="`with_text=True` needs the texts"):
+        ImageTextDataset(images, store=store, with_text=True, **options)
+
+
 def test_sources_are_drawn_by_weight_and_captions_uniformly_within(images):
     captions = {"real": [["r0", "r1", "r2"]] * COUNT, "dense": ["d"] * COUNT, "unused": ["u"] * COUNT}
     weights = {"real": 3, "dense": 1, "unused": 0}

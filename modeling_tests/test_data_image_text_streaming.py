@@ -402,7 +402,7 @@ def test_stated_counts_are_used_and_wrong_ones_refused(folder, tmp_path):
 
 def test_bad_options_are_refused(folder, store):
     for options, message in (
-        ({"caption_fields": None}, "either `caption_fields`"),
+        ({"caption_fields": None}, "Pass `caption_fields`.* or both"),
         ({"store": store, "sub_captions": 0.5}, "cannot be cut"),
         ({"shuffle_buffer": -1}, "must not be negative"),
         ({"on_bad_image": "drop"}, '`on_bad_image` must be "error" or "skip"'),

@@ -17,9 +17,15 @@ from transformers import AutoModel, CLIPTextConfig, CLIPTextModelWithProjection,
 
 from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.data import ImageTextCollator
-from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
+from llm2clip_hf.training import (
+    LLM2CLIPTrainer,
+    LLM2CLIPTrainingArguments,
+    concatenated_text_embeds,
+    load_concatenated_text_head,
+)
+from llm2clip_hf.training.adapters import has_adapters
 from llm2clip_hf.training.clip_text import ClipTextCollator
-from llm2clip_hf.training.lora import has_lora, merge_lora, merged_state
+from llm2clip_hf.training.lora import merge_lora, merged_state
 
 
 class ClipPairs(Pairs):
@@ -141,7 +147,7 @@ def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
         name for name in before if ".lora_" in name
     }
     model.eval()
-    with pytest.raises(ValueError, match=r"carries an adapter"):
+    with pytest.raises(ValueError, match=r"carries an adapter.*merge_lora.*save_model"):
         model.save_pretrained(tmp_path / "unmerged")
     trainer.save_model(str(tmp_path / "saved"))
     reloaded = LLM2CLIPModel.from_pretrained(tmp_path / "saved")
@@ -153,7 +159,7 @@ def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
         expected = model(**batch).logits_per_image
         torch.testing.assert_close(reloaded(**batch).logits_per_image, expected, atol=1e-4, rtol=1e-4)
         merge_lora(model)
-        assert not has_lora(model)
+        assert not has_adapters(model)
         torch.testing.assert_close(model(**batch).logits_per_image, expected, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path / "merged")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "merged"))
@@ -267,14 +273,23 @@ def test_accumulated_texts_of_different_lengths_are_not_mixed_up(tmp_path):
 
 def test_integration_adds_the_losses_of_the_clip_text_tower(tmp_path):
     batch = stack([ClipPairs()[i] for i in range(7)])
-    for integration in ("both", "aligned"):
+    for integration in ("both", "aligned", "concatenated"):
         model, tower = tiny_models.model("clip", None), clip_text_tower()
         trainer = trainer_for(model, tmp_path, integration=integration, clip_text_model=tower)
+        with_head = integration == "concatenated"
+        assert hasattr(model, "concatenated_text_head") == with_head
+        if with_head:
+            start = model.concatenated_text_head.weight
+            assert torch.equal(start, torch.cat([torch.eye(20), torch.eye(20)], dim=1))
+            start.data += 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(2))
         loss = trainer.compute_loss(model, batch)
         image = model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
         llm = model.get_text_features(llm_embeds=batch["llm_embeds"]).pooler_output
         clip = tower(input_ids=batch["clip_input_ids"]).text_embeds
-        pairs = [(image, llm), (image, clip), *([(clip, llm)] if integration == "aligned" else [])]
+        pairs = [(image, llm), (image, clip), *([(clip, llm)] if integration != "both" else [])]
+        if with_head:
+            rows = torch.cat([clip / clip.norm(dim=1, keepdim=True), llm / llm.norm(dim=1, keepdim=True)], dim=1)
+            pairs.append((image, rows @ model.concatenated_text_head.weight.T))
         expected = sum(softmax_loss(one, other, model.logit_scale) for one, other in pairs)
         torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
         loss.backward()
@@ -285,16 +300,21 @@ def test_integration_adds_the_losses_of_the_clip_text_tower(tmp_path):
             torch.testing.assert_close(chunked[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_integration_trains_saves_and_resumes_both_text_encoders(tmp_path):
+@pytest.mark.parametrize("integration", ["aligned", "concatenated"])
+def test_integration_trains_saves_and_resumes_both_text_encoders(tmp_path, integration):
     def run(folder: str, resume: str | None = None) -> tuple[LLM2CLIPModel, CLIPTextModelWithProjection]:
         model, tower = tiny_models.model("clip", None), clip_text_tower()
         trainer = trainer_for(
-            model, tmp_path / folder, ClipPairs(10), integration="aligned", clip_text_model=tower, save_steps=2,
+            model, tmp_path / folder, ClipPairs(10), integration=integration, clip_text_model=tower, save_steps=2,
             save_strategy="steps", encoder_chunk_size=3, eval_dataset=ClipPairs(7), eval_strategy="epoch",
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         metrics = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
         assert {"eval_image_to_text_recall@1", "eval_clip_text_image_to_text_recall@1"} <= metrics.keys()
+        with_head = integration == "concatenated"
+        assert ("eval_concatenated_text_image_to_text_recall@1" in metrics) == with_head
+        listed = {name for group in trainer.optimizer.param_groups for name in group["parameter_names"]}
+        assert ("concatenated_text_head.weight" in listed) == with_head
         return model, tower
 
     start = copies(clip_text_tower())
@@ -312,6 +332,16 @@ def test_integration_trains_saves_and_resumes_both_text_encoders(tmp_path):
     with torch.no_grad():
         texts = reloaded_tower(input_ids=batch["clip_input_ids"]).text_embeds
         torch.testing.assert_close(texts, tower.eval()(input_ids=batch["clip_input_ids"]).text_embeds)
+        if integration == "concatenated":
+            head, trained = load_concatenated_text_head(folder), model.concatenated_text_head.weight
+            assert torch.equal(head.weight, trained)
+            assert (trained != torch.eye(20).repeat(1, 2)).any()
+            llm = reloaded.get_text_features(llm_embeds=batch["llm_embeds"]).pooler_output
+            expected = F.normalize(torch.cat([F.normalize(texts), F.normalize(llm)], 1) @ trained.T)
+            torch.testing.assert_close(concatenated_text_embeds(head, 3 * texts, llm), expected)
+        else:
+            with pytest.raises(ValueError, match="concatenated_text_head.safetensors` does not exist"):
+                load_concatenated_text_head(folder)
         one, two = (
             m.eval()(pixel_values=batch["pixel_values"], llm_embeds=batch["llm_embeds"]).logits_per_image
             for m in (model, reloaded)

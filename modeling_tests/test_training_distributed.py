@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from test_training_caption_contrastive import CAPTIONS, WORDS
+from test_training_clip_modes import ClipPairs, clip_text_tower
 from test_training_clip_trainer import Pairs, stack
 
 from llm2clip_hf.training import (
@@ -47,6 +48,18 @@ def train_clip(folder: Path, world: int, chunk: int | None) -> dict[str, torch.T
         str(folder), **COMMON, per_device_train_batch_size=8 // world, encoder_chunk_size=chunk
     )
     LLM2CLIPTrainer(model, args, data_collator=stack, train_dataset=Pairs(26)).train()
+    return model.state_dict()
+
+
+def train_clip_with_head(folder: Path, world: int, chunk: int | None) -> dict[str, torch.Tensor]:
+    model = tiny_models.model("clip", text=None)
+    args = LLM2CLIPTrainingArguments(
+        str(folder), **COMMON, per_device_train_batch_size=8 // world, encoder_chunk_size=chunk,
+        integration="concatenated",
+    )  # fmt: skip
+    LLM2CLIPTrainer(
+        model, args, data_collator=stack, train_dataset=ClipPairs(26), clip_text_model=clip_text_tower()
+    ).train()
     return model.state_dict()
 
 
@@ -105,7 +118,10 @@ def in_two_processes(train: Callable[..., Any], *arguments: Any) -> list[dict[st
     return [results[0], results[1]]
 
 
-@pytest.mark.parametrize(("train", "chunk"), [(train_clip, None), (train_clip, 3), (train_captions, None)])
+@pytest.mark.parametrize(
+    ("train", "chunk"),
+    [(train_clip, None), (train_clip, 3), (train_clip_with_head, 3), (train_captions, None)],
+)
 def test_two_processes_train_like_one(tmp_path, train, chunk):
     expected = {name: tensor.clone() for name, tensor in train(tmp_path, 1, None).items()}
     first, second = in_two_processes(train, tmp_path, 2, chunk)

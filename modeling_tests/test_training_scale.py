@@ -20,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from PIL import Image
+from test_training_clip_modes import ClipPairs, clip_text_tower
 from test_training_clip_trainer import Pairs, arguments, stack
 from test_training_distributed import in_two_processes, run_rank
 
@@ -27,7 +28,7 @@ from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.data import ImageTextStream, RandomResizedCropTransform
 from llm2clip_hf.evaluation import evaluate_retrieval
 from llm2clip_hf.evaluation.metrics import retrieval_metrics
-from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
+from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments, load_concatenated_text_head
 from llm2clip_hf.training.streams import EndlessStream
 
 
@@ -45,7 +46,10 @@ def train(folder: Path, world: int, text: str = "llm_embeds", **options: Any) ->
     if args.fsdp:
         # accelerate gives FSDP to processes with accelerators only.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = LLM2CLIPTrainer(model, args, data_collator=stack, train_dataset=Pairs(100, text=text))
+    parts: dict[str, Any] = {"train_dataset": Pairs(100, text=text)}
+    if args.integration != "replace":
+        parts = {"train_dataset": ClipPairs(100), "clip_text_model": clip_text_tower()}
+    trainer = LLM2CLIPTrainer(model, args, data_collator=stack, **parts)
     trainer.train(resume_from_checkpoint=resume)
     if not args.fsdp:
         return model.state_dict()
@@ -71,6 +75,7 @@ def test_two_processes_train_like_one_for_twenty_steps(tmp_path, options):
     [
         {"gradient_accumulation_steps": 2, "train_vision": "lora", "vision_lora": {"lora_dropout": 0.0}},
         {"text": "input_ids", "encoder_chunk_size": 3},
+        {"integration": "concatenated"},
     ],
 )
 def test_fsdp2_trains_like_one_process_and_saves_and_resumes(tmp_path, options):
@@ -87,6 +92,9 @@ def test_fsdp2_trains_like_one_process_and_saves_and_resumes(tmp_path, options):
     saved, plain = (LLM2CLIPModel.from_pretrained(f) for f in (folder, tmp_path / "one" / "checkpoint-4"))
     for (name, one), two in zip(saved.named_parameters(), plain.parameters()):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0, msg=name)
+    if "integration" in options:
+        trained = torch.from_numpy(first["concatenated_text_head.weight"])
+        torch.testing.assert_close(load_concatenated_text_head(folder).weight, trained, atol=0, rtol=0)
     again = {"resume": str(tmp_path / "two" / "checkpoint-2")}
     resumed, _ = in_two_processes(partial(train, tmp_path / "again", 2, **steps, **options, **FSDP, **again))
     for name in expected:

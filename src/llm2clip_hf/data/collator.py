@@ -12,7 +12,7 @@ __all__ = ["PLACEHOLDER", "ImageTextCollator"]
 PLACEHOLDER: dict[str, Any] = {}
 """Stands in for a sample of a batch that a resumed loop reads and drops; a batch of them becomes `{}`."""
 
-_KNOWN_KEYS = {"pixel_values", "llm_embeds", "text", "index"}
+_KNOWN_KEYS = {"pixel_values", "llm_embeds", "text", "index", "key"}
 
 
 class ImageTextCollator:
@@ -35,17 +35,18 @@ class ImageTextCollator:
         self.processor = processor
         self.max_length = max_length
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            samples: dictionaries with `pixel_values`, one of `llm_embeds` and `text`, and optionally `index`; all
-                with the same keys.
+            samples: dictionaries with `pixel_values`, one of `llm_embeds` and `text`, and optionally `index` and
+                `key`; all with the same keys.
 
         Returns:
-            `dict`: `pixel_values` `(batch, 3, height, width)`; `index` `(batch,)` int64 if the samples have one;
-            and `llm_embeds` `(batch, dim)`, or `input_ids` and `attention_mask` `(batch, length)`, padded to the
-            longest text on the side of the tokenizer. Nothing else, in particular no labels. `{}` for a batch of
-            empty samples, which a resumed `ImageTextStream` yields for batches that are dropped.
+            `dict`: `pixel_values` `(batch, 3, height, width)`; `index` `(batch,)` int64 and `key`, a list of `str`,
+            if the samples have them; and `llm_embeds` `(batch, dim)`, or `input_ids` and `attention_mask`
+            `(batch, length)`, padded to the longest text on the side of the tokenizer. Nothing else, in particular no
+            labels. `{}` for a batch of empty samples, which a resumed `ImageTextStream` yields for batches that are
+            dropped.
 
         Raises:
             ValueError: if the keys are missing, unknown or differ between samples, shapes differ, or texts come
@@ -54,9 +55,11 @@ class ImageTextCollator:
         if samples and not any(samples):
             return {}
         keys = _common_keys(samples)
-        batch = {"pixel_values": _stack(samples, "pixel_values")}
+        batch: dict[str, Any] = {"pixel_values": _stack(samples, "pixel_values")}
         if "index" in keys:
             batch["index"] = torch.tensor([int(sample["index"]) for sample in samples])
+        if "key" in keys:
+            batch["key"] = [str(sample["key"]) for sample in samples]
         if "llm_embeds" in keys:
             return batch | {"llm_embeds": _stack(samples, "llm_embeds")}
         return batch | self._tokenize([sample["text"] for sample in samples])
@@ -92,7 +95,7 @@ def _common_keys(samples: Sequence[Mapping[str, Any]]) -> set[str]:
     if unknown or "pixel_values" not in keys or len(keys & {"llm_embeds", "text"}) != 1:
         raise ValueError(
             f"Samples have the keys {sorted(keys)}. They need `pixel_values`, one of `llm_embeds` and `text`, and may "
-            "have `index`. With the Trainer, set `remove_unused_columns=False`."
+            "have `index` and `key`. With the Trainer, set `remove_unused_columns=False`."
         )
     return keys
 

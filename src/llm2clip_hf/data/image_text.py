@@ -40,7 +40,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         captions (*optional*): as for `CaptionTable`; gives samples with `text`.
         store (`CaptionEmbeddingStore`, *optional*):
             Gives samples with `llm_embeds` instead. With `captions` as well, the store is checked to have been made
-            from exactly these captions, and their texts are not returned.
+            from exactly these captions, whose texts are returned only on request.
         transform: called as `transform(image, generator)` with an RGB PIL image and a `torch.Generator` seeded for
             this sample; returns a float tensor, see `RandomResizedCropTransform`.
         caption_weights (mapping from source name to `float`, *optional*):
@@ -50,13 +50,16 @@ class ImageTextDataset(torch.utils.data.Dataset):
         sub_captions (`float`, defaults to 0):
             Probability of returning a random run of sentences of the drawn caption instead of all of it, an option of
             long-caption training (DreamLIP, arXiv 2403.17007); for `text` only, see `split_sub_captions` for stores.
+        with_text (`bool`, defaults to `False`):
+            Also return the `text` whose embedding is returned, with `captions` and `store`: for a second text encoder,
+            see `ClipTextCollator`. Without a store samples have the text anyway.
         on_bad_image (`"error"` or `"skip"`, defaults to `"error"`):
             What to do with an image that cannot be read. `"skip"` returns another row in its place, chosen by a hash
             of (seed, epoch, index), so that batches keep their size; `skipped` counts and names them.
 
     Raises:
-        ValueError: if the lengths differ, the weights do not fit the sources, an image has captions only in sources
-            of weight 0, or the store was made from other captions.
+        ValueError: if the lengths differ, `with_text` is set without captions, the weights do not fit the sources, an
+            image has captions only in sources of weight 0, or the store was made from other captions.
 
     Example:
     >>> from PIL import Image
@@ -79,6 +82,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         caption_weights: Mapping[str, float] | None = None,
         seed: int = 0,
         sub_captions: float = 0.0,
+        with_text: bool = False,
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         table = CaptionTable(captions) if captions is not None and not isinstance(captions, CaptionTable) else captions
@@ -89,6 +93,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
                 f"The store `{store.path}` was made from other captions than `captions`. "
                 "Pass the captions it was made from, or embed these captions."
             )
+        if with_text and table is None:
+            raise ValueError("`with_text=True` needs the texts, which a store does not hold. Pass `captions` as well.")
         self.captions: CaptionTable | None = table
         self.store = store
         layout = store if store is not None else table
@@ -102,6 +108,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         check_sub_captions(sub_captions, store is not None)
         self.images = images
         self.transform = transform
+        self._with_text = with_text or store is None
         self._layout = layout
         self._draws = SampleDraws(seed, checked_weights(caption_weights, layout.source_names), sub_captions)
         # In shared memory, so that the workers of a loader with `persistent_workers=True` see `set_epoch`.
@@ -138,7 +145,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
         Returns:
             `dict` with `pixel_values` (what `transform` returns), `index` (`int`, the row that was read), and either
-            `llm_embeds` (`torch.Tensor` of shape `(embedding_dim,)`, float32) or `text` (`str`).
+            `llm_embeds` (`torch.Tensor` of shape `(embedding_dim,)`, float32) or `text` (`str`), or both of the same
+            caption with `with_text`.
 
         Raises:
             ValueError: if the image cannot be read, or with `on_bad_image="skip"` if 32 images tried in its place
@@ -155,7 +163,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         }
         if self.store is not None:
             sample["llm_embeds"] = self.store.gather([row])[0].float()
-        elif self.captions is not None:
+        if self._with_text and self.captions is not None:
             text = self.captions[index][row - int(self.captions.offsets[index])]
             sample["text"] = self._draws.sub_caption(int(self._epoch), index, text)
         return sample

@@ -27,6 +27,7 @@ from .shard_counts import SamplesPerShard, make_shards, resolve_counts, warn_of_
 from .shards import RawSample
 from .skips import SkipLog, SkipReport
 from .stream_plan import Layout, WorkerPlan, batches_of_worker, plan_worker
+from .stream_texts import StreamTexts, source_fields
 from .transforms import ImageTransform
 
 
@@ -53,9 +54,11 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         caption_fields (mapping from source name to `str`, *optional*):
             Where the captions of each source are: in tar shards an extension (`"txt"`) or an entry of the JSON member
             (`"json.caption"`), otherwise a column. A field holds a string or a list of strings; empty ones count as
-            missing. Gives samples with `text`.
+            missing. Gives samples with `text`; together with `store`, the text beside its embedding.
         store (`CaptionEmbeddingStore`, *optional*):
-            Gives samples with `llm_embeds` instead, looked up by the key of the sample; made with `keys`.
+            Gives samples with `llm_embeds` instead, looked up by the key of the sample; made with `keys`. Where
+            `caption_fields` are given as well, they must be those that the store was made with, and every sample must
+            have as many captions in each as the store has.
         transform: as for `ImageTextDataset`.
         caption_weights (mapping from source name to `float`, *optional*): as for `ImageTextDataset`.
         seed (`int`, defaults to 0): seed of order, captions and crops.
@@ -122,8 +125,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         on_bad_image: Literal["error", "skip"] = "error",
         on_bad_sample: Literal["error", "skip"] = "error",
     ) -> None:
-        if (caption_fields is None) == (store is None):
-            raise ValueError("Pass either `caption_fields`, for captions as text, or `store`, for stored embeddings.")
+        fields = source_fields(caption_fields, store)
         check_sub_captions(sub_captions, store is not None)
         if store is not None and not store.has_keys:
             raise ValueError(
@@ -136,18 +138,18 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         check_choice("on_bad_sample", on_bad_sample)
         self.store, self.transform, self.shuffle_buffer = store, transform, shuffle_buffer
         self.batch_size = 1
-        self._fields = dict(caption_fields or {})
-        names = store.source_names if store is not None else tuple(self._fields)
+        names = store.source_names if store is not None else tuple(fields)
         self._draws = SampleDraws(seed, checked_weights(caption_weights, names), sub_captions)
+        self._texts = StreamTexts(fields, store, self._draws)
         self._on_bad_image, self._on_bad_sample = on_bad_image, on_bad_sample
         self._skips = SkipLog()
-        self._shards = make_shards(shards, self._fields, image_column, key_column)
+        self._shards = make_shards(shards, fields, image_column, key_column)
         damages: list[str] | None = [] if on_bad_sample == "skip" else None
         self._counts = resolve_counts(self._shards, samples_per_shard, damages)
         self._counts_stated = samples_per_shard is not None
         for damage in damages or ():
             self._skips.add(damage)
-        warn_of_absent_sources(self._shards, self._counts, self._fields)
+        warn_of_absent_sources(self._shards, self._counts, fields)
         self._first_index = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
         self.num_samples = int(self._first_index[-1])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -373,7 +375,10 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         name = f"sample `{raw.key}` of shard `{self._shards[shard].name}`"
         if raw.problem:
             raise _UnusableSample(f"Cannot use {name}: {raw.problem}.", self._on_bad_sample)
-        text = self._text_features(plan.epoch, name, index, raw)
+        try:
+            text = self._texts.features(plan.epoch, index, raw)
+        except ValueError as error:
+            raise _UnusableSample(f"Cannot use {name}: {error}.", self._on_bad_sample) from error
         try:
             image = decode_image(raw.image, f"The image of {name}")
         except ValueError as error:
@@ -383,28 +388,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             "index": index,
             **text,
         }
-
-    def _text_features(self, epoch: int, name: str, index: int, raw: RawSample) -> dict[str, Any]:
-        if self.store is None:
-            texts = [text for captions in raw.captions.values() for text in captions]
-            sources = [np.full(len(captions), k) for k, captions in enumerate(raw.captions.values())]
-            source_ids = np.concatenate(sources).astype(np.int64)
-        else:
-            try:
-                row = self.store.index_of(raw.key)
-            except KeyError as error:
-                message = f"Cannot use {name}: its key is not in the store `{self.store.path}`."
-                raise _UnusableSample(message, self._on_bad_sample) from error
-            start, stop = int(self.store.offsets[row]), int(self.store.offsets[row + 1])
-            source_ids = self.store.source_ids[start:stop]
-        if not len(source_ids) or not self._draws.weights[source_ids].any():
-            found = {source: len(captions) for source, captions in raw.captions.items()}
-            message = f"Cannot use {name}: it has no caption in a source of positive weight (captions: {found})."
-            raise _UnusableSample(message, self._on_bad_sample)
-        drawn = self._draws.caption(epoch, index, source_ids)
-        if self.store is not None:
-            return {"llm_embeds": self.store.gather([start + drawn])[0].float()}
-        return {"text": self._draws.sub_caption(epoch, index, texts[drawn])}
 
     def _raw_samples(self, plan: WorkerPlan, positions: Sequence[int]) -> Iterator[RawSample]:
         """The samples at ascending positions, undecoded; opens only the shards that hold one of them."""

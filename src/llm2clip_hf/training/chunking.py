@@ -24,7 +24,9 @@ CLIP_TEXT_NAMES = ("clip_input_ids", "clip_attention_mask")
 
 
 @contextmanager
-def chunked_forward(model: Any, embed_clip_text: Callable[..., dict[str, torch.Tensor]] | None = None) -> Iterator[None]:
+def chunked_forward(
+    model: Any, embed_clip_text: Callable[..., dict[str, torch.Tensor]] | None = None
+) -> Iterator[None]:
     """
     Makes `model.forward` take a list of batches as `chunks` and return only the embeddings of all of them, for the
     duration of the context.
