@@ -24,11 +24,40 @@ def run(argv: Sequence[str]) -> int:
         default="test",
         help="scenes to measure on; choose settings on `validation` (default: %(default)s)",
     )
+    app = parser.add_argument_group("search app", "A page in the browser, instead of a run: sentences find images.")
+    app.add_argument("--app", action="store_true", help="search the demo's scenes with the model in --output-dir")
+    app.add_argument("--model", help="another model for --app: folder or repository, LLM2CLIP, CLIP or SigLIP")
+    app.add_argument("--images", help="folder of images for --app, instead of the demo's scenes")
+    app.add_argument("--captions", help="text file for --app, one caption per line")
+    app.add_argument("--host", default="127.0.0.1", help="address for --app to listen on (default: %(default)s)")
+    app.add_argument("--port", type=int, default=7860, help="port for --app (default: %(default)s)")
+    app.add_argument("--trust-remote-code", action="store_true", help="run code that the repository of --model brings")
     arguments = parser.parse_args(list(argv))
+    if arguments.app:
+        return run_app(arguments)
+    for name in ("model", "images", "captions", "trust_remote_code"):
+        if getattr(arguments, name):
+            parser.error(f"--{name.replace('_', '-')} belongs to --app")
 
     from llm2clip_hf.demo import FAST, FULL, run_demo
 
     run_demo(
         arguments.output_dir, seed=arguments.seed, settings=FAST if arguments.fast else FULL, split=arguments.split
     )
+    return 0
+
+
+def run_app(arguments: argparse.Namespace) -> int:
+    """Serves the search page until it is interrupted."""
+    from llm2clip_hf.demo.app import import_gradio, launch_app, load_index
+
+    import_gradio()  # if it is missing, say so before the work
+    index = load_index(
+        arguments.model,
+        arguments.images,
+        arguments.captions,
+        demo_dir=arguments.output_dir,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    launch_app(index, host=arguments.host, port=arguments.port)
     return 0

@@ -345,7 +345,7 @@ class PushedModel:
 class PushedProcessor(ProcessorMixin):  # type: ignore[misc]
     """`push_to_hub` of a processor: its files only, since the card of a repository is its model's."""
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
