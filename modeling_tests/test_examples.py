@@ -86,3 +86,14 @@ def test_llava_around_the_tower(tmp_path: Path, vision: str) -> None:
     with torch.no_grad():
         given = llava.model.vision_tower(images).last_hidden_state
         torch.testing.assert_close(given, model.vision_model(images).last_hidden_state, atol=1e-6, rtol=1e-5)
+
+
+def test_search_app_tells_what_is_missing(tmp_path: Path) -> None:
+    """That its page works is tested in a browser, in `test_app.py`."""
+    pytest.importorskip("gradio", reason="the app needs gradio")
+    tiny_models.model().save_pretrained(tmp_path / "model")
+    tiny_models.processor().save_pretrained(tmp_path / "model")
+    command = [str(EXAMPLES / "app.py"), "--model", str(tmp_path / "model"), "--images", str(tmp_path / "photos")]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "photos` does not exist. Give a folder of images." in done.stderr
