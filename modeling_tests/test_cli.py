@@ -34,7 +34,9 @@ def test_unknown_option_is_wrong_usage(verb: str, capsys: pytest.CaptureFixture[
     assert "--no-such-option" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "message"), [([], "no verb given"), (["fly"], "unknown verb 'fly'")])
+@pytest.mark.parametrize(
+    ("argv", "message"), [([], "no verb given"), (["fly"], "unknown verb 'fly'"), (["evalute"], "mean 'evaluate'?")]
+)
 def test_wrong_verb(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import original_checkpoints
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from tiny_data import write_training_files
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
@@ -62,11 +64,33 @@ def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
     assert all(-1.0 <= float(line.split("  ")[0]) <= 1.0 for line in output.splitlines())
 
     output = run(
+        str(EXAMPLES / "zero_shot.py"), "--model", str(tmp_path / "clip" / "model"), "--classes", "red sea", "boat",
+        "--images", *images[:3], "--device", "cpu",
+    )  # fmt: skip
+    rows = [line.split("  ") for line in output.splitlines()]
+    assert [row[0] for row in rows] == images[:3]
+    assert all(row[1] in ("red sea", "boat") and 0.5 <= float(row[2]) <= 1.0 for row in rows)
+
+    output = run(
         str(EXAMPLES / "evaluate.py"), "--models", str(tmp_path / "clip" / "model"), "--tasks",
         str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / "results"),
     )  # fmt: skip
     assert output.count("R@1 image to text") == 1
     assert (tmp_path / "results" / "model" / "recall.png").is_file()
+
+
+@pytest.mark.slow
+def test_conversion_of_an_original_checkpoint(tmp_path: Path) -> None:
+    original = original_checkpoints.model(tiny_models.vision_config("eva02").to_dict(), "linear_bias")
+    torch.save(original_checkpoints.eva(original), tmp_path / "LLM2CLIP-EVA02-tiny.pt")
+    for name, colour in (("a.png", (200, 10, 10)), ("b.png", (10, 10, 200))):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / name)
+    output = run(
+        str(EXAMPLES / "convert_checkpoint.py"), "--source", str(tmp_path / "LLM2CLIP-EVA02-tiny.pt"), "--output_dir",
+        str(tmp_path / "converted"), "--images", str(tmp_path / "a.png"), str(tmp_path / "b.png"),
+    )  # fmt: skip
+    assert "largest difference after reloading" in output
+    assert "1.0000" in output.splitlines()[1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `llm2clip`: names and help of the verbs; each verb is a module that is imported when it is called."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llm2clip {__version__}")
         return 0
     if not arguments or arguments[0] not in VERBS:
-        given = f"unknown verb {arguments[0]!r}" if arguments else "no verb given"
+        given = "no verb given"
+        if arguments:
+            near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+            given = f"unknown verb {arguments[0]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         print(f"llm2clip: {given}\n\n{usage()}", file=sys.stderr)
         return 2
     verb, rest = arguments[0], arguments[1:]
