@@ -43,7 +43,7 @@ arguments, training_args = HfArgumentParser(
 captions = load_captions(arguments.captions, min_captions=2)
 num_train = len(captions) - arguments.num_test_images
 train = CaptionPairDataset(captions.select(range(num_train)), seed=training_args.seed)
-test = [list(dict.fromkeys(captions[image])) for image in range(num_train, len(captions))]
+test = [captions[image] for image in range(num_train, len(captions))]
 
 # 2. The LLM with bidirectional attention, mean pooling and LoRA.
 encoder = build_caption_encoder(arguments.llm)

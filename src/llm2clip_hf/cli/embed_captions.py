@@ -98,7 +98,7 @@ def run(argv: Sequence[str]) -> int:
         if getattr(options, name) is None:
             raise ValueError(f"`--{name}` is missing.")
     captions, keys = load_texts(options)
-    store = embed(options, captions, keys, options.output_dir)
+    store = embed(options, options.llm, captions, keys, options.output_dir)
     print(f"captions  {store.num_captions} of {store.num_images} images, sources {', '.join(store.source_names)}")
     print(f"width     {store.embedding_dim}, {options.store_dtype}")
     print(f"written   {store.path}")
@@ -155,11 +155,11 @@ def read_shards(options: Any) -> tuple[Any, list[str]]:
     return load_shard_captions(options.shards, fields, on_bad_row=options.on_bad_row)
 
 
-def embed(options: Any, captions: Any, keys: list[str] | None, output_dir: str) -> "CaptionEmbeddingStore":
-    """Embeds captions on the device of this process."""
+def embed(options: Any, llm: str, captions: Any, keys: list[str] | None, output_dir: str) -> "CaptionEmbeddingStore":
+    """Embeds captions on the device of this process; `options` are those of this verb or of `train-clip`."""
     from llm2clip_hf.data import embed_captions
 
-    encoder, arguments = load_encoder(options, process_device(options.device))
+    encoder, arguments = load_encoder(options, llm, process_device(options.device))
     return embed_captions(
         encoder,
         captions,
@@ -172,22 +172,22 @@ def embed(options: Any, captions: Any, keys: list[str] | None, output_dir: str) 
     )
 
 
-def load_encoder(options: Any, device: str) -> tuple[Any, dict[str, Any]]:
+def load_encoder(options: Any, llm: str, device: str) -> tuple[Any, dict[str, Any]]:
     """What turns captions into embeddings, and the arguments of `embed_captions` that go with it."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     import llm2clip_hf  # noqa: F401  (registers the model type)
 
-    config = AutoConfig.from_pretrained(options.llm)
+    config = AutoConfig.from_pretrained(llm)
     if config.model_type == "llm2clip":
         trust = options.trust_remote_code
-        model = AutoModel.from_pretrained(options.llm, trust_remote_code=trust).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(options.llm, trust_remote_code=trust)
+        model = AutoModel.from_pretrained(llm, trust_remote_code=trust).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust)
         return model, {"tokenizer": tokenizer, "max_length": options.max_length or 512}
     from llm2clip_hf.training import build_caption_encoder
 
     encoder = build_caption_encoder(
-        options.llm,
+        llm,
         template=None if options.template == "none" else options.template,
         max_length=options.max_length,
         lora=None,

@@ -43,6 +43,7 @@ def write_results(output_dir: Any, results: Mapping[str, Any]) -> Path:
     import torch
     import transformers
 
+    from llm2clip_hf.data.atomic import write_json_atomically
     from llm2clip_hf.version import __version__
 
     record = {
@@ -57,7 +58,5 @@ def write_results(output_dir: Any, results: Mapping[str, Any]) -> Path:
     }
     path = Path(str(output_dir)) / RESULTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json_atomically(path, json.loads(json.dumps(record, default=str)))
     return path

@@ -10,7 +10,6 @@ from .results import refuse_finished, resume_point, write_results
 
 
 if TYPE_CHECKING:
-    from llm2clip_hf.data import CaptionTable
     from llm2clip_hf.training import CaptionContrastiveTrainingArguments
 
 
@@ -152,7 +151,7 @@ def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, An
     test: list[list[str]] = []
     if options.test_captions:
         table = load_captions(options.test_captions, min_captions=2, on_bad_row=options.on_bad_row)
-        test = [distinct(table, image) for image in range(len(table))]
+        test = [table[image] for image in range(len(table))]
     sources: dict[str, Any] = {}
     for name, entry in options.sources.items():
         kind, settings = source_settings(name, entry, options.on_bad_row)
@@ -168,7 +167,7 @@ def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, An
                     f"`{name}` has {len(table)} images, too few to hold out {options.num_test_images} of them. Lower "
                     "`num_test_images`, or give `test_captions`."
                 )
-            test = [distinct(table, image) for image in range(train_images, len(table))]
+            test = [table[image] for image in range(train_images, len(table))]
             table = table.select(range(train_images))
         sources[name] = CaptionPairDataset(table, seed, **pair_settings)
     return sources, test
@@ -203,11 +202,6 @@ def other_source(kind: str, settings: dict[str, Any], seed: int) -> Any:
 
     path = settings.pop("path")
     return TextPairDataset(path, seed=seed, **settings) if kind == "pairs" else DropoutPairDataset(path, **settings)
-
-
-def distinct(table: "CaptionTable", image: int) -> list[str]:
-    """The different captions of an image, in order."""
-    return list(dict.fromkeys(table[image]))
 
 
 def print_plan(

@@ -212,7 +212,8 @@ def print_plan(
     if test is not None:
         print(f"test      {len(test)} images, {test.captions.num_captions} captions")
     if options.text_model:
-        print(describe_llm(options.text_model, lora_rank=16 if args.train_text == "lora" else 1, dtype=options.dtype))
+        rank = 16 if args.train_text == "lora" else None
+        print(describe_llm(options.text_model, lora_rank=rank, dtype=options.dtype))
 
 
 def train_and_save(
@@ -275,15 +276,7 @@ def open_or_embed(options: TrainClipOptions, table: "ImageTextTable | None", fol
     if (Path(folder) / "index.json").is_file():
         return CaptionEmbeddingStore.open(folder)
     captions, keys = (table.captions, table.keys) if table is not None else read_shards(options)
-    return embed(_EncoderOptions(options), captions, keys, folder)
-
-
-class _EncoderOptions:
-    """The options of `embed-captions`, read off those of `train-clip`."""
-
-    def __init__(self, options: TrainClipOptions) -> None:
-        self.__dict__.update(vars(options))
-        self.llm = options.text_model or options.model
+    return embed(options, str(options.text_model or options.model), captions, keys, folder)
 
 
 def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPModel", Any]:

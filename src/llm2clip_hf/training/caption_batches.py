@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import distributed
 from ..data.embed import token_budget_batches
+from .chunking import exchanged_forward
 
 
 Features = dict[str, Any]
@@ -78,7 +79,6 @@ def embed_columns(
 def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
     """Makes `model.forward` take many mini-batches at once, for the duration of the context."""
     forward: Callable[..., Any] = model.forward
-    was_patched = "forward" in model.__dict__
 
     def embed(batch: Features) -> Tensor:
         # A copy, because modules write their results into the features.
@@ -91,14 +91,8 @@ def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
             parts = [embed(each) for each in batch["mini_batches"]]
         return {"sentence_embedding": torch.cat(parts)}
 
-    model.forward = forward_all
-    try:
+    with exchanged_forward(model, forward_all):
         yield
-    finally:
-        if was_patched:
-            model.forward = forward
-        else:
-            del model.forward
 
 
 def _checkpointed(embed: Callable[[Features], Tensor], batch: Features) -> Tensor:

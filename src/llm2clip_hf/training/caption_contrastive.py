@@ -83,7 +83,6 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             raise ValueError(
                 f"`model` must be a CaptionEncoder, got {type(model).__name__}. Make one with `build_caption_encoder`."
             )
-        self._is_checkpoint = False
         self._rows, self._stream = _open_training_set(train_dataset)
         self._sampler: SingleSourceBatchSampler | None = None
         super().__init__(model=model, args=args, eval_dataset=_evaluation_set(eval_dataset), **kwargs)
@@ -289,19 +288,6 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         )
 
     # ------------------------------------------------------------------------------------------------ saving, resuming
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the finished encoder: LoRA merged, one folder.
-
-        Args:
-            output_dir (`str`, *optional*): Folder to write, `args.output_dir` by default.
-        """
-        self._is_checkpoint = _internal_call
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._is_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         llm = self._encoder().llm

@@ -25,6 +25,22 @@ _STATE_FILE = "trainer_state.json"
 class AtomicCheckpointTrainer(Trainer):
     """A `Trainer` whose checkpoints appear whole or not at all; their content is that of `Trainer`."""
 
+    # Whether what is being saved is a checkpoint, and not the finished model.
+    _is_checkpoint = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the finished model; see the class for what that is.
+
+        Args:
+            output_dir (`str`, *optional*): Folder to write, `args.output_dir` by default.
+        """
+        self._is_checkpoint = _internal_call
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._is_checkpoint = False
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:
             self.store_flos()

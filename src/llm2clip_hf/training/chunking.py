@@ -40,7 +40,6 @@ def chunked_forward(
             entries; gives further embeddings by name.
     """
     forward: Callable[..., Any] = model.forward
-    was_patched = "forward" in model.__dict__
 
     def embed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         clip_text = [rows.get(name) for name in CLIP_TEXT_NAMES]
@@ -63,7 +62,21 @@ def chunked_forward(
                 outputs[name] = getattr(model, name).exp()
         return outputs
 
-    model.forward = chunked
+    with exchanged_forward(model, chunked):
+        yield
+
+
+@contextmanager
+def exchanged_forward(model: Any, replacement: Callable[..., Any]) -> Iterator[None]:
+    """
+    Puts another function in place of `model.forward` for the duration of the context.
+
+    Args:
+        model (`nn.Module`): The model; what it had as `forward` before is there again afterwards.
+        replacement (callable): The function.
+    """
+    forward, was_patched = model.forward, "forward" in model.__dict__
+    model.forward = replacement
     try:
         yield
     finally:

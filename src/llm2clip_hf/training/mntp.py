@@ -163,7 +163,6 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         )
         # So that the number of masked tokens is counted over all devices and accumulated steps.
         self.model_accepts_loss_kwargs = True
-        self._is_checkpoint = False
         if train is not None:
             self.add_callback(EpochCallback(train))
 
@@ -207,19 +206,6 @@ class MNTPTrainer(AtomicCheckpointTrainer):
                 f"{self.state.global_step}. Lower `learning_rate`."
             )
         return loss
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the language model with LoRA merged, and its tokenizer.
-
-        Args:
-            output_dir (`str`, *optional*): Folder to write, `args.output_dir` by default.
-        """
-        self._is_checkpoint = _internal_call
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._is_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         llm: Any = self.accelerator.unwrap_model(self.model)

@@ -11,14 +11,14 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 
 
 
 def describe_llm(
-    name_or_path: str, *, lora_rank: int, dtype: str | None = None, quantization: str | None = None
+    name_or_path: str, *, lora_rank: int | None, dtype: str | None = None, quantization: str | None = None
 ) -> str:
     """
     Size of an LLM, of its LoRA adapters on all linear layers, and the memory of both with AdamW.
 
     Args:
         name_or_path (`str`): Folder or repository of the LLM.
-        lora_rank (`int`): Rank of LoRA; 0 for training all weights.
+        lora_rank (`int` or `None`): Rank of LoRA; 0 for training all weights, `None` for a frozen LLM.
         dtype (`str`, *optional*): Type of the weights; that of the checkpoint by default.
         quantization (`str`, *optional*): `"4bit"` or `"8bit"`.
 
@@ -30,7 +30,7 @@ def describe_llm(
     with torch.device("meta"):
         llm = AutoModel.from_config(config)
     total = sum(parameter.numel() for parameter in llm.parameters())
-    trained = total
+    trained = total if lora_rank == 0 else 0
     if lora_rank:
         linear = [module for module in llm.modules() if isinstance(module, torch.nn.Linear)]
         trained = sum(lora_rank * (module.in_features + module.out_features) for module in linear)
