@@ -223,6 +223,57 @@ def test_retrieval_metrics_ignore_autocast():
         assert retrieval_metrics(images, texts, torch.arange(40)) == expected
 
 
+def close_calls(width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with twins that score a caption a few millionths higher or lower: apart in float64, not in float32."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(400, width, generator=generator, dtype=torch.float64)
+    texts = images + torch.randn(400, width, generator=generator, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(images, dim=1)
+    texts = torch.nn.functional.normalize(texts, dim=1)
+    for row in range(40):
+        # Moved along the caption's part that is orthogonal to the image, the cosine changes in proportion.
+        aside = texts[row] - (texts[row] @ unit[row]) * unit[row]
+        step = (row - 19.5) * 2e-7
+        unit[399 - row] = unit[row] + aside / aside.norm() ** 2 * step
+    return unit, texts
+
+
+def float64_counts(images: torch.Tensor, texts: torch.Tensor, tolerance: float = 1e-6) -> tuple[torch.Tensor, ...]:
+    unit = torch.nn.functional.normalize
+    similarity = unit(images.double(), dim=1) @ unit(texts.double(), dim=1).T
+    distance = torch.cat([similarity - similarity.diag()[:, None], (similarity - similarity.diag()[None]).T])
+    above, level = (distance > tolerance).sum(1), (distance.abs() <= tolerance).sum(1)
+    return (above + (level + 1) / 2).double().chunk(2)
+
+
+@pytest.mark.parametrize("chunk_size", [64, 170, 1024])
+def test_ranks_are_those_of_float64_where_float32_cannot_tell(chunk_size):
+    images, texts = close_calls()
+    ranks = retrieval_ranks(images, texts, torch.arange(400), chunk_size=chunk_size)
+    to_text, to_image = float64_counts(images, texts)
+    assert torch.equal(ranks.image_to_text, to_text)
+    assert torch.equal(ranks.text_to_image, to_image)
+    # The case is a hard one: in float32 alone the ranks would be others.
+    near = images.float() @ texts.float().T
+    assert ((near > near.diag()[None]).sum(0) + 1 != to_image).any()
+
+
+def test_ranks_do_not_rely_on_the_precision_that_float32_products_are_set_to(monkeypatch):
+    images, texts = close_calls()
+    expected = retrieval_ranks(images, texts, torch.arange(400))
+    multiply = torch.mm
+
+    def rounding(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if first.dtype == torch.float32:  # as TF32 and its like do
+            first, second = first.bfloat16().float(), second.bfloat16().float()
+        return multiply(first, second, out=out)
+
+    monkeypatch.setattr(torch, "mm", rounding)
+    ranks = retrieval_ranks(images, texts, torch.arange(400))
+    assert torch.equal(ranks.image_to_text, expected.image_to_text)
+    assert torch.equal(ranks.text_to_image, expected.text_to_image)
+
+
 def test_retrieval_metrics_refuse_bad_input_and_name_the_row():
     images, texts, owners = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 2, 1])
 

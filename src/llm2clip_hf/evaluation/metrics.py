@@ -6,8 +6,9 @@ Ties count as what random tie-breaking gives on average, computed and not drawn.
 all tie, gets the score of guessing, and no metric depends on the order of rows. Cosines closer than `TIE_TOLERANCE`
 are equal, because embeddings of the same content differ by that much between batches and devices.
 
-Scores are computed in float64: autocast and TF32, which a caller may have switched on, leave it alone. They are never
-all in memory: a tile of `chunk_size` by `chunk_size` is, on the device of the embeddings.
+Counts are those of float64 scores: float32 decides only where its error cannot matter, and autocast and TF32, which a
+caller may have switched on, change nothing. Scores are never all in memory: a tile of `chunk_size` by `chunk_size` is,
+on the device of the embeddings.
 """
 
 from collections.abc import Sequence

@@ -6,10 +6,11 @@ Where right answers stand among all candidates, counted a tile of the similarity
 (2) Tile by tile, each query counts the candidates above and level with that score; one product serves both directions.
 (3) Counts become ranks and hit probabilities, ties in random order, in closed form.
 
-Scores are float64, which autocast, TF32 and reduced matmul precision leave alone. Memory is the embeddings, a tile,
-and a few numbers per row.
+Counts are those of float64 scores, whatever autocast, TF32 and reduced matmul precision are set to. Memory is the
+embeddings, a tile, and a few numbers per row.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,8 @@ def count_pairs(images: UnitRows, texts: UnitRows, owners: torch.Tensor, chunk_s
     slots = _CaptionSlots(scores, owners, len(images))
     # Step (2)
     text_above, text_reach, caption_above, caption_reach = (torch.zeros_like(owners) for _ in range(4))
-    tile = _Tile(min(chunk_size, len(images)) * min(chunk_size, len(texts)), scores.device)
+    shape = (min(chunk_size, len(images)), min(chunk_size, len(texts)))
+    tile = _Tile(shape, images.embeds.shape[1], scores.device)
     for start in range(0, len(images), chunk_size):
         stop = min(start + chunk_size, len(images))
         queries = images[start:stop]
@@ -148,29 +150,117 @@ class _CaptionSlots:
 
 
 class _Tile:
-    """A tile of similarities and a mask on it, in memory that is allocated once."""
+    """
+    A tile of similarities, counted in float32 where that decides and in float64 where it does not.
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._scores = torch.empty(size, dtype=torch.float64, device=device)
-        self._mask = torch.empty(size, dtype=torch.bool, device=device)
+    A float32 product of unit rows is off by at most `(D + 4) * 2**-24`: rounding of the rows (2), of the sum of `D`
+    products (`D`), and of the threshold (2). Entries further than that from a threshold are on the same side of it in
+    float64; the few others are computed again. On a CPU this halves the time, on a GPU without fast float64 far more.
+
+    Args:
+        shape (`tuple[int, int]`): rows and columns of the largest tile.
+        width (`int`): `D`.
+        device (`torch.device`): where to compute.
+    """
+
+    # Above this share of undecided entries, e.g. where all embeddings are equal, the whole tile is done in float64;
+    # an entry on its own costs some tens of those in a product.
+    _MOST_UNDECIDED = 1 / 512
+    # Screening stops when more than this share of tiles was done in float64 all the same.
+    _MOST_REPEATED = 1 / 8
+    # How many undecided entries are computed at a time: what they need of the rows stays in a cache.
+    _ENTRIES = 512
+
+    def __init__(self, shape: tuple[int, int], width: int, device: torch.device) -> None:
+        size = shape[0] * shape[1]
+        self._products, self._mask = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+        self._exact_products: torch.Tensor | None = None
+        self._error = (width + 4) * 2.0**-24
+        self._screen = self._keeps_float32(shape, width)
+        self._tiles = self._repeated = 0
 
     def multiply(self, queries: torch.Tensor, candidates: torch.Tensor) -> None:
-        shape = (len(queries), len(candidates))
-        self._similarity = self._scores[: shape[0] * shape[1]].view(shape)
-        torch.mm(queries, candidates.T, out=self._similarity)
+        """Take float64 unit rows `(R, D)` and `(C, D)`."""
+        self._queries, self._candidates = queries, candidates
+        self._in_float64: torch.Tensor | None = None
+        self._tiles += 1
+        self._screen = self._screen and self._repeated <= max(1, self._tiles * self._MOST_REPEATED)
+        if self._screen:
+            self._in_float32 = self._product(self._products, queries.float(), candidates.float())
 
     def count(
         self, threshold: torch.Tensor, dim: int, rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entries above the threshold, and entries not below it, along `dim`; of all rows or of some."""
-        chosen = self._similarity if rows is None or len(rows) == len(self._similarity) else self._similarity[rows]
-        mask = self._mask[: chosen.numel()].view(chosen.shape)
-        # As bytes: several times faster on a CPU than the sum of a boolean tensor, which widens it to int64 first.
-        as_bytes = mask.view(torch.uint8)
-        torch.gt(chosen, threshold + TIE_TOLERANCE, out=mask)
-        above = as_bytes.sum(dim, dtype=torch.int32)
-        torch.ge(chosen, threshold - TIE_TOLERANCE, out=mask)
-        return above, as_bytes.sum(dim, dtype=torch.int32)
+        """Entries above the float64 threshold, and entries not below it, along `dim`; of all rows or of some."""
+        if rows is not None and len(rows) == len(self._queries):
+            rows = None
+        if self._screen and self._in_float64 is None:
+            chosen = self._in_float32 if rows is None else self._in_float32[rows]
+            low, high = threshold - TIE_TOLERANCE - self._error, threshold + TIE_TOLERANCE + self._error
+            above = self._number(torch.gt, chosen, high, dim)
+            undecided = self._number(torch.ge, chosen, low, dim) - above
+            if undecided.sum() <= chosen.numel() * self._MOST_UNDECIDED:
+                return self._decide(chosen, threshold, dim, rows, above, undecided.nonzero()[:, 0])
+        if self._in_float64 is None:
+            self._repeated += 1
+            if self._exact_products is None:
+                self._exact_products = torch.empty_like(self._products, dtype=torch.float64)
+            self._in_float64 = self._product(self._exact_products, self._queries, self._candidates)
+        chosen = self._in_float64 if rows is None else self._in_float64[rows]
+        above = self._number(torch.gt, chosen, threshold + TIE_TOLERANCE, dim)
+        return above, self._number(torch.ge, chosen, threshold - TIE_TOLERANCE, dim)
+
+    def _decide(
+        self,
+        chosen: torch.Tensor,
+        threshold: torch.Tensor,
+        dim: int,
+        rows: torch.Tensor | None,
+        above: torch.Tensor,
+        lines: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add to `above` what is near the threshold, computed in float64; `lines` are the places in it to look at."""
+        reach = above.clone()
+        if not len(lines):
+            return above, reach
+        queries = self._queries if rows is None else self._queries[rows]
+        of_lines, others = (self._candidates, queries) if dim == 0 else (queries, self._candidates)
+        near = (chosen if dim == 1 else chosen.T).index_select(0, lines)
+        limit = threshold.reshape(-1)[lines, None]
+        margin = TIE_TOLERANCE + self._error
+        # The very comparisons that were counted, so that none is lost in rounding.
+        near = (near >= (limit - margin).float()) & ~(near > (limit + margin).float())
+        for entries in near.nonzero().split(self._ENTRIES):
+            line, other = lines[entries[:, 0]], entries[:, 1]
+            score = (of_lines[line] * others[other]).sum(dim=1)
+            distance = score - limit[entries[:, 0], 0]
+            above.index_add_(0, line, (distance > TIE_TOLERANCE).to(above.dtype))
+            reach.index_add_(0, line, (distance >= -TIE_TOLERANCE).to(reach.dtype))
+        return above, reach
+
+    def _number(
+        self, compare: Callable[..., torch.Tensor], chosen: torch.Tensor, threshold: torch.Tensor, dim: int
+    ) -> torch.Tensor:
+        """How many entries along `dim` satisfy the comparison."""
+        if chosen.dtype == torch.float32:
+            # As float32: several times faster on a CPU than a boolean result; a count below 2**24 is exact in it.
+            mask = self._mask[: chosen.numel()].view(chosen.shape)
+            return compare(chosen, threshold.float(), out=mask).sum(dim).to(torch.int32)
+        return compare(chosen, threshold).view(torch.uint8).sum(dim, dtype=torch.int32)
+
+    def _product(self, buffer: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        shape = (len(queries), len(candidates))
+        # Autocast would turn float32 rows into bfloat16.
+        with torch.autocast(buffer.device.type, enabled=False):
+            return torch.mm(queries, candidates.T, out=buffer[: shape[0] * shape[1]].view(shape))
+
+    def _keeps_float32(self, shape: tuple[int, int], width: int) -> bool:
+        """Whether a product is done in float32, seen on one, as TF32 and the like can be switched on in many ways."""
+        device = self._products.device
+        queries, candidates = (torch.zeros(length, width, device=device) for length in shape)
+        queries[:, 0] = value = 1 + 2.0**-20
+        candidates[:, 0] = 1
+        return bool((self._product(self._products, queries, candidates) == value).all())
 
 
 def hit_probability(counts: Counts, k: int) -> torch.Tensor:
