@@ -5,14 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from shard_files import CAPTION_FIELDS, write_shards
+from test_training_clip_modes import clip_text_tower
 from tiny_data import write_training_files
-from transformers import AutoModel
+from transformers import AutoModel, CLIPTextModelWithProjection
 
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.data import CaptionEmbeddingStore, load_captions
 from llm2clip_hf.evaluation import evaluate_retrieval
+from llm2clip_hf.training import load_concatenated_text_head
 
 
 pytest.importorskip("sentence_transformers")
@@ -110,6 +113,33 @@ def test_training_on_tar_shards(folder: Path) -> None:
     assert torch.isfinite(embeds).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stored", "online"])
+def test_integration_of_the_text_encoder_of_clip(folder: Path, mode: str) -> None:
+    torch.manual_seed(1)
+    tokenizer = tiny_models.llama3_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder / "clip-text")
+    # Another width than the joint space: the projection starts anew, the rest as it was.
+    config = clip_text_tower(width=11).config
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    CLIPTextModelWithProjection(config).save_pretrained(folder / "clip-text")
+    run(
+        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "llm", "--data",
+        folder / "train.parquet", "--projection_dim", 20, "--output_dir", folder / f"both-{mode}", "--max_steps", 2,
+        "--integration", "concatenated", "--clip_text_model", folder / "clip-text", "--text_mode", mode,
+        "--learning_rate", 1e-2, *COMMON,
+    )  # fmt: skip
+    saved = folder / f"both-{mode}" / "clip_text_model"
+    before = CLIPTextModelWithProjection.from_pretrained(folder / "clip-text")
+    after = CLIPTextModelWithProjection.from_pretrained(saved)
+    assert after.text_projection.weight.shape == (20, before.text_projection.weight.shape[1])
+    first, second = (tower.get_input_embeddings().weight for tower in (before, after))
+    moved = (first - second).abs().amax()
+    assert 0 < moved < 0.1  # trained from what was given, two steps of 0.01 and less
+    assert load_concatenated_text_head(folder / f"both-{mode}").weight.shape == (20, 40)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -118,6 +148,12 @@ def test_training_on_tar_shards(folder: Path) -> None:
         (["train-clip", "--data", "x"], "Give either `model`"),
         (["train-clip", "--vision_model", "v", "--data", "x"], "`text_model` is missing"),
         (["train-clip", "--model", "m", "--data", "x", "--train_text", "lora"], "Set `text_mode=online`"),
+        (["train-clip", "--model", "m", "--data", "x", "--integration", "both"], "Give both or neither"),
+        (["train-clip", "--model", "m", "--data", "x", "--clip_text_model", "c"], "Give both or neither"),
+        (
+            ["train-clip", "--model", "m", "--shards", "x", "--integration", "both", "--clip_text_model", "c"],
+            "Give `data`",
+        ),
         (["train-clip", "--model", "m", "--shards", "x.tar"], "`shards` need `caption_fields`"),
         (["embed-captions", "--llm", "x"], "`--output_dir` is missing"),
         (["embed-captions", "--llm", "x", "--output_dir", "o"], "Give one of `data`"),

@@ -44,6 +44,7 @@ SHOWN = (
     "vision_layer_decay",
     "train_vision",
     "train_text",
+    "integration",
     "loss_type",
     "dataloader_num_workers",
     "eval_strategy",
@@ -62,6 +63,10 @@ class TrainClipOptions:
         default=None, metadata={"help": "Vision tower to start from: a backbone, or a CLIP-like model."}
     )
     text_model: str | None = field(default=None, metadata={"help": "The LLM, best a result of stage 1."})
+    clip_text_model: str | None = field(
+        default=None,
+        metadata={"help": "CLIP whose text encoder is trained beside the LLM, with `integration` other than replace."},
+    )
     data: str | None = field(
         default=None,
         metadata={"help": "Images with captions: a folder, a parquet, jsonl or csv file, or a Hub data set."},
@@ -159,6 +164,16 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
         raise ValueError("Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.")
     if options.vision_model is not None and options.text_model is None:
         raise ValueError("`text_model` is missing: the LLM that the captions are embedded with.")
+    if (options.clip_text_model is None) != (args.integration == "replace"):
+        raise ValueError(
+            f"`clip_text_model` ({options.clip_text_model}) names CLIP's own text encoder, which every `integration` "
+            f"but replace ({args.integration}) needs. Give both or neither."
+        )
+    if options.clip_text_model is not None and options.data is None:
+        raise ValueError(
+            f"`integration={args.integration}` reads captions as text beside their stored embeddings, which a stream "
+            "of `shards` does not offer. Give `data`."
+        )
     if (options.data is None) == (options.shards is None):
         raise ValueError("Give either `data` or `shards`.")
     if args.train_text == "lora" and options.text_mode == "stored":
@@ -251,6 +266,7 @@ def train_and_save(
         train_dataset=training_data(options, args, table, store, processor),
         processing_class=processor,
         evaluators=evaluators,
+        **clip_text_parts(options, model, processor),
     )
     trainer.train(resume_from_checkpoint=resume)
     results = {"test": measure(trainer.model, processor)} if test is not None and args.should_save else {}
@@ -339,9 +355,27 @@ def training_data(
         "on_bad_image": options.on_bad_image,
     }
     if table is not None:
-        return table.dataset(store=store, **settings)
+        return table.dataset(store=store, with_text=options.clip_text_model is not None, **settings)
     fields = named_values(options.caption_fields, "caption_fields") if store is None else None
     return ImageTextStream(options.shards, fields, store=store, on_bad_sample=options.on_bad_row, **settings)
+
+
+def clip_text_parts(options: TrainClipOptions, model: "LLM2CLIPModel", processor: Any) -> dict[str, Any]:
+    """CLIP's own text encoder and the collator that feeds it, as arguments of the trainer; nothing without them."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    from llm2clip_hf.data import ImageTextCollator
+    from llm2clip_hf.training import ClipTextCollator
+
+    if options.clip_text_model is None:
+        return {}
+    # Where the joint space has another width than CLIP's, the encoder starts with a new projection.
+    clip_text_model = CLIPTextModelWithProjection.from_pretrained(
+        options.clip_text_model, projection_dim=model.config.projection_dim, ignore_mismatched_sizes=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.clip_text_model)
+    collator = ClipTextCollator(tokenizer, ImageTextCollator(processor))
+    return {"clip_text_model": clip_text_model, "data_collator": collator}
 
 
 def bundle(options: TrainClipOptions, folder: str) -> None:
