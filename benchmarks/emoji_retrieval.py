@@ -9,7 +9,12 @@ Both stages on real parts: a trained MobileNetV2 learns emoji from a small train
 models with the same vision tower train for the same steps on the pairs of openmoji and noto: (a) with a text encoder
 of the LLM's shape that starts from scratch, (b) with stored embeddings of the raw LLM, (c) with those of the LLM after
 stage 1 on the captions of the training emoji and on `--captions`. Retrieval is measured on held-out emoji in the two
-styles, and in a third drawing style that no training has seen. `--flowers` (`train.parquet`, `test.parquet`, columns
+styles, and in a third drawing style that no training has seen. `--names` adds the emoji's names in all languages to
+stage 1, so that `llm2clip evaluate` can ask model (c), which `--output` saves, in languages that came with no image:
+
+    llm2clip evaluate --model OUTPUT --tasks "cross-lingual:twemoji.parquet?text_column=names&where=split:test"
+
+`--flowers` (`train.parquet`, `test.parquet`, columns
 `image`, `label_name`) adds the zero-shot accuracy on photos of flowers before and after fine-tuning model (c) on
 captions of the training photos.
 """
@@ -50,7 +55,7 @@ def main() -> None:
         for name in ("openmoji", "noto", "twemoji")
     }
     seen = concatenate_datasets(
-        [styles[name].select_columns(["image", "captions", "split"]) for name in ("openmoji", "noto")]
+        [styles[name].select_columns(["image", "captions", "name", "names", "split"]) for name in ("openmoji", "noto")]
     )
     train = of_split(seen, "train")
     tests = {"openmoji and noto": of_split(seen, "test"), "twemoji (new style)": of_split(styles["twemoji"], "test")}
@@ -67,6 +72,9 @@ def main() -> None:
         if "c" in arguments.models:
             parts = with_llm(stage_1(train, arguments, folder), arguments)
             rows["(c) LLM after stage 1"] = run(parts, train, tests, arguments, f"{folder}/c")
+            if arguments.output:
+                for part in parts:
+                    part.save_pretrained(arguments.output)
             flowers = flower_accuracies(*parts, arguments, folder) if arguments.flowers else None
 
     print(
@@ -97,6 +105,10 @@ def raw(arguments: argparse.Namespace, folder: str) -> str:
 def stage_1(train: Dataset, arguments: argparse.Namespace, folder: str) -> str:
     """The LLM after caption-contrastive tuning; its folder."""
     captions = [list(dict.fromkeys(texts)) for texts in train["captions"]]
+    if arguments.names:
+        # English in every pair: the images come with English captions, which the other languages have to meet.
+        translations = dict(zip(train["name"], train["names"]))
+        captions += [[english, other] for english, others in translations.items() for other in others]
     captions += load_dataset("parquet", data_files=arguments.captions, split="train")["captions"][:]
     captions = [texts for texts in captions if len(set(texts)) > 1]
     set_seed(arguments.seed)
@@ -243,6 +255,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("--emoji", "--captions", "--llm", "--vision"):
         parser.add_argument(name, required=True)
     parser.add_argument("--flowers")
+    parser.add_argument("--names", action="store_true", help="names in all languages take part in stage 1")
+    parser.add_argument("--output", help="folder to save model (c) in")
     parser.add_argument("--models", nargs="+", choices=("a", "b", "c"), default=("a", "b", "c"))
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--frozen-layers", type=int, default=10, help="of 16; their gradients are not computed")
