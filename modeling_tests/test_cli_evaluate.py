@@ -2,6 +2,8 @@
 """`llm2clip evaluate` on LLM2CLIP and on CLIP, from folders: what it prints, what it writes, how it fails."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import tiny_models
 from evaluation_data import CAPTIONS, clip, picture, siglip, write_image_folder, write_parquet
 
 from llm2clip_hf.cli import main as cli
-from llm2clip_hf.evaluation import evaluate_retrieval
+from llm2clip_hf.evaluation import cached_encoding, evaluate_retrieval
 
 
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
@@ -99,3 +101,33 @@ def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["urban1k", "retrieval", "1000", "images", "local", "copy", "only"] for line in lines)
     assert any(line.startswith("docci") and line.endswith("Hub: not-lain/docci") for line in lines)
+
+
+def test_the_cache_serves_a_second_run(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["evaluate", "--model", folders / "ours", "--tasks", folders / "data", "--cache_dir", tmp_path / "cache"]
+
+    def metrics(name: str) -> dict[str, float]:
+        assert cli.main([str(each) for each in [*argv, "--output_dir", tmp_path / name]]) == 0
+        [record] = json.loads((tmp_path / name / "results.json").read_text())["tasks"].values()
+        return record["metrics"]
+
+    first = metrics("first")
+    monkeypatch.setattr(cached_encoding, "encode_images", None)
+    monkeypatch.setattr(cached_encoding, "encode_texts", None)
+    assert metrics("second") == first
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_one_reports(folders: Path, tmp_path: Path) -> None:
+    flowers = write_parquet(tmp_path / "flowers.parquet", {"label": ["a", "b", "a"]}, tmp_path / "source")
+    argv = ["evaluate", "--model", folders / "ours", "--device", "cpu", "--batch_size", "2", "--tasks"]
+    argv += [folders / "data", f"zero-shot:{flowers}", "--cache_dir", tmp_path / "cache", "--output_dir"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llm2clip_hf"]
+    command = [sys.executable, "-m", *launch, *map(str, [*argv, tmp_path / "two"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written   ") == 4  # results.json and three pictures, by one process
+    assert cli.main([str(each) for each in [*argv, tmp_path / "one"]]) == 0
+    two, one = (json.loads((tmp_path / name / "results.json").read_text())["tasks"] for name in ("two", "one"))
+    for task, record in one.items():
+        assert two[task]["metrics"] == pytest.approx(record["metrics"], abs=1e-6), task

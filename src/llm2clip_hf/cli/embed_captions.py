@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip embed-captions`: every caption goes through the LLM once, into a store that training reads."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import named_values, parse_options
+from .processes import is_main_process, process_device
 
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def run(argv: Sequence[str]) -> int:
             raise ValueError(f"`--{name}` is missing.")
     captions, keys = load_texts(options)
     store = embed(options, options.llm, captions, keys, options.output_dir)
+    if not is_main_process():
+        return 0
     print(f"captions  {store.num_captions} of {store.num_images} images, sources {', '.join(store.source_names)}")
     print(f"width     {store.embedding_dim}, {options.store_dtype}")
     print(f"written   {store.path}")
@@ -195,14 +197,3 @@ def load_encoder(options: Any, llm: str, device: str) -> tuple[Any, dict[str, An
         attn_implementation=options.attn_implementation,
     ).to(device)
     return encoder, {"fingerprint": encoder.fingerprint()}
-
-
-def process_device(given: str | None) -> str:
-    """The device of this process: the given one, its own GPU, or the CPU."""
-    import torch
-
-    if given is not None:
-        return given
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"

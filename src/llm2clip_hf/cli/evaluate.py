@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .options import parse_options
+from .processes import is_main_process, process_device, process_group
 from .results import RESULTS_FILE, write_results
 
 
@@ -14,6 +15,7 @@ EXAMPLES = """\
   llm2clip evaluate --model openai/clip-vit-large-patch14-336 --tasks flickr30k coco --data_root benchmarks
   llm2clip evaluate --model llm2clip --tasks pairs.parquet "zero-shot:flowers/test.parquet?label_column=label_name"
   llm2clip evaluate --model llm2clip --tasks "cross-lingual:emoji.parquet?text_column=names&where=split:test"
+  accelerate launch --num_processes 8 -m llm2clip_hf evaluate --model llm2clip --tasks coco --data_root benchmarks
   llm2clip evaluate --list_tasks
   llm2clip evaluate --show results/llm2clip"""
 
@@ -37,8 +39,11 @@ class EvaluateOptions:
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for results.json and the pictures; nothing is written if left out."}
     )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder to keep embeddings in; the same model and data find them again."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Images or texts per forward pass."})
-    device: str | None = field(default=None, metadata={"help": "Device; cuda if there is one, else cpu."})
+    device: str | None = field(default=None, metadata={"help": "Device; a GPU per process where there is one."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Type of the weights."}
     )
@@ -119,37 +124,39 @@ def show(options: EvaluateOptions) -> int:
 
 
 def evaluate(options: EvaluateOptions) -> int:
-    """Measures, prints and writes."""
-    import torch
-
+    """Measures, prints and writes; on several processes, the first one prints and writes."""
     from llm2clip_hf.evaluation.model_loading import describe_model, load_model_and_processor
     from llm2clip_hf.evaluation.report import describe_hardware, format_report
     from llm2clip_hf.evaluation.tasks import evaluate_tasks, resolve_tasks
 
     tasks = resolve_tasks(options.tasks)  # before the model, which may take minutes to load
-    model, processor = load_model_and_processor(
-        str(options.model),
-        processor=options.processor,
-        text_model=options.text_model,
-        load_text_model=not options.text_embeddings,
-        revision=options.revision,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    evaluation = evaluate_tasks(
-        model,
-        processor,
-        tasks,
-        data_root=options.data_root,
-        text_embeddings=options.text_embeddings,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        on_bad_row=options.on_bad_row,
-        max_images=options.max_images,
-        device=device,
-        show_progress=True,
-    )
+    device = process_device(options.device)
+    with process_group(device):
+        model, processor = load_model_and_processor(
+            str(options.model),
+            processor=options.processor,
+            text_model=options.text_model,
+            load_text_model=not options.text_embeddings,
+            revision=options.revision,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        )
+        evaluation = evaluate_tasks(
+            model,
+            processor,
+            tasks,
+            data_root=options.data_root,
+            text_embeddings=options.text_embeddings,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            on_bad_row=options.on_bad_row,
+            max_images=options.max_images,
+            device=device,
+            cache_dir=options.cache_dir,
+            show_progress=is_main_process(),
+        )
+    if not is_main_process():
+        return 0
     record: dict[str, Any] = {
         "model": describe_model(model, str(options.model), options.revision),
         "tasks": evaluation.results,

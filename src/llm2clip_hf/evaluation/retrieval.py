@@ -12,8 +12,8 @@ from ..data.captions import Captions, CaptionTable
 from ..data.embedding_store import CaptionEmbeddingStore
 from ..data.image_text import ImageTextDataset
 from ..data.images import ImageSource
-from .embedding_cache import EmbeddingCache, images_digest, rows_digest, texts_digest
-from .encoding import encode_images, encode_llm_embeds, encode_texts, longest_text
+from .cached_encoding import cached_images, cached_llm_embeds, cached_texts
+from .embedding_cache import EmbeddingCache
 from .metrics import retrieval_metrics
 
 
@@ -95,14 +95,7 @@ def evaluate_retrieval(
             raise ValueError("`cache_dir` needs `gather_across_devices=True`. Leave one of them out.")
         cache = EmbeddingCache(cache_dir, model)
     text_embeds, offsets = _encode_captions(model, texts, processor, max_length, options, cache)
-
-    def encode() -> torch.Tensor:
-        return encode_images(model, images, processor=processor, transform=transform, **options)
-
-    if cache is None or (processor is None and transform is None):  # without either, encoding says what is missing
-        image_embeds = encode()
-    else:
-        image_embeds = cache.get("images", images_digest(images, processor, transform), len(images), encode)
+    image_embeds = cached_images(cache, model, images, processor=processor, transform=transform, **options)
     text_to_image = np.repeat(np.arange(len(images)), np.diff(offsets))
     # On the device of the model, where the large products are fast.
     target = next(model.parameters()).device
@@ -138,23 +131,12 @@ def _encode_captions(
         if processor is None:
             raise ValueError("Captions need a `processor` with a tokenizer. Pass the processor of the model.")
         texts = captions.rows(0, captions.num_captions)
-        tokenizer = getattr(processor, "tokenizer", processor)
-        length = longest_text(model, tokenizer) if max_length is None else max_length
-
-        def encode() -> torch.Tensor:
-            return encode_texts(model, texts, processor=tokenizer, max_length=length, **options)
-
-        if cache is None:
-            return encode(), captions.offsets
-        return cache.get("texts", texts_digest(texts, tokenizer, length), len(texts), encode), captions.offsets
+        embeds = cached_texts(cache, model, texts, processor=processor, max_length=max_length, **options)
+        return embeds, captions.offsets
     read: Callable[[list[int]], torch.Tensor]
     if isinstance(captions, CaptionEmbeddingStore):
         read, offsets = captions.gather, captions.offsets
     else:
         rows = torch.cat(captions)
         read, offsets = rows.__getitem__, np.concatenate([[0], np.cumsum([len(embeds) for embeds in captions])])
-    count = int(offsets[-1])
-    if cache is None:
-        return encode_llm_embeds(model, read, count, **options), offsets
-    digest = rows_digest(read, count)
-    return cache.get("texts", digest, count, lambda: encode_llm_embeds(model, read, count, **options)), offsets
+    return cached_llm_embeds(cache, model, read, int(offsets[-1]), **options), offsets

@@ -19,10 +19,11 @@ import torch
 
 from ..data import CaptionEmbeddingStore
 from ..data.images import ImageSource
+from .cached_encoding import cached_images, cached_llm_embeds, cached_texts
 from .caption_accuracy import evaluate_caption_retrieval
 from .datasets import CaptionData, ClassificationData, CrossLingualData, RetrievalData, TaskData, load_task_data
 from .definitions import TASKS, TaskDefinition, TaskKind
-from .encoding import encode_images, encode_llm_embeds, encode_texts
+from .embedding_cache import EmbeddingCache
 from .metrics import retrieval_metrics
 from .zero_shot import build_zero_shot_classifier, classification_metrics
 
@@ -216,10 +217,11 @@ def evaluate_tasks(
     on_bad_row: str = "error",
     max_images: int | None = None,
     device: str | torch.device | None = None,
+    cache_dir: str | Path | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
     """
-    Measure a model on tasks.
+    Measure a model on tasks. In a process group, all processes make this call, share the work and get the result.
 
     Args:
         model: `LLM2CLIPModel`, or a model of transformers with CLIP's interface.
@@ -233,6 +235,8 @@ def evaluate_tasks(
         on_bad_row (`str`, defaults to `"error"`): `"error"`, or `"skip"`, which leaves bad rows out and counts them.
         max_images (`int`, *optional*): use the first so many images of each task; such results are marked partial.
         device (*optional*): device to move the model to first.
+        cache_dir (`str` or `Path`, *optional*): folder to keep the embeddings of retrieval tasks and of images in, see
+            `evaluate_retrieval`.
         show_progress (`bool`, defaults to `False`): show progress bars.
 
     Returns:
@@ -253,7 +257,8 @@ def evaluate_tasks(
     _check_parts(model, processor, data, stores)
     if device is not None:
         model.to(device)
-    runner = _Runner(model, processor, stores, batch_size, max_length, show_progress)
+    cache = None if cache_dir is None else EmbeddingCache(cache_dir, model)
+    runner = _Runner(model, processor, stores, batch_size, max_length, cache, show_progress)
     outcome = Evaluation({}, {})
     for task in plan:
         start = time.perf_counter()
@@ -315,9 +320,10 @@ class _Runner:
         stores: Sequence[CaptionEmbeddingStore],
         batch_size: int,
         max_length: int | None,
+        cache: EmbeddingCache | None,
         show_progress: bool,
     ) -> None:
-        self.model, self.processor, self.max_length = model, processor, max_length
+        self.model, self.processor, self.max_length, self.cache = model, processor, max_length, cache
         self.stores = {store.captions_sha256: store for store in stores}
         self.options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
 
@@ -334,12 +340,12 @@ class _Runner:
         return {"metrics": metrics}, []
 
     def _images(self, images: ImageSource, keys: Sequence[str]) -> torch.Tensor:
-        embeds = encode_images(self.model, images, processor=self.processor, **self.options)
+        embeds = cached_images(self.cache, self.model, images, processor=self.processor, **self.options)
         return _finite(embeds, lambda row: f"image `{keys[row]}`").to(self._device)
 
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:
         options = {**self.options, "max_length": self.max_length}
-        embeds = encode_texts(self.model, texts, processor=self.processor, **options)
+        embeds = cached_texts(self.cache, self.model, texts, processor=self.processor, **options)
         return _finite(embeds, lambda row: f"text {texts[row][:80]!r}").to(self._device)
 
     @property
@@ -353,7 +359,7 @@ class _Runner:
         if store is None:
             text_embeds = self._texts(texts)
         else:
-            embeds = encode_llm_embeds(self.model, store.gather, len(texts), **self.options)
+            embeds = cached_llm_embeds(self.cache, self.model, store.gather, len(texts), **self.options)
             text_embeds = _finite(embeds, lambda row: f"text {texts[row][:80]!r}").to(self._device)
         image_embeds = self._images(data.images, data.keys)
         metrics = retrieval_metrics(image_embeds, text_embeds, owners)
