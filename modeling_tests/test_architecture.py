@@ -37,6 +37,7 @@ OWNERS = {
     "pyarrow": ("data",),
     "PIL": ("data", "demo"),
     "sklearn": ("demo", "evaluation"),
+    "mteb": ("evaluation.mteb_wrapper",),
     "matplotlib": ("demo", "evaluation"),
     "gradio": ("demo.app",),
 }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .caption_accuracy import evaluate_caption_retrieval, first_two_captions
 from .classifier_file import ZeroShotClassifier, load_zero_shot_classifier, save_zero_shot_classifier
+from .dense_features import dense_image_features
 from .encoding import encode_images, encode_texts
 from .linear_probe import encode_vision_features, evaluate_linear_probe
 from .metrics import (
@@ -15,8 +16,10 @@ from .metrics import (
     retrieval_ranks,
     top_k_accuracy,
 )
+from .mteb_wrapper import MTEBEncoder
 from .report import format_report, to_eval_results
 from .retrieval import evaluate_retrieval
+from .segmentation import evaluate_zero_shot_segmentation
 from .tasks import evaluate_tasks, resolve_tasks
 from .text_towers import embed_texts
 from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CaptionRetrievalEvaluator",
+    "MTEBEncoder",
     "RetrievalRanks",
     "ZeroShotClassifier",
     "build_zero_shot_classifier",
     "caption_retrieval_accuracy",
+    "dense_image_features",
     "embed_texts",
     "encode_images",
     "encode_texts",
@@ -41,6 +46,7 @@ __all__ = [
     "evaluate_retrieval",
     "evaluate_tasks",
     "evaluate_zero_shot_classification",
+    "evaluate_zero_shot_segmentation",
     "first_two_captions",
     "format_report",
     "load_zero_shot_classifier",
