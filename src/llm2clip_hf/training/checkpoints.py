@@ -105,7 +105,7 @@ def publish_folder(staging: Path, target: Path) -> None:
     """
     for file in staging.rglob("*"):
         if file.is_file():
-            with file.open("rb") as opened:
+            with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
     if target.exists():
         replaced = target.with_name(f"{_REPLACED}{target.name}")
