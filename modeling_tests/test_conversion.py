@@ -191,6 +191,20 @@ def test_fused_post_norm_tower_takes_its_heads_from_the_model_json(tmp_path: Pat
     assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.vision_config.post_norm is False
 
 
+def test_a_model_that_no_conversion_wrote_is_not_replaced(tmp_path: Path) -> None:
+    source = write(original.eva(eva_model()), tmp_path / "a.pt")
+    output = Path(convert_checkpoint(source, tmp_path / "out").output_dir)
+    (output / "checkpoint-100").mkdir()
+    with pytest.raises(ValueError, match="holds other files, such as 'checkpoint-100'"):
+        convert_checkpoint(source, output)
+    (output / "checkpoint-100").rmdir()
+    convert_checkpoint(source, output)
+    (output / "README.md").write_text("A model that I have trained.")
+    with pytest.raises(ValueError, match="holds other files"):
+        convert_checkpoint(source, output)
+    assert (output / "model.safetensors").is_file()
+
+
 def test_openai_tower_of_training_checkpoints(tmp_path: Path) -> None:
     model = original.model(CLIP, "linear")
     weights = {f"module.{key}": value for key, value in original.open_clip(model).items()}

@@ -258,6 +258,35 @@ def test_ranks_are_those_of_float64_where_float32_cannot_tell(chunk_size):
     assert ((near > near.diag()[None]).sum(0) + 1 != to_image).any()
 
 
+def test_ranks_of_many_near_ties_are_those_of_float64():
+    generator = torch.Generator().manual_seed(6)
+    prototypes = torch.randn(300, 24, generator=generator)
+    # Twins within a few millionths of each other, in a space where other scores are close as well.
+    images, texts = (prototypes[torch.randint(300, (1400,), generator=generator)] for _ in range(2))
+    images = images + 3e-6 * torch.randn(images.shape, generator=generator)
+    ranks = retrieval_ranks(images, texts, torch.arange(1400), chunk_size=512)
+    to_text, to_image = float64_counts(images, texts)
+    assert torch.equal(ranks.image_to_text, to_text)
+    assert torch.equal(ranks.text_to_image, to_image)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_ranks_do_not_depend_on_the_default_dtype(dtype):
+    images, texts = torch.randn(30, 6), torch.randn(30, 6)
+    expected = retrieval_metrics(images, texts, torch.arange(30))
+    torch.set_default_dtype(dtype)
+    try:
+        assert retrieval_metrics(images, texts, torch.arange(30)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_rows_whose_norm_overflows_are_refused():
+    images = torch.randn(5, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Row 3 of `image_embeds` is too long"):
+        retrieval_metrics(images * torch.tensor([1, 1, 1, 1e200, 1], dtype=torch.float64)[:, None], images, torch.arange(5))
+
+
 def test_ranks_do_not_rely_on_the_precision_that_float32_products_are_set_to(monkeypatch):
     images, texts = close_calls()
     expected = retrieval_ranks(images, texts, torch.arange(400))

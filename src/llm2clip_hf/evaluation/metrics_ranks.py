@@ -63,6 +63,7 @@ class UnitRows:
         check_rows(torch.cat([~block.isfinite().all(dim=1) for block in blocks]), name, "is not finite")
         self.norms = torch.cat([block.double().norm(dim=1) for block in blocks])
         check_rows(self.norms == 0, name, "is zero and has no direction")
+        check_rows(self.norms.isinf(), name, "is too long for its norm to be computed")
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -257,8 +258,9 @@ class _Tile:
     def _keeps_float32(self, shape: tuple[int, int], width: int) -> bool:
         """Whether a product is done in float32, seen on one, as TF32 and the like can be switched on in many ways."""
         device = self._products.device
-        queries, candidates = (torch.zeros(length, width, device=device) for length in shape)
-        queries[:, 0] = value = 1 + 2.0**-20
+        queries, candidates = (torch.zeros(length, width, dtype=torch.float32, device=device) for length in shape)
+        # Of 22 bits with no zeros between them: a sum of a few shorter numbers does not hold it.
+        queries[:, 0] = value = 1 + (2**21 - 1) * 2.0**-23
         candidates[:, 0] = 1
         return bool((self._product(self._products, queries, candidates) == value).all())
 

@@ -14,13 +14,16 @@ def check_output(output: Path, source: Path) -> None:
     Refuses a target that a conversion must not replace.
 
     Raises:
-        ValueError: if it is the source, a file, or a folder that holds anything but an LLM2CLIP or a converted LLM.
+        ValueError: if it is the source, a file, or a folder that holds anything but what a conversion wrote.
     """
     if output.exists() and source.exists() and output.resolve() == source.resolve():
         raise ValueError(f"`output_dir` {str(output)!r} is the source. Give another folder.")
     if output.is_dir() and any(output.iterdir()):
-        if not (_holds(output / "config.json", '"model_type": "llm2clip"') or _holds(output / "README.md", MARKER)):
-            raise ValueError(f"`output_dir` {str(output)!r} holds other files. Give a new or empty folder.")
+        # Modules of sentence-transformers are the only folders that a conversion writes.
+        foreign = sorted(each.name for each in output.iterdir() if each.is_dir() and not each.name[0].isdigit())
+        if foreign or not _holds(output / "README.md", MARKER):
+            named = f", such as {foreign[0]!r}" if foreign else ""
+            raise ValueError(f"`output_dir` {str(output)!r} holds other files{named}. Give a new or empty folder.")
     elif output.exists() and not output.is_dir():
         raise ValueError(f"`output_dir` {str(output)!r} is a file. Give a folder.")
 
