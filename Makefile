@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow test-all lint format types docs cards clean
+.PHONY: help demo test test-slow test-extras test-all lint format types docs cards clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
@@ -22,6 +22,9 @@ test: $(VENV)/.dev  ## Run the tests
 
 test-slow: $(VENV)/.dev  ## Run the slow tests
 	$(PYTEST) -m "slow and not gpu"
+
+test-extras: $(VENV)/.extras  ## Run the tests of ONNX export and quantisation, with the libraries that they need
+	$(PYTEST) modeling_tests/test_export.py modeling_tests/test_peft_and_quantization.py
 
 test-all: $(VENV)/.dev  ## Run all tests, those for a GPU too
 	$(PYTEST)
@@ -55,4 +58,8 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+$(VENV)/.extras: $(VENV)/.dev pyproject.toml
+	$(PIP) install -c $(CONSTRAINTS) -e ".[onnx,quantization]"
 	touch $@

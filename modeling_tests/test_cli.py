@@ -1,12 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: exit status, help of every verb, one readable line on failure."""
 
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm2clip_hf import __version__
 from llm2clip_hf.cli import main as cli
+
+
+class Parsed(BaseException):
+    """Raised where a verb would go on to work."""
+
+
+def stop_after_parsing(verb: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of a verb, made to end when its options have been read."""
+    module = importlib.import_module(f"llm2clip_hf.cli.{cli.VERBS[verb][0]}")
+    holder: Any = module if hasattr(module, "parse_options") else argparse.ArgumentParser
+    name = "parse_options" if holder is module else "parse_args"
+    read = getattr(holder, name)
+
+    def parse(*args: Any, **kwargs: Any) -> None:
+        read(*args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(holder, name, parse)
+    return module
+
+
+def calls(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Verb and arguments of every command line of a help text."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line) if re.match(r"  (llm2clip|accelerate launch) ", line) else []
+        for name in ("llm2clip", "llm2clip_hf"):
+            if name in words[:1] or name in words[1:] and words[words.index(name) - 1] == "-m":
+                start = words.index(name)
+                yield words[start + 1], words[start + 2 :]
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,7 +71,156 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_unknown_option_is_wrong_usage(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--no-such-option"]) == 2
-    assert "--no-such-option" in capsys.readouterr().err
+    assert "unknown option --no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_examples_of_the_help_parse(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    examples = text[text.index("\nexamples:\n") :]
+    # The config file that the examples name is the one that the help shows.
+    config = "\n".join(line for line in examples.splitlines() if re.match(r"  +\w+:( |$)", line))
+    found = list(calls(examples))
+    assert found and {each for each, _ in found} == {verb}
+    assert len(found) == len(re.findall(r"llm2clip(?:_hf)? (?=[a-z])", examples))
+    monkeypatch.chdir(tmp_path)
+    module = stop_after_parsing(verb, monkeypatch)
+    for _, arguments in found:
+        if "--config" in arguments:
+            Path(arguments[arguments.index("--config") + 1]).write_text(config)
+        with pytest.raises(Parsed):
+            module.run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (["demo", "--fats"], "--fast"),
+        (["demo", "--output_dr=x"], "--output-dir"),
+        (["demo", "--app", "--trust-remote"], "--trust-remote-code"),
+        (["convert", "a", "b", "--text_modle", "c"], "--text-model"),
+        (["convert", "--text-weight", "bundled"], "--text-weights"),
+        (["card", "x", "--chek"], "--check"),
+        (["card", "--data-set", "x"], "--dataset"),
+        (["evaluate", "--task", "coco"], "--tasks"),
+        (["embed-captions", "--output-di", "x"], "--output-dir"),
+    ],
+)
+def test_unknown_option_names_the_nearest(argv: list[str], nearest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert f"; did you mean `{nearest}`?" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["convert"], "SOURCE and OUTPUT_DIR are required"),
+        (["convert", "a", "b", "c"], "unexpected argument c"),
+        (["convert", "a", "b", "--text-weights", "none"], "invalid choice: 'none'"),
+        (["card"], "FOLDER is required"),
+        (["demo", "--seed", "x"], "invalid int value: 'x'"),
+        (["demo", "--images", "photos"], "--images belongs to --app"),
+        (["demo", "photos"], "unexpected argument photos"),
+    ],
+)
+def test_wrong_usage_of_a_verb(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+def test_both_spellings_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[argparse.Namespace] = []
+    read = argparse.ArgumentParser.parse_args
+
+    def parse(*args: Any, **kwargs: Any) -> None:
+        given.append(read(*args, **kwargs))
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    module = importlib.import_module("llm2clip_hf.cli.demo")
+    for argv in (["--output-dir", "a_b", "--seed=3"], ["--output_dir=a_b", "--seed", "3"]):
+        with pytest.raises(Parsed):
+            module.run(argv)
+    assert given[0] == given[1] and given[0].output_dir == "a_b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["card", "nowhere"], "The folder `nowhere` does not exist"),
+        (["convert", "./nowhere.pt", "out"], "'./nowhere.pt' is neither a file, nor a folder"),
+        (["convert", "a.pt", "full"], "'full' holds other files"),
+        (["convert", "a.pt", "a.txt"], "'a.txt' is a file. Give a folder."),
+        (["demo", "--output-dir", "full"], "`full` holds other files, such as 'model'. Give a new or empty folder."),
+        (["demo", "--output-dir", "a.txt"], "`a.txt` is a file. Give a folder."),
+        (["demo", "--app", "--output-dir", "nowhere"], "There is no model `nowhere/model`"),
+        (["demo", "--app", "--model", "m", "--images", "nowhere"], "The folder `nowhere` does not exist"),
+        (["demo", "--app", "--model", "m", "--images", "pictures", "--captions", "c.txt"], "`c.txt` cannot be read"),
+        (["evaluate", "--model", "m", "--tasks", "nowhere.parquet"], "no task or file `nowhere.parquet`"),
+    ],
+)
+def test_paths_that_are_not_there_and_folders_that_are_full(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--app" in argv:
+        pytest.importorskip("gradio")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLM2CLIP_DEBUG", raising=False)
+    Path("a.txt").write_text("mine")
+    for name in ("full/model/diary.txt", "pictures/a.png"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1] and captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folder_of_a_demo_is_used_again(tmp_path: Path) -> None:
+    from llm2clip_hf.cli.demo import check_output
+
+    check_output(tmp_path / "new")
+    check_output(tmp_path)
+    for name in ("stages", "model"):  # interrupted
+        (tmp_path / name).mkdir()
+    check_output(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        check_output(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"accuracy": 1.0}')
+    with pytest.raises(ValueError, match="holds other files"):
+        check_output(tmp_path)
+    record = {"split": "test", "settings": {}, "caption_retrieval_accuracy": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    check_output(tmp_path)
+
+
+def test_reader_that_has_seen_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from llm2clip_hf.cli.main import main; sys.exit(main(['evaluate', '--list_tasks']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=120)
+    os.close(write)
+    assert done.returncode == 1
+    assert b"Broken" not in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("code", "status", "told"), [(None, 0, ""), (3, 3, ""), ("no", 1, "llm2clip demo: no\n")])
+def test_exit_of_a_library(
+    code: Any, status: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: types.SimpleNamespace(run=run))
+    assert cli.main(["demo"]) == status
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_json_file_is_the_same(tmp_path: Path) -> None:
     "argv, message",
     [
         ([], "missing --captions"),
-        (["--captions", "a", "--learning_rat", "1"], "unknown option --learning_rat; did you mean `learning_rate`?"),
+        (["--captions", "a", "--learning_rat", "1"], "unknown option --learning_rat; did you mean `--learning_rate`?"),
         (["--captions", "a", "b"], "unexpected argument b"),
         (["--captions", "a", "--num_workers", "many"], "invalid int value: 'many'"),
         (["--captions", "a", "--pooling", "sum"], "invalid choice: 'sum'"),
@@ -106,7 +106,7 @@ def test_help_shows_own_options_and_the_most_used_training_ones(capsys: pytest.C
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--captions" in text and "--learning_rate" in text and "llm2clip train --captions a.jsonl" in text
-    assert "--num_workers" not in text
+    assert "--num_workers" not in text and "--learning-rate" not in text
     with pytest.raises(SystemExit):
         parse("--help-all")
     assert "--num_workers" in capsys.readouterr().out

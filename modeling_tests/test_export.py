@@ -65,7 +65,7 @@ def test_image_encoder_gives_the_embeddings_of_the_model(vision: str, format: st
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("normalize", [True, False])
 @torch.no_grad()
 def test_text_adapter_gives_the_embeddings_of_the_model(normalize: bool, format: str, tmp_path: Path) -> None:

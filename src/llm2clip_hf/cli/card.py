@@ -7,6 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .options import VerbParser
+
+
+EXAMPLES = """\
+  llm2clip card llm2clip --license apache-2.0 --dataset org/pairs "captions of our archive"
+  llm2clip card llm2clip --results llm2clip/results.json results/llm2clip/results.json --hardware "8 x H100"
+  llm2clip card llm2clip --name org/LLM2CLIP --language en de --limits "Dense captions over 512 tokens are cut."
+  llm2clip card llm2clip --check"""
+
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status, 1 with `--check` if the card is stale."""
@@ -20,6 +29,8 @@ def run(argv: Sequence[str]) -> int:
     from llm2clip_hf.hub.model_card import CARD_FILE, FACTS_FILE
 
     folder = Path(arguments.folder)
+    if not folder.is_dir():
+        raise ValueError(f"The folder `{folder}` does not exist. Give the folder of a saved LLM2CLIP.")
     data = LLM2CLIPModelCardData.from_folder(folder, **_fields(arguments))
     path = folder / CARD_FILE
     if not arguments.check:
@@ -33,13 +44,14 @@ def run(argv: Sequence[str]) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llm2clip card",
-        usage="%(prog)s [options] FOLDER",
+def _parser() -> VerbParser:
+    parser = VerbParser(
+        "card",
+        usage="[options] FOLDER",
         description="Write the model card (README.md) of a saved LLM2CLIP, and its facts (model_card.json), from its "
         "config, its training log and results. A card that somebody wrote or edited keeps its text; missing metadata "
         "are added to it.",
+        examples=EXAMPLES,
     )
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="folder of a saved model")
     parser.add_argument("--name", metavar="REPO", help="repository or title (default: the name of the folder)")

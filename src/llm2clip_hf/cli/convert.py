@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip convert`: a published checkpoint to a folder that `AutoModel` loads."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
+
+from .options import VerbParser
+
+
+EXAMPLES = """\
+  llm2clip convert LLM2CLIP-EVA02-L-14-336.pt converted --text-model path/to/its/LLM
+  llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 converted --text-model none
+  llm2clip convert microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned llm
+  llm2clip convert openai/clip-vit-large-patch14-336 start"""
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="llm2clip convert",
-        usage="%(prog)s [options] SOURCE OUTPUT_DIR",
+    parser = VerbParser(
+        "convert",
+        usage="[options] SOURCE OUTPUT_DIR",
         description="Convert a published checkpoint of LLM2CLIP (a file, folder or repository), a CLIP, SigLIP or EVA "
         "tower to start from, or a caption-tuned LLM, to a folder that AutoModel loads.",
+        examples=EXAMPLES,
     )
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="file (.pt, .safetensors), folder or repository")
     parser.add_argument(

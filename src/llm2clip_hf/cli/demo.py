@@ -2,16 +2,33 @@
 """`llm2clip demo`: a miniature of both stages on real images, in minutes on a CPU."""
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
+
+from .options import VerbParser
+
+
+EXAMPLES = """\
+  llm2clip demo
+  llm2clip demo --fast --output-dir quick
+  llm2clip demo --seed 1 --split validation --output-dir seed1
+  llm2clip demo --app
+  llm2clip demo --app --model openai/clip-vit-base-patch32 --images photos --captions captions.txt"""
+
+# What a run writes into its folder, and replaces when it runs again.
+_WRITTEN = {"stages", "model", ".model.tmp", "metrics.json", "retrieval.png"}
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="llm2clip demo",
+    parser = VerbParser(
+        "demo",
+        usage="[options]",
         description="Train a miniature LLM2CLIP end to end on a CPU, without any download: a small Llama learns from "
         "text, stage 1 tunes it on captions, stage 2 trains a ViT with it on few image-caption pairs. Prints a table "
         "and writes metrics.json, retrieval.png and the folder `model`, which AutoModel loads.",
+        examples=EXAMPLES,
     )
     parser.add_argument("--output-dir", default="demo_output", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
@@ -38,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     for name in ("model", "images", "captions", "trust_remote_code"):
         if getattr(arguments, name):
             parser.error(f"--{name.replace('_', '-')} belongs to --app")
+    check_output(Path(arguments.output_dir))
 
     from llm2clip_hf.demo import FAST, FULL, run_demo
 
@@ -45,6 +63,28 @@ def run(argv: Sequence[str]) -> int:
         arguments.output_dir, seed=arguments.seed, settings=FAST if arguments.fast else FULL, split=arguments.split
     )
     return 0
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a folder with files that no run of the demo has written: a run replaces `model` and `stages`."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output-dir` `{folder}` is a file. Give a folder.")
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    interrupted = "stages" in found and found <= _WRITTEN
+    if found and not interrupted and not _is_record(folder / "metrics.json"):
+        other = min(found - _WRITTEN or found)
+        raise ValueError(
+            f"`--output-dir` `{folder}` holds other files, such as {other!r}. Give a new or empty folder."
+        )
+
+
+def _is_record(path: Path) -> bool:
+    """Whether `path` is the `metrics.json` of a run."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"split", "settings", "caption_retrieval_accuracy"} <= record.keys()
 
 
 def run_app(arguments: argparse.Namespace) -> int:

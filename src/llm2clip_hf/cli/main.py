@@ -36,7 +36,9 @@ def usage() -> str:
             "verbs:",
             *lines,
             "",
-            "`llm2clip VERB --help` shows the options of a verb. Set LLM2CLIP_DEBUG=1 for the traceback of an error.",
+            "`llm2clip VERB --help` shows the options of a verb, with examples. Results go to standard output,",
+            "progress and logs to standard error. The status is 0, or 1 after a failure, or 2 after wrong usage.",
+            "Set LLM2CLIP_DEBUG=1 for the traceback of an error.",
         ]
     )
 
@@ -68,9 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     try:
         module = importlib.import_module(f"llm2clip_hf.cli.{VERBS[verb][0]}")
-        return int(module.run(rest))
+        status = int(module.run(rest))
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:  # argparse: 0 after --help, 2 on wrong usage
-        return stop.code if isinstance(stop.code, int) else 2
+        if isinstance(stop.code, str):
+            print(f"llm2clip {verb}: {stop.code}", file=sys.stderr)
+            return 1
+        return stop.code or 0
+    except BrokenPipeError:
+        # Whoever read the output, `head` for one, has seen enough. What is still to be flushed at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"llm2clip {verb}: interrupted", file=sys.stderr)
         return 1

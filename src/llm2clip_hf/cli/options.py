@@ -6,17 +6,84 @@ Options of the verbs that take many: dataclasses, filled from a YAML or JSON fil
 (2) `--config FILE` sets fields by name; a flag on the command line wins.
 (3) A name that no field has is refused with the nearest one.
 (4) `--help` shows the fields of the verb; `--help-all` those of the training arguments too.
+
+Verbs with few options use `VerbParser`, which words help and mistakes the same way.
 """
 
 import argparse
+import copy
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 CONFIG_FLAG = "config"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps the description, leaves the lines of the examples alone, and shows one spelling of each flag."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        # `--output-dir` beside `--output_dir` is understood, and need not be read.
+        shown.option_strings = list(
+            {name.replace("_", "-"): name for name in reversed(action.option_strings)}.values()
+        )
+        shown.option_strings.reverse()
+        return super()._format_action_invocation(shown)
+
+
+class VerbParser(argparse.ArgumentParser):
+    """
+    A parser for a verb with few options.
+
+    Args:
+        verb (`str`): The verb, for the usage line.
+        usage (`str`): What follows the verb in the usage line.
+        description (`str`): First paragraph of the help.
+        examples (`str`): Command lines, shown at the end of the help.
+    """
+
+    def __init__(self, verb: str, *, usage: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=f"llm2clip {verb}",
+            usage=f"llm2clip {verb} {usage}",
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Takes `--output_dir` as `--output-dir`, and leaves no rest: what is not known is wrong usage."""
+        values, rest = super().parse_known_args([_dashed(argument) for argument in args], namespace)
+        refuse_unknown(self, rest)
+        return values, rest
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """
+    Ends with the first argument that no option takes, and the option that is nearest to it.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The parser of the verb.
+        rest (`list[str]`): What it could not place.
+
+    Raises:
+        SystemExit: with 2, if there is any.
+    """
+    for argument in rest:
+        if not argument.startswith("-"):
+            parser.error(f"unexpected argument {argument}")
+        names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        parser.error(f"unknown option {argument}{_nearest('--' + argument.split('=', 1)[0].lstrip('-'), names)}")
 
 
 def parse_options(
@@ -73,10 +140,7 @@ def parse_options(
     for action in required:
         action.required = False
     namespace, rest = parser.parse_known_args(arguments)
-    for argument in rest:
-        name = argument.lstrip("-").split("=", 1)[0].replace("-", "_")
-        what = "unknown option" if argument.startswith("-") else "unexpected argument"
-        parser.error(f"{what} {argument}{_nearest(name, known) if argument.startswith('-') else ''}")
+    refuse_unknown(parser, rest)
     values = vars(namespace)
     if missing := [f"--{action.dest}" for action in required if values[action.dest] is None]:
         parser.error(f"missing {', '.join(missing)}: give it as an option or in the config file")
@@ -116,7 +180,7 @@ def _parser(types: Sequence[Any], verb: str, description: str, examples: str) ->
         usage=f"llm2clip {verb} [--config FILE] [options]",
         description=description,
         epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML or JSON file with options; flags override it")
@@ -160,9 +224,17 @@ def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in config.items()}
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _dashed(argument: str) -> str:
+    """`--output_dir=a_b` as `--output-dir=a_b`."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _instance(cls: type, values: Mapping[str, Any]) -> Any:
