@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train stage 1 like one process with the whole batch: masks, hard negatives, recomputation, sources."""
+"""
+Two processes train stage 1 like one process with the whole batch: masks, hard negatives, recomputation, sources; they
+evaluate and save like one, and refuse what they could not save.
+"""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import tiny_models
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from test_training_caption_contrastive import CAPTIONS
 from test_training_distributed import COMMON, in_two_processes
 from test_training_single_source import Stream, Texts
+from tiny_data import write_training_files
 from transformers import AutoModel
 
+from llm2clip_hf.cli.train_captions import TrainCaptionsOptions, load_sources, train_and_save
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,
     CaptionContrastiveTrainingArguments,
+    MNTPTrainer,
+    MNTPTrainingArguments,
     build_caption_encoder,
 )
 
@@ -76,3 +87,81 @@ def test_two_processes_train_like_one(tmp_path, kind, options):
     for name, tensor in whole.items():
         assert (first[name] == second[name]).all(), name
         torch.testing.assert_close(torch.from_numpy(first[name]), tensor, atol=2e-3 * moved, rtol=0, msg=name)
+
+
+# ----------------------------------------------------------------------------------------------- evaluation and saving
+
+
+def evaluate(folder: Path, world: int) -> dict[str, torch.Tensor]:
+    rows = datasets.Dataset.from_dict({name: repeated_captions()[name][:13] for name in ("anchor", "positive")})
+    common = COMMON | {"scale": 20.0, "dataloader_drop_last": True}
+    args = CaptionContrastiveTrainingArguments(str(folder), per_device_eval_batch_size=8 // world, **common)
+    encoder = build_caption_encoder(str(folder / "llm"), lora=None)
+    loss = CaptionContrastiveTrainer(encoder, args, eval_dataset=rows).evaluate()["eval_loss"]
+    return {"loss": torch.tensor(loss)}
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_all_rows_like_one(tmp_path):
+    write_training_files(tmp_path)
+    expected = evaluate(tmp_path, 1)["loss"].item()
+    for result in in_two_processes(evaluate, tmp_path, 2):
+        assert result["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+def run_verb(folder: Path, fsdp: bool) -> dict[str, torch.Tensor]:
+    """`llm2clip train-captions`, from its options on; under FSDP, what it says."""
+    options = TrainCaptionsOptions(
+        llm=str(folder / "llm"), captions=str(folder / "captions.jsonl"), num_test_images=4, lora_r=4
+    )
+    common = COMMON | {"warmup_steps": 0} | (FSDP if fsdp else {})
+    args = CaptionContrastiveTrainingArguments(str(folder / "out"), per_device_train_batch_size=3, **common)
+    train, test = load_sources(options, args.seed)
+    if not fsdp:
+        return {"status": torch.tensor(train_and_save(options, args, train, test, None))}
+    pretend_accelerators()
+    with pytest.raises(ValueError) as info:
+        train_and_save(options, args, train, test, None)
+    return {"message": as_tensor(info.value)}
+
+
+def make_mntp_trainer(folder: Path) -> dict[str, torch.Tensor]:
+    names = ("report_to", "use_cpu", "disable_tqdm")
+    args = MNTPTrainingArguments(str(folder / "mntp"), **{name: COMMON[name] for name in names}, **FSDP)
+    pretend_accelerators()
+    with pytest.raises(ValueError) as info:
+        MNTPTrainer(str(folder / "llm"), args, ["a red boat on the sea"] * 9)
+    return {"message": as_tensor(info.value)}
+
+
+def pretend_accelerators() -> None:
+    """accelerate gives FSDP to processes with accelerators only."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def as_tensor(error: Any) -> torch.Tensor:
+    return torch.tensor(list(str(error).encode()))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_save(tmp_path):
+    write_training_files(tmp_path)
+    results = in_two_processes(run_verb, tmp_path, False)
+    assert [int(result["status"]) for result in results] == [0, 0]
+    measured = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert measured["before"].keys() == measured["after"].keys()
+    assert AutoModel.from_pretrained(tmp_path / "out").config.is_causal is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "arguments"), [(run_verb, (True,)), (make_mntp_trainer, ())])
+def test_fsdp_is_refused_before_the_first_step(tmp_path, function, arguments):
+    write_training_files(tmp_path)
+    for result in in_two_processes(function, tmp_path, *arguments):
+        message = bytes(result["message"].tolist()).decode()
+        assert message.startswith("FSDP spreads the weights of the LLM over processes, and ")
+        assert "Start it with DistributedDataParallel" in message
+    assert not list(tmp_path.glob("out/*"))

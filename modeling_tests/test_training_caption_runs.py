@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
-from llm2clip_hf.training import CaptionContrastiveTrainer
+from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
 
 
 def training_set(kind: str):
@@ -226,8 +226,26 @@ def test_loss_of_evaluation_sets_is_the_formula_by_name(llm_dir, tmp_path):  # n
     assert metrics["eval_pairs_loss"] == pytest.approx(expected, rel=1e-4)
     assert metrics["eval_plain_loss"] > 0
     assert trainer.evaluate()["eval_plain_loss"] == metrics["eval_plain_loss"]
-    with pytest.raises(ValueError, match="evaluation set holds less than one batch of 5"):
-        trainer.evaluate(plain.select(range(4)))
+    assert trainer.evaluate(plain.select(range(4)))["eval_loss"] > 0  # fewer rows than a batch
+
+
+def test_evaluation_drops_no_rows(llm_dir, tmp_path):  # noqa: F811
+    encoder = encoder_with_random_lora(llm_dir)
+    columns = {"anchor": [f"{i} boats" for i in range(12)], "positive": [f"the boats {i}" for i in range(12)]}
+    rows = datasets.Dataset.from_dict({**columns, "label": range(12)})
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    args = arguments(tmp_path, per_device_eval_batch_size=8, scale=20.0, **workers)
+    trainer = CaptionContrastiveTrainer(encoder, args, training_set("pairs"), rows)
+    batches = [batch["label"].tolist() for batch in trainer.get_eval_dataloader()]
+    assert sorted(sum(batches, [])) == list(range(12))
+    assert [len(batch) for batch in batches] == [6, 6]
+    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader()  # its workers live on
+    anchors, positives = (
+        encoder.encode(list(rows[name]), convert_to_tensor=True, normalize_embeddings=True).double()
+        for name in ("anchor", "positive")
+    )
+    losses = [-(20 * anchors[b] @ positives[b].T).log_softmax(1).diagonal().mean().item() for b in batches]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- what stops a run
@@ -249,6 +267,10 @@ def test_wrong_training_sets_are_refused(llm_dir, tmp_path, caplog):  # noqa: F8
         trainer(datasets.Dataset.from_dict({"anchor": ["a"], "positive": ["b"], "score": [0.5]}))
     with pytest.raises(ValueError, match="`batch_sampler` is .*mask_false_negatives"):
         trainer(training_set("pairs"), batch_sampler="no_duplicates")
+    with pytest.raises(ValueError, match="`multi_dataset_batch_sampler` is .*ROUND_ROBIN.*draws batches itself"):
+        trainer(training_set("mixed"), multi_dataset_batch_sampler="round_robin")
+    with pytest.raises(ValueError, match="`train_sampling_strategy` is 'group_by_length'.*`mini_batch_tokens` sorts"):
+        trainer(Stream(5), max_steps=3, train_sampling_strategy="group_by_length")
     with pytest.raises(ValueError, match="`prompts` is set"):
         trainer(training_set("mixed"), prompts={"anchor": "find: "})
     with pytest.raises(
@@ -261,6 +283,36 @@ def test_wrong_training_sets_are_refused(llm_dir, tmp_path, caplog):  # noqa: F8
         arguments(tmp_path, mini_batch_size=2, gradient_checkpointing_kwargs={"use_reentrant": True})
     trainer({"a": Texts("a", 4), "b": Texts("b", 6)}, max_steps=1, save_strategy="no").train()
     assert "The source `a` of 4 rows holds less than one batch of 5 pairs per device" in caplog.text
+
+
+def test_weights_in_half_precision_are_not_trained(llm_dir, tmp_path):  # noqa: F811
+    pairs = training_set("pairs")
+    encoder = build_caption_encoder(llm_dir, lora=None, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"trained parameters are in half precision, first `0\.model.*torch\.bfloat16.*`dtype=torch"
+    ):
+        CaptionContrastiveTrainer(encoder, arguments(tmp_path), pairs)
+    # Without training it is an encoder like any other, and LoRA on it is float32.
+    assert CaptionContrastiveTrainer(encoder, arguments(tmp_path), None, pairs).evaluate()["eval_loss"] > 0
+    assert encoder.llm.dtype == torch.bfloat16
+    CaptionContrastiveTrainer(build_caption_encoder(llm_dir, dtype=torch.bfloat16), arguments(tmp_path), pairs)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "stream"])
+def test_batch_size_is_lowered_where_memory_ends(llm_dir, tmp_path, kind):  # noqa: F811
+    tried = []
+
+    class SmallMemory(CaptionContrastiveTrainer):
+        def training_step(self, model, inputs, *others):
+            tried.append(len(inputs["anchor_input_ids"]))
+            if tried[-1] > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *others)
+
+    options = {"auto_find_batch_size": True, "save_strategy": "no", "max_steps": 2}
+    trainer = SmallMemory(encoder_with_random_lora(llm_dir), arguments(tmp_path, **options), training_set(kind))
+    assert trainer.train().global_step == 2
+    assert (tried[0], tried[-2:]) == (5, [4, 4])
 
 
 def test_one_row_without_a_negative_is_refused(llm_dir, tmp_path):  # noqa: F811

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Con
 from llm2clip_hf.modeling import apply_text_template
 from llm2clip_hf.training import MNTPTrainer, MNTPTrainingArguments, build_caption_encoder
 from llm2clip_hf.training.mntp_data import MaskedTextCollator, MaskedTexts
+from llm2clip_hf.training.precision import gpu_supports_bf16
 
 
 TEXTS = [
@@ -89,6 +90,21 @@ def test_masks_repeat_and_leave_special_and_template_tokens_alone(template):
     again.set_epoch(0)
     assert again[3] == rows[3]
     assert masked(tokenizer, [text] * 200, max_length=90, mask_probability=0.4, seed=8)[3] != rows[3]
+
+
+def test_workers_that_live_on_see_the_epoch():
+    tokenizer = tiny_models.llama3_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    data = masked(tokenizer)
+    loader = torch.utils.data.DataLoader(
+        data, 5, num_workers=1, persistent_workers=True, collate_fn=MaskedTextCollator(tokenizer)
+    )
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        expected = masked(tokenizer)
+        expected.set_epoch(epoch)
+        found = torch.cat([batch["labels"][batch["attention_mask"].bool()] for batch in loader])
+        assert found.tolist() == [label for row in range(len(TEXTS)) for label in expected[row]["labels"]]
 
 
 def test_first_token_is_never_a_target_without_begin_of_text():
@@ -293,6 +309,25 @@ def test_defaults_are_the_released_recipe(tmp_path):
     assert args.mask_probability == 0.2
     assert args.gradient_checkpointing is True
     assert args.bf16 is False
+
+
+@pytest.mark.parametrize(("capability", "computes"), [(7, False), (8, True)])
+def test_bf16_is_chosen_where_the_hardware_computes_in_it(monkeypatch, capability, computes):
+    properties = type("Properties", (), {"major": capability, "minor": 5})()
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name, value in {"is_available": True, "current_device": 0, "get_device_properties": properties}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    # An older GPU emulates bfloat16.
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert gpu_supports_bf16() is computes
+
+
+def test_weights_in_half_precision_are_not_trained(lm_dir, tmp_path):
+    half = {"dtype": torch.bfloat16}
+    with pytest.raises(ValueError, match="half precision, first `model.embed.*model_kwargs={'dtype': torch.float32}"):
+        MNTPTrainer(lm_dir, arguments(tmp_path), TEXTS, lora=None, model_kwargs=half)
+    assert MNTPTrainer(lm_dir, arguments(tmp_path), None, TEXTS, lora=None, model_kwargs=half).evaluate()
+    MNTPTrainer(lm_dir, arguments(tmp_path), TEXTS, model_kwargs=half)
 
 
 @pytest.mark.parametrize(

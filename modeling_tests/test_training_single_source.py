@@ -9,7 +9,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 
 from llm2clip_hf.training.caption_sources import CaptionCollator, SourceRows, StreamRows, ordered_columns
-from llm2clip_hf.training.single_source import SingleSourceBatchSampler
+from llm2clip_hf.training.single_source import EvaluationBatchSampler, SingleSourceBatchSampler
 
 
 class Texts:
@@ -50,6 +50,24 @@ def test_global_batches_have_one_source_and_drop_the_rest(processes):
         found.append(source)
     assert Counter(found) == Counter({source: size // step for source, size in enumerate(sizes) if size >= step})
     assert found != sorted(found)  # the order of batches is shuffled over the sources
+
+
+@pytest.mark.parametrize(("rows", "batch", "processes"), [(17, 8, 1), (17, 8, 2), (3, 8, 3), (40, 4, 3), (5, 1, 2)])
+def test_evaluation_takes_every_row_once_in_batches_of_about_equal_size(rows, batch, processes):
+    shares = [list(EvaluationBatchSampler(rows, batch, processes, process)) for process in range(processes)]
+    assert sorted(row for share in shares for each in share for row in each) == list(range(rows))
+    assert len({len(share) for share in shares}) == 1
+    sizes = [len(each) for share in shares for each in share]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= max(batch, -(-rows // len(sizes)))
+    # Process by process, the parts of a global batch are a batch of one process.
+    whole = list(EvaluationBatchSampler(rows, batch * processes))
+    if len(whole) == len(shares[0]):
+        assert [sum(parts, []) for parts in zip(*shares)] == whole
+    order = sum(whole, [])
+    assert rows < 6 or list(range(rows)) != order != sum(EvaluationBatchSampler(rows, rows, seed=1), [])
+    with pytest.raises(ValueError, match="2 rows for 3 processes"):
+        EvaluationBatchSampler(2, 8, 3)
 
 
 def test_order_depends_on_seed_and_epoch_only():

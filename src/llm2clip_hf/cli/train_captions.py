@@ -94,7 +94,8 @@ class TrainCaptionsOptions:
         default=None, metadata={"help": "Load the LLM quantised, for one small GPU; saves the adapter alone."}
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out."}
+        default=None,
+        metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out, float32 with --lora_r 0."},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
@@ -221,7 +222,14 @@ def print_plan(
         print(f"source    {name}: {count} rows")
     print(f"test      {len(test)} images")
     print(f"steps     {total}, {batch} pairs per step on {args.world_size} device(s)")
-    print(describe_llm(options.llm, lora_rank=options.lora_r, dtype=options.dtype, quantization=options.quantization))
+    dtype = weights_dtype(options)
+    print(describe_llm(options.llm, lora_rank=options.lora_r, dtype=dtype, quantization=options.quantization))
+
+
+def weights_dtype(options: TrainCaptionsOptions) -> str | None:
+    """Type of the LLM's weights in stage 1, `None` for the checkpoint's own; weights to train are float32."""
+    trains_all = options.lora_r == 0 and not options.quantization
+    return "float32" if options.dtype is None and trains_all else options.dtype
 
 
 def train_and_save(
@@ -243,7 +251,7 @@ def train_and_save(
         pooling=options.pooling,
         lora=lora if options.lora_r else None,
         quantization=options.quantization,
-        dtype=options.dtype,
+        dtype=weights_dtype(options),
         attn_implementation=options.attn_implementation,
     )
     evaluator = CaptionRetrievalEvaluator(test, show_progress_bar=False) if test else None
@@ -254,12 +262,14 @@ def train_and_save(
         evaluator=evaluator,
     )
     results: dict[str, Any] = {}
-    if evaluator is not None and args.should_save:
+    # On all processes: none waits for another, and so none runs into a time-out.
+    if evaluator is not None:
         results["before"] = evaluator(encoder)
     trainer.train(resume_from_checkpoint=resume)
+    if evaluator is not None:
+        results["after"] = evaluator(encoder)
     if args.should_save:
         if evaluator is not None:
-            results["after"] = evaluator(encoder)
             print_results(results, len(test))
         results["training"] = {"steps": trainer.state.global_step, "rows": {n: len(s) for n, s in train.items()}}
     if options.adapter_only or options.quantization:

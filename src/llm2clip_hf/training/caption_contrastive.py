@@ -5,13 +5,13 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import has_length
 
 from .adapters import ADAPTER_WEIGHTS, has_adapters, load_adapter_weights
 from .callbacks import EpochCallback
@@ -21,12 +21,19 @@ from .caption_sources import INSTRUCTION, CaptionCollator, SourceRows, StreamRow
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .checkpoints import AtomicCheckpointTrainer
 from .hub_publishing import PublishingEncoderTrainer
-from .single_source import SingleSourceBatchSampler
+from .run_checks import check_float32_weights, check_whole_weights
+from .single_source import EvaluationBatchSampler, SingleSourceBatchSampler
 
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+# Options of the base classes that say how batches are drawn, with what this trainer does.
+_BATCH_OPTIONS = {
+    "batch_sampler": "batch_sampler",
+    "multi_dataset_batch_sampler": "proportional",
+    "train_sampling_strategy": "random",
+}
 
 
 class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTrainer, SentenceTransformerTrainer):
@@ -57,13 +64,15 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         model ([`CaptionEncoder`]): From [`build_caption_encoder`].
         args ([`CaptionContrastiveTrainingArguments`]): The recipe.
         train_dataset: See above.
-        eval_dataset: A map-style source or a mapping of them, for the loss; read once, as of epoch 0.
+        eval_dataset: A map-style source or a mapping of them, for the loss; read once, as of epoch 0. All rows count,
+            in batches of about equal size.
         evaluator: A `SentenceEvaluator` or a list of them, e.g. `evaluation.CaptionRetrievalEvaluator`.
         kwargs: Further arguments of `SentenceTransformerTrainer`.
 
     Raises:
         ValueError: if the model is not a `CaptionEncoder`; if a data set has missing or unknown columns, or less than
-            one batch; if a stream comes without `max_steps`.
+            one batch; if a stream comes without `max_steps`; if weights to train are in half precision, or FSDP
+            spreads them; if an option of sentence-transformers is set that has no effect here.
         FloatingPointError: in training and evaluation, if the loss is not finite; names the step and the rows.
     """
 
@@ -85,9 +94,14 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             )
         self._rows, self._stream = _open_training_set(train_dataset)
         self._sampler: SingleSourceBatchSampler | None = None
+        self._evaluation_loaders: dict[str, torch.utils.data.DataLoader] = {}
         super().__init__(model=model, args=args, eval_dataset=_evaluation_set(eval_dataset), **kwargs)
         self.train_dataset = self._rows if self._stream is None else self._stream
         self._check_run()
+        if train_dataset is not None:
+            self._check_batches()
+            remedy = "Build the encoder with `dtype=torch.float32`, or train LoRA"
+            check_float32_weights(model, self.args.learning_rate, remedy)
         if isinstance(self.data_collator, CaptionCollator) and isinstance(self.loss, CaptionContrastiveLoss):
             self.data_collator.with_text_ids = self.loss.mask_false_negatives
         if self._rows is not None:
@@ -101,6 +115,15 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
                 f"{self.args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. "
                 "Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        check_whole_weights(self)
+        sources = [] if self._rows is None else self._rows.sources
+        if any(getattr(source, INSTRUCTION, None) for source in [*sources, self._stream]):
+            if self.args.prompts:
+                raise ValueError("Sources have instructions and `prompts` is set. Leave one of them out.")
+            if not isinstance(self.data_collator, CaptionCollator):
+                raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
+
+    def _check_batches(self) -> None:
         if self._stream is not None and self.args.max_steps < 1:
             raise ValueError(
                 "The training set is a stream, whose length is not known, and `max_steps` is "
@@ -111,17 +134,14 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
                 f"`dataloader_num_workers` is {self.args.dataloader_num_workers}, but a stream is read by one worker "
                 "per process, in its order. Set it to 0 or 1."
             )
-        if self._rows is not None and str(getattr(self.args.batch_sampler, "value", "")) != "batch_sampler":
-            raise ValueError(
-                f"`batch_sampler` is {self.args.batch_sampler}, but batches are drawn from one source each. Leave it "
-                "out: `mask_false_negatives` keeps equal captions from being each other's negatives."
-            )
-        sources = [] if self._rows is None else self._rows.sources
-        if any(getattr(source, INSTRUCTION, None) for source in [*sources, self._stream]):
-            if self.args.prompts:
-                raise ValueError("Sources have instructions and `prompts` is set. Leave one of them out.")
-            if not isinstance(self.data_collator, CaptionCollator):
-                raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
+        for option, done in _BATCH_OPTIONS.items():
+            value = getattr(self.args, option)
+            if getattr(value, "value", value) != done:
+                raise ValueError(
+                    f"`{option}` is {value!r}, but this trainer draws batches itself: each from one source, rows and "
+                    "batches shuffled, sources by their sizes. Leave it out: `mask_false_negatives` keeps equal "
+                    "captions from being each other's negatives, and `mini_batch_tokens` sorts rows by length."
+                )
 
     def get_default_loss(self, model: Any) -> nn.Module:
         """In-batch InfoNCE over all devices, see [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]."""
@@ -150,14 +170,9 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The loader of the training set; refuses one that yields no batch."""
-        options: dict[str, Any] = {
-            "collate_fn": self.data_collator,
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "persistent_workers": self.args.dataloader_persistent_workers,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-        }
-        processes, size = self.accelerator.num_processes, self.args.train_batch_size
+        options = self._loader_options()
+        # Not that of the arguments, which `auto_find_batch_size` leaves as it is.
+        processes, size = self.accelerator.num_processes, self._train_batch_size
         if self._stream is not None:
             # It shares out its rows itself: accelerate would let one process read and tokenise for all of them.
             rows = StreamRows(self._stream, size, processes, self.accelerator.process_index)
@@ -178,6 +193,15 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         loader = torch.utils.data.DataLoader(self._rows, batch_sampler=self._sampler, **options)
         self._train_dataloader = self.accelerator.prepare(loader)
         return self._train_dataloader
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "collate_fn": self.data_collator,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
 
     def _check_sizes(self, sampler: SingleSourceBatchSampler) -> None:
         assert self._rows is not None, "there is a sampler of rows only"
@@ -200,18 +224,27 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """
-        The loader of an evaluation set; refuses one that yields no batch.
+        The loader of an evaluation set, whose rows are all in it, shared out to the processes.
 
         Args:
             eval_dataset (*optional*): A data set or the name of one; `self.eval_dataset` by default.
         """
-        loader = super().get_eval_dataloader(eval_dataset)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is not None and has_length(loader) and len(loader) == 0:
-            raise ValueError(
-                f"The evaluation set holds less than one batch of {self.args.eval_batch_size} pairs per device. Lower "
-                "`per_device_eval_batch_size`."
-            )
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = cast(Any, self.eval_dataset)[dataset]
+        if dataset is None or isinstance(dataset, Mapping) or not is_map_style(dataset):
+            return super().get_eval_dataloader(eval_dataset)
+        name = eval_dataset if isinstance(eval_dataset, str) else ""
+        if (eval_dataset is None or name) and name in self._evaluation_loaders:
+            return self._evaluation_loaders[name]
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = EvaluationBatchSampler(len(dataset), self.args.eval_batch_size, processes, process, seed)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
+        # Told that it is alone: the sampler has dealt with the other processes, without repeating or leaving out rows.
+        loader = prepare_data_loader(loader, num_processes=1, process_index=0)
+        if self.args.dataloader_persistent_workers and (eval_dataset is None or name):
+            self._evaluation_loaders[name] = loader
         return loader
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:

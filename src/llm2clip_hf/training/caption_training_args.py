@@ -18,6 +18,10 @@ class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
     and direction from the released stage-1 configuration. Runs of a few hundred steps want fewer `warmup_steps`.
 
     Args:
+        bf16 (`bool`, *optional*):
+            Autocast to bfloat16. Defaults to `True` on a GPU whose hardware computes in it (NVIDIA from compute
+            capability 8 on, AMD) unless `fp16` is set, else to `False`, as in `TrainingArguments`: a T4 or V100
+            computes in the type of the weights, best float32, or with `fp16=True` in float16 with loss scaling.
         scale (`float`, *optional*, defaults to 50.0): Multiplier of the cosine similarities (inverse temperature).
         symmetric (`bool`, *optional*, defaults to `False`): Whether positives also retrieve their anchors.
         mask_false_negatives (`bool`, *optional*, defaults to `True`):
@@ -37,7 +41,7 @@ class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (paper section 4.1)."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Pairs per device (released recipe)."})
     bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bf16 autocast; by default where the device is a GPU that supports it."}
+        default=None, metadata={"help": "bf16 autocast; by default where a GPU computes in it, not on T4 or V100."}
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations; on unless turned off here or by its newer name."}

@@ -33,6 +33,7 @@ from .encoder_card import mntp_card
 from .encoder_files import written_folder
 from .mntp_data import IGNORED, MaskedTextCollator, MaskedTexts
 from .precision import gpu_supports_bf16
+from .run_checks import check_float32_weights, check_whole_weights
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ class MNTPTrainingArguments(TrainingArguments):
     Arguments of [`MNTPTrainer`]: `TrainingArguments` with the released MNTP recipe of LLM2CLIP.
 
     Args:
+        bf16 (`bool`, *optional*):
+            Autocast to bfloat16. Defaults to `True` on a GPU whose hardware computes in it (NVIDIA from compute
+            capability 8 on, AMD) unless `fp16` is set, else to `False`, as in `TrainingArguments`: a T4 or V100
+            computes in the type of the weights, best float32, or with `fp16=True` in float16 with loss scaling.
         mask_probability (`float`, *optional*, defaults to 0.2):
             Probability that a token is masked; of these 80 % become the mask token, 10 % a random one, 10 % stay.
         max_length (`int`, *optional*, defaults to 512):
@@ -58,7 +63,7 @@ class MNTPTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (released recipe)."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts per device (released recipe)."})
     bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bf16 autocast; by default where the device is a GPU that supports it."}
+        default=None, metadata={"help": "bf16 autocast; by default where a GPU computes in it, not on T4 or V100."}
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations; on unless turned off here or by its newer name."}
@@ -106,13 +111,13 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         eval_dataset: The same, for the loss.
         processing_class (*optional*): A fast tokenizer; by default that of `model` given as a name.
         lora (`LoraConfig`, `dict` or `None`, *optional*, defaults to `"default"`):
-            As of [`build_caption_encoder`]; `None` trains all weights.
+            As of [`build_caption_encoder`]; `None` trains all weights, which then have to be float32.
         model_kwargs (`dict`, *optional*): Arguments for loading the model: `dtype`, `attn_implementation`, ...
         kwargs: Further arguments of `Trainer`.
 
     Raises:
         ValueError: if the model has no trained LM head, does not attend bidirectionally, or there is no tokenizer,
-            pad token or mask token for it.
+            pad token or mask token for it; if weights to train are in half precision, or FSDP spreads them.
 
     Example:
     >>> trainer = MNTPTrainer("meta-llama/Llama-3.2-1B-Instruct", train_dataset=captions)  # doctest: +SKIP
@@ -150,6 +155,9 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         llm = _load_model(model, dict(model_kwargs or {}))
         if lora is not None and not has_adapters(llm):
             add_lora(llm, lora_config({} if lora == "default" else lora))
+        if train_dataset is not None:
+            remedy = "Load the model with `model_kwargs={'dtype': torch.float32}`"
+            check_float32_weights(llm, args.learning_rate, remedy)
         tokenizer = _with_pad_token(processing_class)
         train, evaluation = (self._masked(data, tokenizer, args, llm) for data in (train_dataset, eval_dataset))
         super().__init__(
@@ -161,6 +169,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        check_whole_weights(self)
         # So that the number of masked tokens is counted over all devices and accumulated steps.
         self.model_accepts_loss_kwargs = True
         if train is not None:

@@ -52,19 +52,20 @@ class MaskedTexts(Dataset):
         self.mask_probability = mask_probability
         self.max_length = max_length
         self.seed = seed
-        self.epoch = 0
+        # In shared memory, so that the workers of a loader with `persistent_workers=True` see `set_epoch`.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._special = torch.tensor(sorted(tokenizer.all_special_ids))
 
     def set_epoch(self, epoch: int) -> None:
         """Draws other masks, and other captions of each image, from the next row on."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
         """`input_ids` with masks, and `labels`: the token where there is a mask, -100 elsewhere."""
-        digest = hashlib.sha256(f"{self.seed}|{self.epoch}|{row}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}|{int(self._epoch)}|{row}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         text = self._text(row, generator)
         encoded = self.tokenizer(text, truncation=True, max_length=self.max_length, return_special_tokens_mask=True)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches that come from one source each, the same one on all processes, in an order given by seed and epoch."""
+"""
+Which rows make a batch.
+
+In training a batch comes from one source, the same one on all processes, in an order given by seed and epoch. In
+evaluation every row is in one batch.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +15,7 @@ from ..data.sampling import random_bits
 
 
 # Streams of `random_bits`; every kind of choice has its own number (`data.captions` has 10 and 11).
-_ROW_ORDER, _BATCH_ORDER = 100, 101
+_ROW_ORDER, _BATCH_ORDER, _EVALUATION_ORDER = 100, 101, 102
 
 
 class SingleSourceBatchSampler(torch.utils.data.Sampler[list[int]]):
@@ -87,3 +92,47 @@ class SingleSourceBatchSampler(torch.utils.data.Sampler[list[int]]):
             batch = rows[source][begin : begin + step].tolist()
             for first in range(0, len(batch), self.batch_size):
                 yield batch[first : first + self.batch_size]
+
+
+class EvaluationBatchSampler(torch.utils.data.Sampler[list[int]]):
+    r"""
+    The batches of one process that evaluates: every row is in one batch of one process.
+
+    All processes have equally many batches, as the loss over all of them needs, and the sizes of all batches differ by
+    one at most, so that no row meets far fewer negatives than the others. Rows are shuffled, always the same way.
+
+    Args:
+        rows (`int`): Rows of the evaluation set.
+        batch_size (`int`): Most rows of a batch; exceeded by one where the rows would not reach all processes else.
+        num_processes (`int`, *optional*, defaults to 1): Processes that share the set.
+        process (`int`, *optional*, defaults to 0): Number of this process.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffle.
+
+    Raises:
+        ValueError: if there are fewer rows than processes.
+
+    Example:
+    >>> [len(batch) for batch in EvaluationBatchSampler(17, batch_size=8)]
+    [5, 6, 6]
+    """
+
+    def __init__(self, rows: int, batch_size: int, num_processes: int = 1, process: int = 0, seed: int = 0) -> None:
+        if rows < num_processes:
+            raise ValueError(
+                f"The evaluation set has {rows} rows for {num_processes} processes, each of which needs one. Give it "
+                "more rows."
+            )
+        self.rows = rows
+        self.num_processes = num_processes
+        self.process = process
+        self.seed = seed
+        self._batches = min(-(-rows // (batch_size * num_processes)), rows // num_processes)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = random_bits(self.seed, 0, np.arange(self.rows), _EVALUATION_ORDER).argsort(kind="stable").tolist()
+        parts = self._batches * self.num_processes
+        for part in range(self.process, parts, self.num_processes):
+            yield order[self.rows * part // parts : self.rows * (part + 1) // parts]
