@@ -234,6 +234,75 @@ def test_repeated_pushes_keep_what_is_others(hub: StubHub, tmp_path: Path) -> No
     assert saved.branches["main"] != saved.branches["bundled"]
 
 
+LOCAL = """
+import os
+import tiny_models
+from llm2clip_hf import LLM2CLIPModel
+from llm2clip_hf.modeling.publishing_llm2clip import commit_files, create_repository, publishable_files
+
+model, processor = tiny_models.model(), tiny_models.processor()
+for part in ("text_model", "vision_model"):
+    getattr(model, part).save_pretrained(f"secret/{part}")
+tiny_models.llama3_tokenizer().save_pretrained("secret/text_model")
+home = os.getcwd()
+model = LLM2CLIPModel.from_vision_text_pretrained(
+    f"{home}/secret/vision_model", f"{home}/secret/text_model", projection_dim=20, adapter_num_layers=1
+)
+model.push_to_hub("org/local", processor=processor)
+model.push_to_hub("org/local", revision="images", text_weights="none")
+# A folder that was saved to be loaded here, pushed as it is.
+model.config.vision_config._name_or_path = "org/vision"
+model.save_pretrained("saved")
+create_repository("org/folder")
+commit_files("org/folder", "saved", publishable_files("saved"), message="Folder")
+"""
+
+
+def test_no_path_of_this_machine_is_pushed(hub: StubHub, tmp_path: Path) -> None:
+    hub.run(LOCAL, tmp_path)
+    for name, branch in (("org/local", "main"), ("org/local", "images"), ("org/folder", "main")):
+        for file, content in hub.repositories[name].files(branch).items():
+            assert b"secret" not in content, (name, file)
+    pushed = json.loads(hub.repositories["org/folder"].files()["config.json"])
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    # Apart from that, the config is the one that was saved.
+    assert saved.pop("text_base_model") == str(tmp_path / "secret" / "text_model")
+    assert pushed.pop("text_base_model") is None
+    assert pushed == saved and pushed["vision_config"]["_name_or_path"] == "org/vision"
+
+
+SAVED = """
+import tiny_models
+model, processor = tiny_models.model(), tiny_models.processor()
+push = {"push_to_hub": True, "repo_id": "org/all-options"}
+card = "---\\nlicense: mit\\n---\\n# Mine\\n"
+model.save_pretrained("first", **push, license="mit", processor=processor, max_shard_size="20KB", private=True)
+model.save_pretrained("second", **push, model_card=card, overwrite_card=True)
+model.save_pretrained("third", **push, is_main_process=False)
+processor.save_pretrained("fourth", **push, commit_message="Processor", commit_description="More")
+try:
+    processor.save_pretrained("fifth", **push, tags=["x"])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_saving_takes_all_options_of_a_push(hub: StubHub, tmp_path: Path) -> None:
+    done = hub.run(SAVED, tmp_path)
+    repository = hub.repositories["org/all-options"]
+    assert repository.private
+    assert repository.messages == ["", "Upload LLM2CLIP model", "Upload LLM2CLIP model", "Processor"]
+    first, second, _ = list(repository.commits.values())[1:]
+    card = ModelCard(first["README.md"].decode())
+    assert card.data.license == "mit" and "# Mine" not in card.text
+    assert {"processor_config.json", "tokenizer.json"} <= first.keys()
+    shards = {name for name in first if name.endswith(".safetensors")}
+    assert len(shards) > 5 and shards == {path.name for path in (tmp_path / "first").glob("*.safetensors")}
+    assert second["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
+    assert "`tags` is for the card of a repository" in done.stdout
+    assert not (tmp_path / "fifth").exists()
+
+
 # Fine-tuning by a script that has the package: from the Hub, and back to it.
 TRAIN = """
 import sys

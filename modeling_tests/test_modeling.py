@@ -307,13 +307,32 @@ def test_trained_parts_stay_float32_when_loaded_in_bfloat16(tmp_path: Path) -> N
     assert_same(again(**batch).text_embeds, half(**batch).text_embeds)
 
 
-def test_autocast_runs_and_agrees() -> None:
-    model, images, batch = tiny_models.model(), tiny_models.images(), text_batch()
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_autocast_runs_and_agrees(bias: float | None) -> None:
+    model, images, batch = tiny_models.model(logit_bias_init_value=bias), tiny_models.images(), text_batch()
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100.0))
     full = model(pixel_values=images, **batch)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(pixel_values=images, **batch)
-    assert mixed.logits_per_image.dtype == torch.float32 or mixed.logits_per_image.dtype == torch.bfloat16
+        mixed = model(pixel_values=images, **batch, return_loss=True)
     assert (mixed.image_embeds.float() * full.image_embeds).sum(1).min() > 0.99
+    # The logits are as exact as in float32: a product in bfloat16 would be off by some tenths at this scale.
+    assert mixed.logits_per_image.dtype == mixed.loss.dtype == torch.float32
+    exact = 100.0 * mixed.image_embeds.double() @ mixed.text_embeds.double().T + (bias or 0.0)
+    torch.testing.assert_close(mixed.logits_per_image.double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, -10.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_model_moved_to_another_dtype_compares_in_float32(dtype: torch.dtype, bias: float | None) -> None:
+    model = tiny_models.model(text=None, logit_bias_init_value=bias).to(dtype)
+    images, embeds = tiny_models.images(), torch.randn(5, tiny_models.TEXT_WIDTH)
+    output = model(pixel_values=images, llm_embeds=embeds)
+    assert output.logits_per_image.dtype == torch.float32
+    # The scale is what the parameter's own type makes of it, the rest float32.
+    scale = model.logit_scale.exp().float()
+    expected = scale * output.image_embeds @ output.text_embeds.T + (0.0 if bias is None else model.logit_bias.float())
+    assert torch.equal(output.logits_per_image, expected)
 
 
 def test_compiled_model_gives_the_same_numbers() -> None:

@@ -24,6 +24,7 @@ CODE_FILES = {
     "configuration_eva02.py",
     "configuration_llm2clip.py",
     "inputs_llm2clip.py",
+    "loading_llm2clip.py",
     "modeling_eva02.py",
     "modeling_llm2clip.py",
     "modules_llm2clip.py",

@@ -180,6 +180,14 @@ def test_model_without_llm_takes_images_and_refuses_texts(saved: Any, tmp_path: 
         loaded.encode([*images, "a red boat"])
 
 
+def test_embeddings_of_tokens_are_refused_with_the_reason(loaded: Any) -> None:
+    for inputs in (TEXTS, pictures(1), [TEXTS[0], *pictures(1)]):
+        with pytest.raises(ValueError, match="token_embeddings.* not available.* Leave `output_value` out"):
+            loaded.encode(inputs, output_value="token_embeddings")
+    [everything] = loaded.encode(TEXTS[:1], output_value=None)
+    assert_close(everything["sentence_embedding"], loaded.encode(TEXTS[:1], convert_to_tensor=True)[0])
+
+
 def test_gradients_flow_through_a_mixed_batch(loaded: Any) -> None:
     features = loaded.preprocess([pictures(1)[0], "a red boat"])
     loaded.zero_grad()

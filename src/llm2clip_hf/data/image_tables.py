@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .images import ImageSource
+from .images import ImageSource, is_address
 
 
 if TYPE_CHECKING:
@@ -268,7 +268,13 @@ def _root_of(source: str | Path, image_root: str | Path | None) -> Path:
 
 
 def _with_full_paths(dataset: "datasets.Dataset", column: str, root: Path) -> "datasets.Dataset":
-    paths = [None if name is None else os.path.join(root, name) for name in dataset[column][:]]
+    names = dataset[column][:]
+    if addresses := [row for row, name in enumerate(names) if is_address(name)]:
+        raise ValueError(
+            f"Row {addresses[0]} names the image `{names[addresses[0]]}`, which is an address ({len(addresses)} of "
+            f"{len(names)} are), and nothing is fetched. Download the images and give their paths."
+        )
+    paths = [None if name is None else os.path.join(root, name) for name in names]
     missing = [row for row, path in enumerate(paths) if path is None or not os.path.isfile(path)]
     if missing:
         raise ValueError(

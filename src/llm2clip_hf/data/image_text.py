@@ -15,7 +15,7 @@ from PIL import Image
 
 from .captions import Captions, CaptionTable
 from .embedding_store import CaptionEmbeddingStore
-from .images import ImageSource, load_image
+from .images import ImageSource, load_image, undecoded
 from .sample_draws import SampleDraws, check_choice, check_sub_captions, checked_weights
 from .skips import SkipLog, SkipReport
 from .transforms import ImageTransform
@@ -106,7 +106,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
             )
         check_choice("on_bad_image", on_bad_image)
         check_sub_captions(sub_captions, store is not None)
-        self.images = images
+        self.images = undecoded(images)
         self.transform = transform
         self._with_text = with_text or store is None
         self._layout = layout

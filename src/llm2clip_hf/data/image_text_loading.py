@@ -19,7 +19,7 @@ from .caption_columns import check_columns, describe_kinds, resolve_caption_colu
 from .caption_loading import good_blocks, open_text_source
 from .captions import CaptionTable
 from .image_text import ImageTextDataset
-from .images import ImageSource
+from .images import ImageSource, is_address
 from .load_report import BadRows, LoadReport, Places, describe_place, text_problem
 from .transforms import ImageTransform
 
@@ -365,9 +365,15 @@ def _has_file(paths: list[str], root: Path, places: Places | _PlacesOf, bad: Bad
     for row, name in enumerate(paths):
         keep[row] = name != "" and os.path.isfile(os.path.join(root, name))
         if not keep[row]:
-            problem = "has no image path" if not name else f"the image `{os.path.join(root, name)}` does not exist"
-            bad.add("bad_rows", places.describe(row), problem)
+            problem = _problem_of(name if is_address(name) else os.path.join(root, name)) if name else None
+            bad.add("bad_rows", places.describe(row), problem or "has no image path")
     return keep
+
+
+def _problem_of(path: str) -> str:
+    if is_address(path):
+        return f"the image `{path}` is an address, and nothing is fetched: download it and give its path"
+    return f"the image `{path}` does not exist"
 
 
 def _has_image(dataset: "datasets.Dataset", column: str, places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:
@@ -376,28 +382,28 @@ def _has_image(dataset: "datasets.Dataset", column: str, places: Places | _Place
     import pyarrow.compute as pc
 
     keep = np.ones(len(dataset), dtype=bool)
+    problems: dict[int, str] = {}
     table = dataset.select_columns([column]).with_format("arrow")
     for start in range(0, len(dataset), _ROWS_PER_CHECK):
         values = table[start : start + _ROWS_PER_CHECK][column].combine_chunks()
         present = pc.is_valid(values)
+        has_bytes, paths = present.to_pylist(), [None] * len(values)
         if pa.types.is_struct(values.type):
             names = [field.name for field in values.type]
             nothing = pa.nulls(len(values))
             contents = pc.struct_field(values, "bytes") if "bytes" in names else nothing
             paths = (pc.struct_field(values, "path") if "path" in names else nothing).to_pylist()
             has_bytes = pc.and_(present, pc.is_valid(contents)).to_pylist()
-            found = [has or (path is not None and _may_exist(path)) for has, path in zip(has_bytes, paths)]
-        else:
-            found = present.to_pylist()
-        keep[start : start + len(found)] = found
+        elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            has_bytes, paths = [False] * len(values), values.to_pylist()
+        for row, (has, path) in enumerate(zip(has_bytes, paths), start):
+            keep[row] = has or (path is not None and os.path.isfile(path))
+            if not keep[row] and path:
+                problems[row] = _problem_of(path)
     for row in np.flatnonzero(~keep).tolist():
-        bad.add("bad_rows", places.describe(row), f"there is no image in column `{column}`")
+        problem = f": {problems[row]}" if row in problems else ""
+        bad.add("bad_rows", places.describe(row), f"there is no image in column `{column}`{problem}")
     return keep
-
-
-def _may_exist(path: str) -> bool:
-    # An address is left to the reader.
-    return "://" in path or os.path.isfile(path)
 
 
 def _has_key(keys: list[str], places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:

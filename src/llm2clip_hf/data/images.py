@@ -5,20 +5,24 @@ Read images from whatever a data set holds: PIL images, paths, or the undecoded 
 Every source goes through `decode_image`, so that all give the same pixels: upright by the EXIF orientation (as the
 image column of `datasets` does), in RGB, transparency dropped (as the image processors of transformers do), 16-bit
 gray scaled to 8 bits.
+
+Nothing is fetched: an address is refused, also where an image column of `datasets` would open it.
 """
 
 import io
+import re
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-__all__ = ["ImageSource", "decode_image", "load_image"]
+__all__ = ["ImageSource", "decode_image", "is_address", "load_image", "undecoded"]
 
 ImageSource = Sequence[Any]
 """PIL images, paths, `{"bytes": ..., "path": ...}` dictionaries, or an image column of a `datasets.Dataset`."""
@@ -37,6 +41,49 @@ _DECODING_ERRORS = (
 )
 _ORIENTATION = 0x0112
 _MAX_GRAY_16 = 65535
+# Of two letters or more: `C:/a.png` is a path.
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+def is_address(name: Any) -> bool:
+    """
+    Whether `name` is an address, such as `https://host/a.png`, and no path.
+
+    Args:
+        name: a path, or what a data set has in its place.
+
+    Returns:
+        `bool`
+
+    Example:
+    >>> is_address("https://host/a.png"), is_address("photos/a.png"), is_address("C:/a.png")
+    (True, False, False)
+    """
+    return isinstance(name, str) and _ADDRESS.match(name) is not None
+
+
+def undecoded(images: ImageSource) -> ImageSource:
+    """
+    The same images, not decoded by `datasets`, which would fetch those that are addresses.
+
+    Args:
+        images: see `ImageSource`.
+
+    Returns:
+        An image column of a `datasets.Dataset` as `{"bytes": ..., "path": ...}`; everything else as it is.
+    """
+    if "datasets" not in sys.modules:
+        return images
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+    from datasets.arrow_dataset import Column
+
+    if not isinstance(images, Column) or not isinstance(images.source, Dataset):
+        return images
+    feature = images.features
+    if not isinstance(feature, ImageFeature) or not feature.decode or images.source.format["type"] is not None:
+        return images
+    return images.source.cast_column(images.column_name, ImageFeature(decode=False))[images.column_name]
 
 
 def load_image(images: ImageSource, row: int) -> Image.Image:
@@ -54,8 +101,8 @@ def load_image(images: ImageSource, row: int) -> Image.Image:
         ValueError: if the image cannot be read; the message names the row and, where there is one, the file.
     """
     try:
-        # Inside the `try`, because an image column decodes on access.
-        item = images[row]
+        # Inside the `try`, because a sequence may decode on access.
+        item = undecoded(images)[row]
     except _DECODING_ERRORS as error:
         raise _unreadable(f"Image {row}", error) from error
     return decode_image(item, f"Image {row}{_file_of(item)}")
@@ -96,8 +143,10 @@ def decode_image(item: Any, name: str = "The image") -> Image.Image:
 
 
 def _unreadable(name: str, error: BaseException) -> ValueError:
+    # Pillow's message names the buffer in memory.
+    problem = "it is no image that Pillow can read" if isinstance(error, UnidentifiedImageError) else str(error)
     return ValueError(
-        f"{name} cannot be read: {error}. Repair the file, drop the row from the data set, or pass "
+        f"{name} cannot be read: {problem.rstrip('.')}. Repair the file, drop the row from the data set, or pass "
         '`on_bad_image="skip"`.'
     )
 
@@ -113,6 +162,8 @@ def _open(item: Any) -> Image.Image:
         item = item.get("bytes") if item.get("bytes") is not None else item.get("path")
     if isinstance(item, Image.Image):
         return item
+    if is_address(item):
+        raise ValueError("it is an address, and nothing is fetched; download the images and give their paths")
     if isinstance(item, (str, Path)):
         return Image.open(item)
     if isinstance(item, (bytes, bytearray, memoryview)):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from ..data.atomic import sha256_of_file, write_atomically
 from ..data.fingerprint import weights_digest
-from ..data.images import ImageSource, load_image
+from ..data.images import ImageSource, load_image, undecoded
 from ..distributed import all_gather_sizes, rank, world_size
 from ..version import __version__
 
@@ -169,7 +169,7 @@ def _read(path: Path, key: str, num_rows: int) -> torch.Tensor | None:
 
 
 def _image_content(images: ImageSource, row: int) -> bytes:
-    item = images[row]
+    item = undecoded(images)[row]
     if isinstance(item, (str, Path)) and Path(item).is_file():
         return sha256_of_file(Path(item)).encode()
     if isinstance(item, dict) and item.get("bytes") is not None:

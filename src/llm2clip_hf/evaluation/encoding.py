@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.images import ImageSource, load_image
+from ..data.images import ImageSource, load_image, undecoded
 from ..distributed import all_gather, all_gather_sizes, rank, world_size
 
 
@@ -68,6 +68,7 @@ def encode_images(
         raise ValueError("Images need a `processor`. Pass the processor of the model.")
     image_processor = getattr(processor, "image_processor", processor)
     check_batching(len(images), batch_size, "images")
+    images = undecoded(images)
 
     def encode(rows: list[int], target: torch.device) -> torch.Tensor:
         if transform is not None:

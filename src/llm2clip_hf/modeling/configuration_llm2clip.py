@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .card_llm2clip import is_repository
 from .configuration_eva02 import Eva02VisionConfig
 
 
@@ -64,6 +65,24 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """
+    The fields of a config without the folders that its parts were loaded from; names of repositories stay.
+
+    Args:
+        fields (`dict`): Fields of an [`LLM2CLIPConfig`]; not changed.
+
+    Returns:
+        `dict`
+    """
+    shown = dict(fields)
+    for name in LLM2CLIPConfig.sub_configs:
+        part = shown.get(name)
+        if isinstance(part, dict) and not is_repository(part.get("_name_or_path")):
+            shown[name] = {key: value for key, value in part.items() if key != "_name_or_path"}
+    return shown
 
 
 class LLM2CLIPConfig(PreTrainedConfig):
@@ -277,6 +296,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
                 "`text_weights='none'` for a model that takes stored LLM embeddings."
             )
         self.check_vision_width()
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `PreTrainedConfig.to_dict`; where on this machine the parts were loaded from is left out."""
+        return without_local_names(super().to_dict())
 
     def check_vision_width(self) -> None:
         """

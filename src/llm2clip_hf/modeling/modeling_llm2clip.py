@@ -14,12 +14,14 @@
 # limitations under the License.
 """LLM2CLIP: a vision tower and a large language model in one embedding space (arXiv 2411.04997)."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.amp.autocast_mode import is_autocast_available
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
@@ -342,8 +344,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         text_embeds = None if texts is None else F.normalize(texts.pooler_output.float(), dim=-1)
         logits = None
         if image_embeds is not None and text_embeds is not None:
-            logits = self.logit_scale.exp() * image_embeds @ text_embeds.T.to(image_embeds.device)
-            logits = logits if self.logit_bias is None else logits + self.logit_bias
+            logits = self._logits(image_embeds, text_embeds.to(image_embeds.device))
         return LLM2CLIPOutput(
             loss=self._local_loss(logits) if return_loss else None,
             logits_per_image=logits,
@@ -353,6 +354,15 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             text_model_output=texts,
             vision_model_output=images,
         )
+
+    def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines of all pairs, plus the bias, float32 also where scale and bias are not or autocast is on."""
+        device = image_embeds.device.type
+        # Left only where it is on: a context that changes nothing would still be part of a compiled graph.
+        autocast = is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            logits = self.logit_scale.exp().float() * image_embeds @ text_embeds.T
+            return logits if self.logit_bias is None else logits + self.logit_bias.float()
 
     def _local_loss(self, logits: torch.Tensor | None) -> torch.Tensor:
         if logits is None or logits.shape[0] != logits.shape[1]:

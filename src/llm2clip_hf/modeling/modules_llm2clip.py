@@ -12,16 +12,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Building blocks of LLM2CLIP: the text adaptor, the poolings, and the check that a decoder is bidirectional."""
+"""Building blocks of LLM2CLIP: the text adaptor, the poolings, and what is checked of a decoder."""
 
+import hashlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from .configuration_llm2clip import TEXT_POOLINGS, LLM2CLIPConfig
+
+
+# What `sampled_weights_digest` looks at.
+SAMPLES_PER_PARAMETER = 16
+SAMPLED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LLM2CLIPAdapterLinear(nn.Linear):
@@ -114,6 +120,17 @@ def pool_text(
     return hidden_states.sum(1) / weights.sum(1, keepdim=True).clamp(min=1.0)
 
 
+def _input_device(text_model: Any) -> Any:
+    """Where token ids have to be: with the token embeddings, or, if these are offloaded, where they are run."""
+    embeddings = text_model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type != "meta":
+        return device
+    hook = getattr(embeddings, "_hf_hook", None)
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    return next((found for found in devices if found is not None), device)
+
+
 @torch.no_grad()
 def assert_bidirectional(text_model: Any) -> None:
     """
@@ -129,7 +146,7 @@ def assert_bidirectional(text_model: Any) -> None:
         ValueError: if it does not; architectures such as GPT-2, Bloom or Mamba ignore the setting.
     """
     name = type(text_model).__name__
-    device = text_model.get_input_embeddings().weight.device
+    device = _input_device(text_model)
     vocab_size = text_model.config.get_text_config().vocab_size
     text = torch.arange(1, 7, device=device) * 31 % (vocab_size - 2) + 1
     changed = text.clone()
@@ -164,6 +181,75 @@ def assert_bidirectional(text_model: Any) -> None:
                 f"{name} gives other hidden states when the text is {layout} than without padding, so embeddings "
                 "would depend on the batch. Use a decoder with relative positions: Llama, Qwen3, Mistral, ..."
             )
+
+
+@torch.no_grad()
+def sampled_weights_digest(text_model: Any) -> str | None:
+    """
+    SHA-256 of a few values of every parameter of an LLM: tells two LLMs apart at no cost, and is the same in float32,
+    float16 and bfloat16.
+
+    It is `weights_sample_sha256` of the fingerprint of stored embeddings. Names do not enter it, nor does a head.
+
+    Args:
+        text_model (`torch.nn.Module`): The LLM, on any device.
+
+    Returns:
+        `str`, hexadecimal; `None` where the values are not those of the LLM: quantised, with adapters, or not loaded.
+    """
+    if getattr(getattr(text_model, "config", None), "quantization_config", None) is not None:
+        return None
+    if isinstance(text_model, PreTrainedModel):
+        text_model = text_model.base_model
+    parts = []
+    for name, parameter in text_model.named_parameters():
+        if parameter.is_meta or parameter.dtype not in SAMPLED_DTYPES or "base_layer." in name:
+            return None
+        if parameter.numel() == 0:
+            continue
+        places = torch.arange(SAMPLES_PER_PARAMETER, device=parameter.device) * parameter.numel()
+        values = parameter.reshape(-1)[places // SAMPLES_PER_PARAMETER].to("cpu", torch.bfloat16)
+        # Below its normal numbers, float16 has not kept all bits of a bfloat16 value.
+        values = values.masked_fill(values.abs() < torch.finfo(torch.float16).tiny, 0.0)
+        content = f"{tuple(parameter.shape)}|".encode() + values.view(torch.int16).numpy().tobytes()
+        parts.append(hashlib.sha256(content).digest())
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
+
+
+def check_text_fingerprint(text_model: Any, config: LLM2CLIPConfig) -> None:
+    """
+    Checks that an LLM is the one whose stored embeddings a model was trained on, as far as that costs nothing.
+
+    Args:
+        text_model (`PreTrainedModel`): The LLM.
+        config ([`LLM2CLIPConfig`]): Config of the model; `text_fingerprint` says what made the embeddings.
+
+    Raises:
+        ValueError: if the digests of sampled weights differ, or the model would pool other tokens.
+    """
+    fingerprint: dict[str, Any] = config.text_fingerprint or {}
+    own = {"text_prefix_length": config.text_prefix_length, "pooling": config.text_pooling}
+    for key, value in own.items():
+        if key in fingerprint and fingerprint[key] != value:
+            field = f"config.{'text_pooling' if key == 'pooling' else key}"
+            raise ValueError(
+                f"`{field}` is {value!r}, but the embeddings that the model was trained on were made with "
+                f"{fingerprint[key]!r}, as `config.text_fingerprint` says. Set `{field} = {fingerprint[key]!r}`."
+            )
+    recorded = fingerprint.get("weights_sample_sha256")
+    found = None if recorded is None else sampled_weights_digest(text_model)
+    if found is None or recorded == found:
+        return
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in text_model.parameters()}
+    made_in = str(fingerprint.get("weights_dtype"))
+    # Rounded to float16 and from there to bfloat16, a float32 value may be another one than rounded at once.
+    if {"float16", "float32"} <= {*dtypes, *made_in.split("+")}:
+        return
+    raise ValueError(
+        f"The LLM ({text_model.config._name_or_path!r}) is not the one whose embeddings the model was trained on: the "
+        f"SHA-256 of its sampled weights is {found}, `config.text_fingerprint` says {recorded}. Attach that LLM; to "
+        "use another on purpose, set `text_fingerprint=None` in the config or pass it to `from_pretrained`."
+    )
 
 
 def measure_vision_width(config: LLM2CLIPConfig) -> int:
@@ -207,4 +293,12 @@ def pool_image(outputs: Any, config: LLM2CLIPConfig, height: int, width: int) ->
     return states.mean(1)
 
 
-__all__ = ["LLM2CLIPTextAdapter", "assert_bidirectional", "measure_vision_width", "pool_image", "pool_text"]
+__all__ = [
+    "LLM2CLIPTextAdapter",
+    "assert_bidirectional",
+    "check_text_fingerprint",
+    "measure_vision_width",
+    "pool_image",
+    "pool_text",
+    "sampled_weights_digest",
+]

@@ -24,11 +24,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional
+from .loading_llm2clip import (
+    HUB_KEYWORDS,
+    check_loading_info,
+    external_text_kwargs,
+    load_pretrained_text,
+    load_pretrained_tokenizer,
+    load_pretrained_vision,
+)
+from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional, check_text_fingerprint
 from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
 from .publishing_llm2clip import PushedModel, take_push_options
 
@@ -106,8 +114,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 New value of `config.text_weights`, for example `"bundled"` to save the LLM with the model.
 
         Raises:
-            ValueError: if its width is not the adaptor's, it was trained with another pooling, or it does not attend
-                bidirectionally.
+            ValueError: if its width is not the adaptor's, it was trained with another pooling, it does not attend
+                bidirectionally, or it is not the LLM that `config.text_fingerprint` records (by sampled weights).
         """
         # The config's own checks: architecture, width of the adaptor, pooling, choice of `text_weights`.
         LLM2CLIPConfig(
@@ -116,6 +124,7 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             text_pooling=self.config.text_pooling,
             text_weights=text_weights,
         )
+        check_text_fingerprint(text_model, self.config)
         text_model.config.is_causal = False
         assert_bidirectional(text_model)
         # The layers of the LLM hold this object, so it is the one that settings must reach.
@@ -146,7 +155,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 Whether to load the LLM. Without it the model takes images and stored LLM embeddings.
             text_model (`PreTrainedModel`, *optional*): An LLM to attach instead of the bundled or named one.
             text_model_kwargs (`dict`, *optional*):
-                Arguments for loading an external LLM: `dtype`, `quantization_config`, `device_map`, `token`, ...
+                Arguments for loading an external LLM, such as `quantization_config`. Those of the model that concern
+                any part hold for it too, unless they are given here: `dtype`, `attn_implementation`, `device_map`,
+                `token`, `cache_dir`, `local_files_only`, ..., but neither `revision` nor `trust_remote_code`.
             output_loading_info (`bool`, *optional*, defaults to `False`):
                 Return also the dictionary of missing and unexpected keys instead of raising an error for them.
             kwargs: As for any transformers model.
@@ -155,18 +166,21 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             [`LLM2CLIPModel`] in evaluation mode.
 
         Raises:
-            ValueError: if weights are missing, unexpected or of another shape, or the LLM does not fit.
+            ValueError: if weights are missing, unexpected or (without `ignore_mismatched_sizes=True`) of another
+                shape, or the LLM does not fit.
         """
         bundled = load_text_model and text_model is None
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
         )
         model, info = loaded
-        if not (output_loading_info or kwargs.get("ignore_mismatched_sizes")):
-            check_loading_info(pretrained_model_name_or_path, info)
+        if not output_loading_info:
+            accepted = ("mismatched_keys",) if kwargs.get("ignore_mismatched_sizes") else ()
+            check_loading_info(pretrained_model_name_or_path, info, accepted)
         if text_model is None and load_text_model and model.config.text_weights == "external":
+            text_kwargs = external_text_kwargs(kwargs, text_model_kwargs)
             text_model = load_pretrained_text(
-                model.config.text_base_model, model.config.text_base_revision, text_model_kwargs
+                model.config.text_base_model, model.config.text_base_revision, text_kwargs
             )
         if text_model is not None:
             model.attach_text_model(text_model)
@@ -193,8 +207,10 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 Repository or folder of a vision backbone, or of a CLIP-like model, whose vision tower is taken.
             text_model_name_or_path (`str`, *optional*): Repository or folder of a decoder LLM.
             text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
-            text_model_kwargs (`dict`, *optional*): Arguments for loading the LLM: `dtype`, `quantization_config`, ...
-            config_kwargs: Further fields of [`LLM2CLIPConfig`], for example `text_weights="external"`.
+            text_model_kwargs (`dict`, *optional*):
+                Arguments for loading the LLM: `dtype`, `quantization_config`, `revision`, `token`, ...
+            config_kwargs: Further fields of [`LLM2CLIPConfig`], for example `text_weights="external"`, and `token`,
+                `cache_dir`, `local_files_only`, `force_download` and `proxies`, by which both parts are fetched.
 
         Returns:
             [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen.
@@ -203,23 +219,23 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             ValueError: if a part has missing weights, the LLM cannot attend bidirectionally, or `text_pooling` is not
                 the one it was trained with or does not fit its tokenizer.
         """
-        vision_model = load_pretrained_vision(vision_model_name_or_path)
+        # Taken out, since a config keeps, and saves, whatever it is given.
+        hub_kwargs = {name: config_kwargs.pop(name) for name in HUB_KEYWORDS if name in config_kwargs}
+        vision_model = load_pretrained_vision(vision_model_name_or_path, hub_kwargs)
         if text_model_name_or_path is None:
             return cls(LLM2CLIPConfig(vision_config=vision_model.config, **config_kwargs), vision_model).eval()
+        text_kwargs = {**hub_kwargs, **(text_model_kwargs or {})}
         config_kwargs.setdefault("text_base_model", str(text_model_name_or_path))
-        revision = config_kwargs.get("text_base_revision")
-        text_model = load_pretrained_text(text_model_name_or_path, revision, text_model_kwargs)
+        config_kwargs.setdefault("text_base_revision", text_kwargs.get("revision"))
+        revision = config_kwargs["text_base_revision"]
+        text_model = load_pretrained_text(text_model_name_or_path, revision, text_kwargs)
         pooling = config_kwargs.get("text_pooling") or getattr(text_model.config, "text_pooling", None)
         if "text_prefix_length" not in config_kwargs or pooling == "eos":
-            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=revision or "main")
+            tokenizer = load_pretrained_tokenizer(text_model_name_or_path, revision, text_kwargs)
             tokenizer = apply_text_template(tokenizer, text_template)
             config_kwargs.setdefault("text_prefix_length", text_prefix_length(tokenizer))
-            if pooling == "eos" and text_end_token(tokenizer) is None:
-                raise ValueError(
-                    f"`text_pooling` is 'eos', but the tokenizer of {str(text_model_name_or_path)!r} puts no end "
-                    f"token after a text. Pass `text_template='{{text}}{tokenizer.eos_token}'`, to the processor "
-                    "too, or set `text_pooling='last'`."
-                )
+            if pooling == "eos":
+                check_end_token(tokenizer, text_model_name_or_path)
         config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **config_kwargs)
         model = cls(config, vision_model, load_text_model=False)
         model.attach_text_model(text_model)
@@ -240,20 +256,21 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             text_weights (`str`, *optional*):
                 `"bundled"`, `"external"` or `"none"` for this folder, instead of `config.text_weights`: a training
                 checkpoint, say, leaves a frozen LLM out and names it.
-            kwargs: As for any transformers model.
+            kwargs: As for any transformers model; with `push_to_hub=True` also those of
+                [`~LLM2CLIPModel.push_to_hub`].
 
         Raises:
             ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
                 named, or if a part carries an adapter (LoRA) that has not been merged.
         """
-        push = take_push_options(kwargs, save_directory)
+        push = take_push_options(kwargs, save_directory, self.push_to_hub)
         self._check_merged(weights_given=kwargs.get("state_dict") is not None)
         with self._saving(text_weights or str(self.config.text_weights)):
             super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_sentence_files(Path(save_directory))
-        if push is not None:
-            self.push_to_hub(**push, text_weights=text_weights)
+            if push is not None:
+                self.push_to_hub(**push, text_weights=text_weights)
 
     def _check_merged(self, weights_given: bool) -> None:
         """Refuses parts with adapters, whose weights have other names, unless plain weights are given to be saved."""
@@ -313,6 +330,14 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             self._dtype_to_save = None
 
 
+def check_end_token(tokenizer: Any, name: str) -> None:
+    if text_end_token(tokenizer) is None:
+        raise ValueError(
+            f"`text_pooling` is 'eos', but the tokenizer of {str(name)!r} puts no end token after a text. Pass "
+            f"`text_template='{{text}}{tokenizer.eos_token}'`, to the processor too, or set `text_pooling='last'`."
+        )
+
+
 def write_sentence_files(folder: Path) -> None:
     """Makes a folder with a saved model one that `SentenceTransformer` loads; prompts that it has are kept."""
     for name, content in SENTENCE_FILES.items():
@@ -322,55 +347,6 @@ def write_sentence_files(folder: Path) -> None:
         partial = target.with_name(f".{name}.partial")
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, target)
-
-
-def check_loading_info(name: Any, info: dict[str, Any]) -> None:
-    problems = [
-        f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        if info.get(kind)
-    ]
-    if problems:
-        raise ValueError(
-            f"The weights of {str(name)!r} do not fit the model that its config describes; {'; '.join(problems)}. "
-            "Load with `output_loading_info=True` to accept that."
-        )
-
-
-def check_complete(name: Any, info: dict[str, Any]) -> None:
-    # A head or the other tower may be left over from a pretrained part; nothing may be missing.
-    check_loading_info(name, {kind: info[kind] for kind in ("missing_keys", "mismatched_keys")})
-
-
-def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    if not name:
-        raise ValueError(
-            "The config says that the LLM is external, but `text_base_model` does not name it. Pass `text_model=`, or "
-            "`load_text_model=False` to do without it."
-        )
-    kwargs = dict(kwargs or {})
-    if revision is not None:
-        kwargs.setdefault("revision", revision)
-    config = AutoConfig.from_pretrained(
-        name, **{k: kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in kwargs}
-    )
-    # Set here, since loading drops it from keyword arguments.
-    config.is_causal = False
-    model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-    check_complete(name, info)
-    return model
-
-
-def load_pretrained_vision(name: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    model_class: Any = AutoModel
-    if getattr(config, "vision_config", None) is not None:
-        # A CLIP-like model: its tower loads from the whole checkpoint by the names of its weights.
-        config = config.vision_config
-        model_class = MODEL_MAPPING[type(config)]
-    model, info = model_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    check_complete(name, info)
-    return model
 
 
 __all__ = ["ATTACH_HINT", "LLM2CLIPPreTrainedModel"]

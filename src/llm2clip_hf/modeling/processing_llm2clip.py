@@ -15,10 +15,13 @@
 """Processor of LLM2CLIP, and the text template that travels in its tokenizer."""
 
 import json
+import os
+import warnings
 from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
+from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
@@ -29,6 +32,8 @@ logger = logging.get_logger(__name__)
 
 # Longest text in LLM tokens, template included (paper section 4.1).
 MAX_TEXT_LENGTH = 512
+# Longest wait, in seconds, for a server that an image is fetched from.
+FETCH_TIMEOUT = 30.0
 
 # One user turn, without a system prompt and without the assistant's header, as in the original implementation for
 # Llama-3; the other families follow the same rule. `{text}` stands for the caption.
@@ -276,7 +281,7 @@ class LLM2CLIPProcessor(PushedProcessor):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves image processor, tokenizer if there is one, and code; see `ProcessorMixin.save_pretrained`."""
-        push = take_push_options(kwargs, save_directory)
+        push = take_push_options(kwargs, save_directory, self.push_to_hub)
         if self.tokenizer is None:
             # Read from the instance while it is saved: only what it has.
             vars(self)["get_attributes"] = lambda: ["image_processor"]
@@ -308,6 +313,10 @@ class LLM2CLIPProcessor(PushedProcessor):
         *,
         text_template: str | None = "auto",
         max_length: int = MAX_TEXT_LENGTH,
+        text_base_revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> "LLM2CLIPProcessor":
         """
         The processor for a model built by `LLM2CLIPModel.from_vision_text_pretrained` from the same two parts.
@@ -317,18 +326,25 @@ class LLM2CLIPProcessor(PushedProcessor):
             text_model_name_or_path (`str`): Repository or folder with the tokenizer of the LLM.
             text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
             max_length (`int`, *optional*, defaults to 512): Longest text in tokens.
+            text_base_revision (`str`, *optional*): Revision of the LLM, the one that the model is given.
+            token (`str` or `bool`, *optional*): Token to read both repositories with; the stored one by default.
+            cache_dir (`str`, *optional*): Folder of downloaded files, instead of the common one.
+            local_files_only (`bool`, *optional*, defaults to `False`): Whether to use downloaded files only.
 
         Returns:
             [`LLM2CLIPProcessor`]
         """
-        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(
+            text_model_name_or_path, revision=text_base_revision or "main", **hub
+        )
         return cls(image_processor, apply_text_template(tokenizer, text_template, max_length))
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         r"""
         Args:
-            images: One image or a list of images: PIL, numpy or torch, as the image processor takes them.
+            images: One image or a list of images: PIL, numpy or torch, or what [`read_image`] reads.
             text (`str` or `list[str]`): One text or a list of texts.
             kwargs: Options of the image processor and the tokenizer.
 
@@ -338,11 +354,15 @@ class LLM2CLIPProcessor(PushedProcessor):
 
         Raises:
             ValueError: if neither or an empty list is given, if a text is not a string or gives no token, if an image
-                holds NaN or infinite values, or if a text is given to a processor without a tokenizer.
+                cannot be read or holds NaN or infinite values, or if there is a text and no tokenizer.
         """
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
         texts = self._check_text(text)
+        if isinstance(images, (list, tuple)):
+            images = [self.read_image(image, f"Image {row} of `images`") for row, image in enumerate(images)]
+        else:
+            images = self.read_image(images, "The image")
         self._check_images(images)
         if self.tokenizer is None:
             return self._images_alone(images, texts, kwargs)
@@ -370,6 +390,37 @@ class LLM2CLIPProcessor(PushedProcessor):
         options.pop("text_kwargs", None)
         shared, own = options.pop("common_kwargs", {}), options.pop("images_kwargs", {})
         return self.image_processor(images, **{"return_tensors": "pt", **shared, **options, **own})
+
+    @staticmethod
+    def read_image(image: Any, name: str = "The image") -> Any:
+        """
+        The image that a string names; whatever is no string is returned as it is.
+
+        Args:
+            image: A path, an address of http or https, which is fetched, or an image in base64; or an image.
+            name (`str`, *optional*, defaults to `"The image"`): Subject of the error message.
+
+        Returns:
+            An image of PIL, upright and in RGB, or `image`.
+
+        Raises:
+            ValueError: if it cannot be read, is larger than Pillow deems safe, or its server is silent for 30 seconds.
+        """
+        if not isinstance(image, str):
+            return image
+        try:
+            with warnings.catch_warnings():
+                # Pillow only warns up to twice its limit.
+                warnings.filterwarnings("error", message=".*decompression bomb")
+                return load_image(image, timeout=FETCH_TIMEOUT)
+        except Exception as error:  # of Pillow, of the connection: nothing in common but that there is no image
+            problem = str(error) or type(error).__name__
+            if type(error).__name__ == "UnidentifiedImageError" or "Incorrect image source" in problem:
+                problem = "there is no image of a kind that Pillow reads"
+            raise ValueError(
+                f"{name} (`{image[:200]}`) cannot be read: {problem.rstrip('.')}. Check the path or address, or "
+                "pass an image of PIL."
+            ) from error
 
     @staticmethod
     def _check_images(images: Any) -> None:

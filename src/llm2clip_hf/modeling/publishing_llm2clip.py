@@ -14,9 +14,11 @@
 # limitations under the License.
 """Pushing to the Hub: one commit that loads elsewhere, with a card that says what it is."""
 
+import inspect
+import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from .card_llm2clip import card_metadata, card_sections, is_repository, merged_card, read_card, render_card
+from .configuration_llm2clip import without_local_names
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +48,7 @@ _SUFFIXES = {".json", ".safetensors", ".py", ".md", ".jinja", ".txt", ".model", 
 _SUBFOLDERS = re.compile(r"clip_text_model|additional_chat_templates|[0-9]+_[A-Za-z]+")
 # Weights that would be loaded instead of, or beside, the new ones.
 _OLD_WEIGHTS = re.compile(r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?|training_args\.bin")
-_PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+_CARD_OPTIONS = ("license", "model_card", "overwrite_card", "tags")
 
 
 @contextmanager
@@ -179,6 +182,17 @@ def create_repository(
     return full_name
 
 
+def shown_content(file: Path) -> str | bytes:
+    """The file as the Hub gets it: its name, or, for a model's config, its content without paths of this machine."""
+    fields = json.loads(file.read_text(encoding="utf-8")) if file.name == "config.json" else {}
+    if fields.get("model_type") != "llm2clip":
+        return str(file)
+    shown = without_local_names(fields)
+    if not is_repository(shown.get("text_base_model")):
+        shown["text_base_model"] = None
+    return (json.dumps(shown, indent=2, sort_keys=True) + "\n").encode()
+
+
 def commit_files(
     repo_id: str,
     folder: str | Path,
@@ -192,6 +206,8 @@ def commit_files(
 ) -> Any:
     """
     Pushes files in one commit, which also removes weights that would be loaded instead of the new ones.
+
+    A model's config goes without names of folders of this machine.
 
     Args:
         repo_id (`str`): An existing repository.
@@ -208,7 +224,7 @@ def commit_files(
     """
     names = {file.relative_to(folder).as_posix(): file for file in files}
     operations: list[Any] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)) for name, file in names.items()
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=shown_content(file)) for name, file in names.items()
     ]
     if any(_OLD_WEIGHTS.fullmatch(name) for name in names):
         present = HfApi().list_repo_files(repo_id, revision=revision, token=token)
@@ -225,13 +241,37 @@ def commit_files(
     )
 
 
-def take_push_options(kwargs: dict[str, Any], save_directory: Any) -> dict[str, Any] | None:
-    """Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments."""
+def take_push_options(
+    kwargs: dict[str, Any], save_directory: Any, push_to_hub: Callable[..., Any]
+) -> dict[str, Any] | None:
+    """
+    Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments.
+
+    Args:
+        kwargs (`dict`): The arguments; what saving takes as well stays there.
+        save_directory (`str` or `Path`): Its name is the default of `repo_id`.
+        push_to_hub (`Callable`): Method that will get the options.
+
+    Returns:
+        `dict`, or `None` if nothing is to be pushed.
+
+    Raises:
+        ValueError: for an option of a card, if what is pushed has none.
+    """
     if not kwargs.pop("push_to_hub", False):
         return None
-    options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+    names = inspect.signature(push_to_hub).parameters
+    for name in _CARD_OPTIONS:
+        if name in kwargs and name not in names:
+            raise ValueError(
+                f"`{name}` is for the card of a repository, which a model brings with it, not a processor. Pass it to "
+                "`push_to_hub` of the model."
+            )
+    options = {name: kwargs[name] for name in names if name in kwargs}
+    for name in options.keys() - {"token", "max_shard_size"}:
+        del kwargs[name]
     options.setdefault("repo_id", Path(save_directory).resolve().name)
-    return options | ({"token": kwargs["token"]} if "token" in kwargs else {})
+    return options
 
 
 class PushedModel:

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.image_utils import load_image
 
 
 try:
@@ -42,7 +41,7 @@ def _image_or_text(item: Any) -> tuple[str, Any]:
             ((kind, value),) = item.items()
             if kind == "text" and not isinstance(value, str):
                 raise ValueError(f"The text in `{{'text': ...}}` must be a string, got {type(value).__name__}.")
-            return kind, load_image(value) if isinstance(value, str) and kind == "image" else value
+            return kind, value
         raise ValueError(
             f"An input that is a dict must be `{{'image': ...}}` or `{{'text': ...}}`, got the keys "
             f"{sorted(map(str, item))}. An image and its text have an embedding each: pass them as two inputs."
@@ -58,13 +57,26 @@ def _image_or_text(item: Any) -> tuple[str, Any]:
     )
 
 
+class _Output(dict[str, Any]):
+    """What `forward` returns; says why there are no embeddings of tokens where `encode` is asked for them."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "token_embeddings":
+            raise ValueError(
+                "`output_value='token_embeddings'` is not available: an image or a text has one vector in the joint "
+                "space, its tokens have none. Leave `output_value` out."
+            )
+        raise KeyError(key)
+
+
 class LLM2CLIPEncoder(Transformer):
     r"""
     Encodes images and texts, also mixed in one list, into L2-normalised vectors of the joint space, float32.
 
     Equal to `image_embeds` and `text_embeds` of [`LLM2CLIPModel`] on what its processor makes of the same inputs. A
     string is always a text, also one that looks like an address or a file; `{"image": "photo.png"}` is the image that
-    the string names. A prompt is put before texts, not before images.
+    the string names. A prompt is put before texts, not before images. There are no embeddings of tokens
+    (`output_value="token_embeddings"`).
 
     Args:
         model_name_or_path (`str`): Folder or repository of the model.
@@ -119,7 +131,8 @@ class LLM2CLIPEncoder(Transformer):
             `text_rows` and `image_rows` of shape `(texts,)` and `(images,)` say where in the batch each stands.
 
         Raises:
-            ValueError: for an input of another kind, and for texts where the processor has no tokenizer.
+            ValueError: for an input of another kind, an image that cannot be read, and for texts where the processor
+                has no tokenizer.
         """
         options: dict[str, Any] = dict(self._merge_processing_kwargs(processing_kwargs))
         items = [_image_or_text(item) for item in inputs]
@@ -130,7 +143,8 @@ class LLM2CLIPEncoder(Transformer):
             texts = [(prompt or "") + items[row][1] for row in rows["text"]]
             features.update(self.processor(text=texts, **common, **options.get("text", {})))
         if rows["image"]:
-            images = [items[row][1] for row in rows["image"]]
+            # Named by its address alone: `encode` sorts its inputs, so the number in the batch would mislead.
+            images = [self.processor.read_image(items[row][1], "An image of `encode`") for row in rows["image"]]
             features.update(self.processor(images=images, **common, **options.get("image", {})))
         if rows["text"] and rows["image"]:
             features.update({f"{kind}_rows": torch.tensor(places) for kind, places in rows.items()})
@@ -141,6 +155,7 @@ class LLM2CLIPEncoder(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` of shape `(batch, projection_dim)`, float32 and L2-normalised, to the features."""
+        features = _Output(features)
         names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes")
         output = self.model(**{name: features[name] for name in names if name in features})
         texts, images = output.text_embeds, output.image_embeds

@@ -23,8 +23,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .inputs_llm2clip import check_pixel_values
+from .loading_llm2clip import check_complete
 from .modules_llm2clip import pool_image
-from .pretrained_llm2clip import check_complete
 
 
 class LLM2CLIPVisionModel(PreTrainedModel):
