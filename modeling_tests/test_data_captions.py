@@ -97,6 +97,17 @@ def test_table_digest_is_the_published_formula():
     assert CaptionTable({"real": [["a cat"], "x"], "dense": [["b", "\u00fc"], []]}).sha256 == digest.hexdigest()
 
 
+def test_the_digest_under_other_names_of_the_sources() -> None:
+    named = CaptionTable({"real": ["a cat", "x"], "dense": [["b", "\u00fc"], []], "more": [["ab"], "c"]})
+    merged = CaptionTable([named[0], named[1]])
+    assert merged.sha256 != named.sha256
+    assert merged.sha256_as(named.source_names, named.source_ids) == named.sha256
+    assert named.sha256_as(merged.source_names, merged.source_ids) == merged.sha256
+    others = [[["a cat", "b", "\u00fc"], ["ab", "x", "c"]], [named[0], ["c", "x"]]]
+    for other in map(CaptionTable, others):
+        assert other.sha256_as(named.source_names, named.source_ids) != named.sha256
+
+
 def test_pairs_are_two_distinct_captions_of_the_row():
     captions = [["a", "b", "a"], ["c", "d", "e", "f"], ["g", "h"]]
     pairs = CaptionPairDataset(captions, seed=5)

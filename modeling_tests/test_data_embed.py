@@ -275,6 +275,21 @@ def test_the_model_is_used_through_its_own_llm_embeddings(tmp_path):
     assert CaptionEmbeddingStore.open(tmp_path, expected_fingerprint).fingerprint == expected_fingerprint
 
 
+def test_an_llm_left_on_the_cpu_beside_a_gpu_is_mentioned(tmp_path, monkeypatch, caplog):
+    model, tokenizer = tiny_models.model(), tiny_models.processor().tokenizer
+    arguments = {"tokenizer": tokenizer, "show_progress": False}
+    embed_captions(model, ["a"], tmp_path / "no_gpu", **arguments)
+    assert "CPU" not in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    embed_captions(Recorder(), ["a"], tmp_path / "function", fingerprint={}, show_progress=False)
+    assert "CPU" not in caplog.text
+    embed_captions(model, ["a"], tmp_path / "model", **arguments)
+    assert caplog.text.count("The LLM is on the CPU") == 1
+    # Nothing is left to embed.
+    embed_captions(model, ["a"], tmp_path / "model", **arguments)
+    assert caplog.text.count("The LLM is on the CPU") == 1
+
+
 def test_the_model_needs_its_tokenizer_and_its_llm(tmp_path):
     tokenizer = tiny_models.processor().tokenizer
     with pytest.raises(ValueError, match="needs its `tokenizer`"):

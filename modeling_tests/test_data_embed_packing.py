@@ -70,6 +70,23 @@ def test_packed_captions_have_the_embeddings_of_padded_ones(tmp_path, model, tok
     assert sum(shape[2] for shape in shapes) == sum(lengths) * model.text_model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("pooling", ["eos", "last"])
+def test_the_pooling_of_the_model_is_that_of_its_store_packed_or_padded(tmp_path, tokenizer, pooling):
+    model = tiny_models.model(text_pooling=pooling)
+    arguments = {"tokenizer": tokenizer, "dtype": "float32", "show_progress": False}
+    padded = embed_captions(model, CAPTIONS, tmp_path / "padded", **arguments)
+    use_stand_in(model)
+    packed = embed_captions(model, CAPTIONS, tmp_path / "packed", **arguments)
+    assert padded.fingerprint["pooling"] == packed.fingerprint["pooling"] == pooling
+    torch.testing.assert_close(packed.gather(range(7)), padded.gather(range(7)), rtol=1e-5, atol=1e-5)
+    # The oracle: the state of the last token of each text, alone in its batch.
+    model.text_model.config._attn_implementation = "eager"
+    for row, text in enumerate(text for texts in CAPTIONS for text in texts):
+        with torch.no_grad():
+            states = model.text_model(torch.tensor([tokenizer(text.strip())["input_ids"]])).last_hidden_state
+        torch.testing.assert_close(packed.gather([row])[0], states[0, -1], rtol=1e-5, atol=1e-5)
+
+
 def test_a_packed_caption_does_not_depend_on_its_neighbours(model, tokenizer):
     use_stand_in(model)
     encoder = as_text_encoder(model, tokenizer, 512)

@@ -330,3 +330,66 @@ def test_the_llm_of_a_model_is_compared_by_its_weights_and_template(tmp_path):
         store.check_compatible(model, tokenizer)
     with pytest.raises(ValueError, match="`tokenizer_sha256`"):
         store.check_compatible(tiny_models.model(), tiny_models.llama3_tokenizer())
+
+
+def test_the_pooling_and_header_of_a_model_are_compared_without_its_weights(tmp_path):
+    model, tokenizer = tiny_models.model(), tiny_models.processor().tokenizer
+    mean = embed_captions(model, ["a", "b"], tmp_path / "mean", tokenizer=tokenizer, show_progress=False)
+    last = embed_captions(
+        tiny_models.model(text_pooling="last"), ["a", "b"], tmp_path / "l", tokenizer=tokenizer, show_progress=False
+    )
+    mean.check_compatible(model)
+    last.check_compatible(tiny_models.model(text_pooling="last"), tokenizer)
+    # Without a config of the LLM, a model takes what it is given; what its config names is compared all the same.
+    last.check_compatible(tiny_models.model(text=None))
+    for store, other, key in (
+        (mean, tiny_models.model(text_pooling="last"), "pooling"),
+        (last, model, "pooling"),
+        (mean, tiny_models.model(text=None, text_pooling="last"), "pooling"),
+        (mean, tiny_models.model(text_prefix_length=2), "text_prefix_length"),
+    ):
+        with pytest.raises(ValueError, match=f"`{key}`: store"):
+            store.check_compatible(other)
+    with pytest.raises(ValueError, match="`tokenizer_sha256`"):
+        mean.check_compatible(tiny_models.model(text=None), tiny_models.llama3_tokenizer())
+
+
+def test_a_fingerprint_of_an_earlier_release_counts_as_mean_and_matches_its_llm(tmp_path):
+    model, tokenizer = tiny_models.model(), tiny_models.processor().tokenizer
+    arguments = {"tokenizer": tokenizer, "show_progress": False}
+    new = embed_captions(model, ["a", "b"], tmp_path, **arguments)
+    index = json.loads((tmp_path / "index.json").read_text())
+    for key in ("pooling", "weights_bf16_sha256", "weights_sample_sha256"):
+        del index["fingerprint"][key]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    # The finished store is found again and used.
+    old = embed_captions(model, ["a", "b"], tmp_path, **arguments)
+    assert "pooling" not in old.fingerprint
+    old.check_compatible(model, tokenizer)
+    old.check_compatible(new)
+    new.check_compatible(old)
+    with pytest.raises(ValueError, match="`pooling`: store 'mean', expected 'last'"):
+        old.check_compatible(tiny_models.model(text_pooling="last"))
+
+
+def test_an_llm_rounded_to_bfloat16_is_recognized_and_other_dtypes_are_named(tmp_path):
+    tokenizer, arguments = tiny_models.processor().tokenizer, {"show_progress": False}
+    arguments["tokenizer"] = tokenizer
+    model, half = tiny_models.model(), tiny_models.model()
+    half.text_model.to(torch.bfloat16)
+    full_store = embed_captions(model, ["a", "b"], tmp_path / "full", **arguments)
+    store = embed_captions(half, ["a", "b"], tmp_path / "half", **arguments)
+    rounded = tiny_models.model()
+    rounded.text_model.load_state_dict({key: value.float() for key, value in half.text_model.state_dict().items()})
+    for encoder in (model, half, rounded):
+        store.check_compatible(encoder, tokenizer)
+    full_store.check_compatible(half, tokenizer)
+    full_store.check_compatible(store)
+    # In one dtype, weights that only agree rounded are another LLM's.
+    with pytest.raises(ValueError, match="`weights_sha256`"):
+        full_store.check_compatible(rounded, tokenizer)
+    half.text_model.to(torch.float16)
+    with pytest.raises(ValueError, match=r"embedded with an LLM in float32, this one is in float16; .* load it in fl"):
+        full_store.check_compatible(half, tokenizer)
+    with pytest.raises(ValueError, match="`weights_sha256`"):
+        store.check_compatible(tiny_models.model(seed=3), tokenizer)

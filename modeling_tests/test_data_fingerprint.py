@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints change with what changes an embedding, and with nothing else."""
 
+import copy
 import json
 
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 from llm2clip_hf.data import embedding_fingerprint
-from llm2clip_hf.data.fingerprint import tokenizer_digest, weights_digest
+from llm2clip_hf.data.fingerprint import tokenizer_digest, weights_digest, weights_identity
+from llm2clip_hf.modeling.modules_llm2clip import sampled_weights_digest
 
 
 @pytest.fixture
@@ -87,3 +90,31 @@ def test_fingerprint_survives_json_and_names_what_differs(state):
     other = embedding_fingerprint(state, tokenizer, text_prefix_length=3, is_causal=True, max_length=77)
     differing = {key for key in fingerprint | other if fingerprint.get(key) != other.get(key)}
     assert differing == {"is_causal", "max_length", "quantization"}
+
+
+def test_identity_holds_the_digest_of_the_weights_rounded_to_bfloat16(state):
+    rounded = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+    assert weights_identity(state)["weights_bf16_sha256"] == weights_digest(rounded)
+    assert weights_identity(rounded)["weights_bf16_sha256"] == weights_digest(rounded)
+    assert weights_identity(state)["weights_sha256"] == weights_digest(state) != weights_digest(rounded)
+
+
+def test_sampled_digest_is_that_of_the_llm_in_any_dtype_and_of_no_other():
+    llm = tiny_models.model().text_model.to(torch.bfloat16)
+    with torch.no_grad():
+        # Values that float16 cannot hold exactly.
+        llm.layers[0].self_attn.q_proj.weight[:2] = 3.3e-7
+    digest = sampled_weights_digest(llm)
+    assert weights_identity(llm)["weights_sample_sha256"] == digest
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert sampled_weights_digest(copy.deepcopy(llm).to(dtype)) == digest
+    assert sampled_weights_digest(tiny_models.model(seed=1).text_model) != digest
+    changed = copy.deepcopy(llm)
+    with torch.no_grad():
+        changed.norm.weight *= 1.05
+    assert sampled_weights_digest(changed) != digest
+    # A head is not part of the encoder; weights that are not there have no digest.
+    headed = LlamaForCausalLM(llm.config).to(torch.bfloat16)
+    headed.model.load_state_dict(llm.state_dict())
+    assert sampled_weights_digest(headed) == digest
+    assert sampled_weights_digest(copy.deepcopy(llm).to("meta")) is None

@@ -119,6 +119,28 @@ class CaptionTable:
                 raise IndexError(f"Image {image} is out of range for {len(self)} images.")
         return CaptionTable({name: _Selection(c, images) for name, c in zip(self.source_names, self._columns)})
 
+    def sha256_as(self, source_names: Sequence[str], source_ids: Sequence[int] | np.ndarray) -> str:
+        """
+        The `sha256` of a table with the same captions in the same flat order, from sources of other names.
+
+        Tells whether a digest is that of these captions where the sources were named differently, or merged.
+
+        Args:
+            source_names (sequence of `str`): names of the sources of that table.
+            source_ids (`(num_captions,)` integers): position in `source_names` of each flat row.
+
+        Example:
+        >>> columns = CaptionTable({"real": ["a cat"], "dense": ["a grey cat"]})
+        >>> merged = CaptionTable([["a cat", "a grey cat"]])
+        >>> merged.sha256_as(columns.source_names, columns.source_ids) == columns.sha256
+        True
+        """
+        digest = hashlib.sha256("\0".join(source_names).encode())
+        sources = iter(np.asarray(source_ids).tolist())
+        for image in range(len(self)):
+            digest.update(b"".join(_digest_part(image, next(sources), text.encode()) for text in self[image]))
+        return digest.hexdigest()
+
     def _scan(self) -> None:
         """One pass over all captions: checks, layout, digest, repeated texts."""
         counts = np.zeros(self._num_images, dtype=np.int64)
@@ -132,9 +154,7 @@ class CaptionTable:
                 texts = _as_list(entry)
                 for text in texts:
                     _check_caption(text, image, self.source_names[source])
-                    encoded = text.encode()
-                    # The length prefix keeps ["ab", "c"] apart from ["a", "bc"].
-                    parts.append(b"%d,%d,%d:%b" % (image, source, len(encoded), encoded))
+                    parts.append(_digest_part(image, source, text.encode()))
                     hashes.append(hash(text))
                 source_ids.extend([source] * len(texts))
                 own.extend(texts)
@@ -286,6 +306,11 @@ class CaptionPairDataset(PairDataset):
             f"Row {row} has no hard negative: all captions in the source `{self.table.source_names[source]}` are "
             "equal to one of its own. Leave the source out, or set `hard_negatives=False`."
         )
+
+
+def _digest_part(image: int, source: int, text: bytes) -> bytes:
+    # The length prefix keeps ["ab", "c"] apart from ["a", "bc"].
+    return b"%d,%d,%d:%b" % (image, source, len(text), text)
 
 
 def _as_list(entry: CaptionsOfImage) -> Sequence[str]:

@@ -123,6 +123,7 @@ def embed_captions(
         if build.has_index:
             logger.info("The embeddings in %s are complete; nothing to encode.", folder)
             return build.open(keys)
+        _warn_of_idle_gpu(encoder)
         # Step (1)
         with build.filling():
             # Step (2)
@@ -163,6 +164,16 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int, pads: bool = T
         tokens += lengths[item]
     if batch:
         yield batch
+
+
+def _warn_of_idle_gpu(encoder: Any) -> None:
+    # An `LLM2CLIPModel` may have parts on several devices; a function tells nothing of its own.
+    device = getattr(getattr(encoder, "text_model", None) or encoder, "device", None)
+    if torch.cuda.is_available() and isinstance(device, torch.device) and device.type == "cpu":
+        logger.warning(
+            "The LLM is on the CPU, which takes many times as long as the GPU of this machine to embed captions. Move "
+            'it there first, e.g. with `model.to("cuda")`.'
+        )
 
 
 class _Progress:

@@ -24,8 +24,9 @@ import torch
 from .atomic import sha256_of_file
 from .fingerprint import FingerprintValue
 from .mapped_tensors import map_tensor
+from .store_identity import identity_differences
 from .store_keys import KeyIndex
-from .text_encoders import model_fingerprint
+from .text_encoders import model_fingerprint, model_settings
 
 
 __all__ = ["CaptionEmbeddingStore"]
@@ -106,7 +107,8 @@ class CaptionEmbeddingStore:
         Args:
             path (`str` or `Path`): folder of the store.
             expected_fingerprint (mapping, *optional*):
-                Fingerprint of the model that will use the embeddings. All keys must agree with those of the store.
+                Fingerprint of the model that will use the embeddings. All keys must agree with those of the store; the
+                weights of the LLM may have been rounded to bfloat16 on one side.
 
         Returns:
             `CaptionEmbeddingStore`.
@@ -265,8 +267,9 @@ class CaptionEmbeddingStore:
         Args:
             other:
                 A fingerprint (see `embedding_fingerprint`); another `CaptionEmbeddingStore` that is to be mixed with
-                this one; or an `LLM2CLIPModel`. Of a model, the width is compared with `config.llm_hidden_size`, and
-                with `tokenizer` also the LLM that it holds, template and pooling; that reads all its weights.
+                this one; or an `LLM2CLIPModel`. Of a model, width, pooling and length of the template's header are
+                compared with its config, and with `tokenizer` also the tokenizer with its template and the weights of
+                the LLM that the model holds, all of which are read.
             tokenizer (*optional*): tokenizer of the model.
 
         Raises:
@@ -279,6 +282,7 @@ class CaptionEmbeddingStore:
             self._require_fingerprint(other.fingerprint, f"that of the store `{other.path}`")
         else:
             self._require_width(other.config.llm_hidden_size, "`config.llm_hidden_size` of the model")
+            self._require_fingerprint(model_settings(other, tokenizer), "that of the model", shared_only=True)
             if tokenizer is not None and other.text_model is not None:
                 # A model has no maximal length of its own; what was cut off is the choice of the store.
                 max_length = int(self.fingerprint.get("max_length") or 0)
@@ -316,8 +320,10 @@ class CaptionEmbeddingStore:
                 "Use embeddings and model of the same LLM."
             )
 
-    def _require_fingerprint(self, expected: Mapping[str, FingerprintValue], owner: str) -> None:
-        differences = fingerprint_differences(self.fingerprint, expected)
+    def _require_fingerprint(
+        self, expected: Mapping[str, FingerprintValue], owner: str, shared_only: bool = False
+    ) -> None:
+        differences = identity_differences(self.fingerprint, expected, shared_only=shared_only)
         if differences:
             raise ValueError(
                 f"The embeddings in `{self.path}` were made by another text encoder than {owner}: {differences}. "
@@ -354,16 +360,6 @@ class CaptionEmbeddingStore:
         entry = self._shard_entries[shard]
         shape = (entry["rows"], self.embedding_dim)
         return map_tensor(self.path / entry["file"], "embeddings", self._tag, shape, self._integer, mode)
-
-
-def fingerprint_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """The keys in which two dictionaries differ with both values, as text for a message; empty if they agree."""
-    missing = "(absent)"
-    return "; ".join(
-        f"`{key}`: store {stored.get(key, missing)!r}, expected {expected.get(key, missing)!r}"
-        for key in sorted({*stored, *expected})
-        if stored.get(key, missing) != expected.get(key, missing)
-    )
 
 
 def torch_dtype_of(name: str) -> torch.dtype:

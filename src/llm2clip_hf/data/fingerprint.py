@@ -16,9 +16,11 @@ import torch
 from safetensors import safe_open
 
 
-__all__ = ["FingerprintValue", "embedding_fingerprint", "tokenizer_digest", "weights_digest"]
+__all__ = ["FingerprintValue", "embedding_fingerprint", "tokenizer_digest", "weights_digest", "weights_identity"]
 
 FingerprintValue = str | int | float | bool | None
+
+_ROUNDED = (torch.float16, torch.float32, torch.float64)
 
 
 def embedding_fingerprint(
@@ -44,8 +46,7 @@ def embedding_fingerprint(
         other: further JSON scalars to compare, e.g. `quantization="nf4"`.
 
     Returns:
-        `dict`: JSON scalars only: the digests `weights_sha256` and `tokenizer_sha256`, `weights_dtype`, and the
-        arguments.
+        `dict`: JSON scalars only: what `weights_identity` gives, `tokenizer_sha256`, and the arguments.
 
     Raises:
         ValueError: if the folder holds no safetensors file, or the tokenizer is not a fast one.
@@ -54,10 +55,8 @@ def embedding_fingerprint(
     >>> fingerprint = embedding_fingerprint(llm, tokenizer, text_prefix_length=5)  # doctest: +SKIP
     >>> store = CaptionEmbeddingStore.open("embeddings", expected_fingerprint=fingerprint)  # doctest: +SKIP
     """
-    sha256, dtypes = _digest(weights)
     return {
-        "weights_sha256": sha256,
-        "weights_dtype": "+".join(dtypes),
+        **weights_identity(weights),
         "tokenizer_sha256": tokenizer_digest(tokenizer),
         "text_prefix_length": text_prefix_length,
         "max_length": max_length,
@@ -88,7 +87,39 @@ def weights_digest(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str |
     >>> weights_digest(layer) == weights_digest(layer.state_dict())
     True
     """
-    return _digest(weights)[0]
+    return str(weights_identity(weights)["weights_sha256"])
+
+
+def weights_identity(
+    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path,
+) -> dict[str, FingerprintValue]:
+    """
+    The entries of a fingerprint that say which LLM it was.
+
+    All weights are read once, one tensor at a time; SHA-256 takes 0.5 to 2 GB per second.
+
+    Args:
+        weights: as for `weights_digest`.
+
+    Returns:
+        `dict`: `weights_sha256`, see `weights_digest`; `weights_bf16_sha256`, the same after rounding to bfloat16, by
+        which an LLM is recognized that was loaded in float32 for one purpose and in bfloat16 for another;
+        `weights_dtype`; and of a module `weights_sample_sha256`, which a model compares when its LLM is attached.
+
+    Raises:
+        ValueError: if a folder holds no safetensors file.
+    """
+    # Imported when needed: the model classes take seconds, and workers that only read a store do without.
+    from ..modeling.modules_llm2clip import sampled_weights_digest
+
+    sha256, bf16_sha256, dtypes = _digests(weights)
+    identity: dict[str, FingerprintValue] = {
+        "weights_sha256": sha256,
+        "weights_bf16_sha256": bf16_sha256,
+        "weights_dtype": "+".join(dtypes),
+    }
+    sample = sampled_weights_digest(weights) if isinstance(weights, torch.nn.Module) else None
+    return identity if sample is None else identity | {"weights_sample_sha256": sample}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -119,19 +150,30 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path) -> tuple[str, list[str]]:
-    digest = hashlib.sha256()
+def _digests(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path) -> tuple[str, str, list[str]]:
+    """SHA-256 of all tensors, the same rounded to bfloat16, and the dtypes."""
+    exact = hashlib.sha256()
+    # Made when the two begin to differ: with bfloat16 weights, one digest is both.
+    rounded = None
     dtypes = set()
     state = _state_dict(weights)
     for name in sorted(state):
         value = state[name]
-        tensor = value.read() if isinstance(value, _LazyTensor) else value
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        dtypes.add(dtype)
-        digest.update(f"{name}|{dtype}|{tuple(tensor.shape)}|".encode())
-        # Flat, because the view as bytes needs a last dimension; 0-d tensors have none.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest(), sorted(dtypes)
+        tensor = (value.read() if isinstance(value, _LazyTensor) else value).detach()
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        if tensor.dtype in _ROUNDED and rounded is None:
+            rounded = exact.copy()
+        _update(exact, name, tensor)
+        if rounded is not None:
+            _update(rounded, name, tensor.bfloat16() if tensor.dtype in _ROUNDED else tensor)
+    return exact.hexdigest(), (rounded or exact).hexdigest(), sorted(dtypes)
+
+
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    digest.update(f"{name}|{dtype}|{tuple(tensor.shape)}|".encode())
+    # Flat, because the view as bytes needs a last dimension; 0-d tensors have none.
+    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class _LazyTensor:

@@ -29,9 +29,9 @@ from .embedding_store import (
     LAYOUT_FILE,
     PLAN_FILE,
     CaptionEmbeddingStore,
-    fingerprint_differences,
 )
 from .fingerprint import FingerprintValue
+from .store_identity import fingerprint_differences, with_shared_entries
 from .store_keys import keys_digest, write_keys
 from .store_processes import STATUS_FILES, StoreProcesses, held
 
@@ -247,7 +247,11 @@ class StoreBuild:
                     file.unlink(missing_ok=True)
 
     def _refuse_differences(self, found: Mapping[str, Any]) -> None:
-        differences = fingerprint_differences(_flat(found), _flat(self._plan))
+        # The dtype of the weights counts here: rows of two roundings are not mixed in one store.
+        old, new = with_shared_entries(found["fingerprint"], self._plan["fingerprint"])
+        differences = fingerprint_differences(
+            _flat({**found, "fingerprint": old}), _flat({**self._plan, "fingerprint": new})
+        )
         if differences:
             raise ValueError(
                 f"`{self._folder}` holds embeddings made in another way: {differences}. "

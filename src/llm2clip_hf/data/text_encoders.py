@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .fingerprint import FingerprintValue, embedding_fingerprint
+from .fingerprint import FingerprintValue, embedding_fingerprint, tokenizer_digest
 
 
-__all__ = ["TextEncoder", "as_text_encoder", "model_fingerprint"]
+__all__ = ["TextEncoder", "as_text_encoder", "model_fingerprint", "model_settings"]
 
 # English text has about four bytes per token; only the order and the size of batches depend on it.
 _BYTES_PER_TOKEN = 4
@@ -71,13 +71,42 @@ def as_text_encoder(encoder: Any, tokenizer: Any, max_length: int) -> TextEncode
 
 def model_fingerprint(model: Any, tokenizer: Any, max_length: int) -> dict[str, FingerprintValue]:
     """`embedding_fingerprint` of an `LLM2CLIPModel` that holds its LLM; reads all weights of the LLM."""
+    settings = model_settings(model)
     return embedding_fingerprint(
         model.text_model,
         tokenizer,
         text_prefix_length=model.config.text_prefix_length,
         max_length=max_length,
-        is_causal=bool(getattr(model.config.text_config, "is_causal", True)),
+        pooling=str(settings["pooling"]),
+        is_causal=bool(settings["is_causal"]),
     )
+
+
+def model_settings(model: Any, tokenizer: Any = None) -> dict[str, FingerprintValue]:
+    """
+    The entries of `model_fingerprint` that are known without the weights of the LLM.
+
+    Args:
+        model: an `LLM2CLIPModel`, with or without its LLM.
+        tokenizer (*optional*): its tokenizer; one without a `backend_tokenizer` has no digest and is left out.
+
+    Returns:
+        `dict`: `text_prefix_length`, `pooling`, `is_causal`, and `tokenizer_sha256` with a tokenizer. A model that
+        has no config of an LLM takes embeddings of any template and pooling, unless its own config names them.
+    """
+    config = model.config
+    settings: dict[str, FingerprintValue] = {
+        "text_prefix_length": config.text_prefix_length,
+        "pooling": config.text_pooling,
+        # The attention that an `LLM2CLIPModel` gives any LLM.
+        "is_causal": bool(getattr(config.text_config, "is_causal", config.text_config is not None)),
+    }
+    if config.text_config is None:
+        defaults: dict[str, FingerprintValue] = {"text_prefix_length": 0, "pooling": "mean"}
+        settings = {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        settings["tokenizer_sha256"] = tokenizer_digest(tokenizer)
+    return settings
 
 
 class _FunctionEncoder:
@@ -161,25 +190,32 @@ class _ModelEncoder:
             max_length_k=max(lengths),
             use_cache=False,
         )
-        return _pool_packed(outputs.last_hidden_state[0], lengths, self._model.config.text_prefix_length)
+        config = self._model.config
+        return _pool_packed(outputs.last_hidden_state[0], lengths, config.text_prefix_length, config.text_pooling)
 
     def fingerprint(self) -> dict[str, FingerprintValue]:
         return model_fingerprint(self._model, self._tokenizer, self._max_length)
 
 
-def _pool_packed(hidden_states: torch.Tensor, lengths: list[int], prefix_length: int) -> torch.Tensor:
+def _pool_packed(
+    hidden_states: torch.Tensor, lengths: list[int], prefix_length: int, pooling: str = "mean"
+) -> torch.Tensor:
     """
-    Mean of the hidden states of each text of a packed row, its header left out; as `pool_text` of a padded batch.
+    One vector for each text of a packed row; as `pool_text` of a padded batch.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(sum(lengths), hidden_size)`): output of the LLM.
         lengths (`list[int]`): tokens of each text, header included.
-        prefix_length (`int`): tokens of the header; a text that has no other token is pooled over all it has.
+        prefix_length (`int`): tokens of the header, which the mean leaves out; a text that has no other token is
+            pooled over all it has.
+        pooling (`str`, defaults to `"mean"`): `"mean"`, or the state of the last token (`"eos"`, `"last"`).
 
     Returns:
         `torch.Tensor` of shape `(len(lengths), hidden_size)`, float32.
     """
     texts = hidden_states.split(lengths)
+    if pooling != "mean":
+        return torch.stack([text[-1].float() for text in texts])
     own = [text[prefix_length:] if len(text) > prefix_length else text for text in texts]
     # One sum per text: its rounding depends on the text alone, and no atomic addition makes it vary.
     return torch.stack([text.float().mean(0) for text in own])

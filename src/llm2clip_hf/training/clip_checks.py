@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..data import CaptionEmbeddingStore
-from ..data.embedding_store import fingerprint_differences
-from ..data.fingerprint import tokenizer_digest, weights_digest
+from ..data.fingerprint import weights_identity
+from ..data.store_identity import identity_differences
+from ..data.text_encoders import model_settings
 from .adapters import has_adapters
 from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
 from .clip_training_args import LLM2CLIPTrainingArguments
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 # Fields of a fingerprint that change embeddings by rounding or for long texts only.
 _NOT_IDENTITY = ("weights_dtype", "max_length")
+_OWN_REMEDY = (
+    "Embed the captions with the LLM and processor of this model, or build the model with the `text_prefix_length` "
+    "and `text_pooling` of the store."
+)
 
 
 def resolve_loss_type(model: nn.Module, loss_type: str | None) -> Literal["softmax", "sigmoid"]:
@@ -73,17 +78,18 @@ def check_trainable(model: nn.Module, args: LLM2CLIPTrainingArguments) -> None:
         raise ValueError(f"{chunks} and `torch_compile` cannot be used together. {remedy}.")
 
 
-def check_contrastive_batch(args: LLM2CLIPTrainingArguments) -> None:
+def check_contrastive_batch(args: LLM2CLIPTrainingArguments, batch_size: int | None = None) -> None:
     """
-    Checks that there are negatives.
+    Checks that there are negatives, in batches as of the arguments or of what `auto_find_batch_size` made of them.
 
     Raises:
         ValueError: if one row is all that a loss sees.
     """
-    if args.contrastive_batch_size < 2:
+    size = args.train_batch_size if batch_size is None else batch_size
+    if args.contrastive_batch_size // args.train_batch_size * size < 2:
         raise ValueError(
-            "A contrastive batch of one row has no negatives: `per_device_train_batch_size` is "
-            f"{args.per_device_train_batch_size} on {args.world_size} process. Raise it."
+            f"A contrastive batch of one row has no negatives: `per_device_train_batch_size` is {size} "
+            f"on {args.world_size} process. Raise it."
         )
 
 
@@ -105,11 +111,12 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
     Compares the embedding stores of a data set with the model, and records in `model.config.text_fingerprint` what
     made the embeddings, so that a later run on other embeddings is refused.
 
-    A model that holds its LLM is compared by the digest of its weights, which reads all of them once.
+    Width, pooling, length of the template's header and tokenizer are always compared. A model that holds its LLM is
+    compared by the digest of its weights too, which reads all of them once.
 
     Raises:
         ValueError: if the width is not the adaptor's, the stores differ in what made them, or they were made by
-            another LLM, tokenizer or template than the model's.
+            another LLM, tokenizer, template or pooling than the model's.
     """
     stores = list(find_stores(dataset))
     if not stores or not is_llm2clip(model):
@@ -131,23 +138,16 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
             "what the model was trained with",
             "Use those embeddings, or set `model.config.text_fingerprint = None` to train with others on purpose.",
         )
+    expected = model_settings(model, getattr(processor, "tokenizer", None))
+    _compare(stores[0], expected, "the model", _OWN_REMEDY)
     if has_llm(model) and not has_adapters(model.text_model) and "weights_sha256" in stores[0].fingerprint:
         logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", stores[0].path)
-        expected = {
-            "weights_sha256": weights_digest(model.text_model),
-            "text_prefix_length": config.text_prefix_length,
-        }
-        if getattr(processor, "tokenizer", None) is not None:
-            expected["tokenizer_sha256"] = tokenizer_digest(processor.tokenizer)
-        _compare(stores[0], expected, "the model", "Embed the captions with the LLM and processor of this model.")
+        _compare(stores[0], weights_identity(model.text_model), "the model", _OWN_REMEDY)
     config.text_fingerprint = dict(stores[0].fingerprint)
 
 
 def _compare(store: CaptionEmbeddingStore, expected: dict[str, Any], whose: str, remedy: str) -> None:
-    keys = (set(store.fingerprint) & set(expected)) - set(_NOT_IDENTITY)
-    differences = fingerprint_differences(
-        {key: store.fingerprint[key] for key in keys}, {key: expected[key] for key in keys}
-    )
+    differences = identity_differences(store.fingerprint, expected, shared_only=True, ignored=_NOT_IDENTITY)
     if differences:
         raise ValueError(
             f"The embeddings in `{store.path}` were made by another text encoder than {whose}: {differences}. {remedy}"
