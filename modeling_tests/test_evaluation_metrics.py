@@ -284,7 +284,9 @@ def test_ranks_do_not_depend_on_the_default_dtype(dtype):
 def test_rows_whose_norm_overflows_are_refused():
     images = torch.randn(5, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="Row 3 of `image_embeds` is too long"):
-        retrieval_metrics(images * torch.tensor([1, 1, 1, 1e200, 1], dtype=torch.float64)[:, None], images, torch.arange(5))
+        retrieval_metrics(
+            images * torch.tensor([1, 1, 1, 1e200, 1], dtype=torch.float64)[:, None], images, torch.arange(5)
+        )
 
 
 def test_ranks_do_not_rely_on_the_precision_that_float32_products_are_set_to(monkeypatch):

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from evaluation_data import CAPTIONS, clip, picture, write_image_folder, write_parquet
 
-from llm2clip_hf.data import embed_captions
+from llm2clip_hf.data import embed_captions, embedding_fingerprint
 from llm2clip_hf.evaluation import (
     encode_images,
     encode_texts,
@@ -24,7 +24,8 @@ from llm2clip_hf.evaluation import (
 from llm2clip_hf.evaluation.datasets import load_task_data, locate
 from llm2clip_hf.evaluation.definitions import TASKS
 from llm2clip_hf.evaluation.published import PUBLISHED
-from llm2clip_hf.evaluation.tasks import evaluate_tasks, resolve_tasks
+from llm2clip_hf.evaluation.task_specs import resolve_tasks
+from llm2clip_hf.evaluation.tasks import evaluate_tasks
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,18 @@ def test_wrong_specs_are_named(spec: str, message: str) -> None:
 def test_a_name_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="'coco'.* more than once"):
         resolve_tasks(["coco", "coco"])
+
+
+def test_a_name_twice_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    for side, count in (("p", 5), ("q", 3)):
+        write_image_folder(tmp_path / side / "x" / "same", CAPTIONS[:count])
+    for pair in (("p", "p"), ("p", "q")):
+        specs = [str(tmp_path / side / "x" / "same") for side in pair]
+        for tasks in (specs, [*resolve_tasks(specs[:1]), specs[1]]):
+            with pytest.raises(ValueError, match="'x/same'.* more than once"):
+                evaluate_tasks(None, None, tasks)  # nothing is measured, so there need be no model
+    with pytest.raises(ValueError, match="`coco` is one task"):
+        resolve_tasks("coco")
 
 
 def test_definitions_are_complete() -> None:
@@ -149,6 +162,41 @@ def test_stored_embeddings_replace_the_llm(tmp_path: Path) -> None:
     other = write_image_folder(tmp_path / "other", CAPTIONS[:3])
     with pytest.raises(ValueError, match="other` needs an LLM"):
         result((without, processor), f"retrieval:{other}", text_embeddings=[tmp_path / "store"])
+
+
+def test_stores_are_compared_with_the_model(
+    parts: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor, other = tiny_models.processor(), tiny_models.model(seed=1)
+    folder = write_image_folder(tmp_path / "folder")
+    options: dict[str, Any] = {"tokenizer": processor.tokenizer, "show_progress": False}
+    store = embed_captions(other, CAPTIONS, tmp_path / "store", **options)
+    half = embed_captions(tiny_models.model(seed=1).bfloat16(), CAPTIONS, tmp_path / "half", **options)
+    without = tiny_models.model(text=None)
+    named = tiny_models.model(text=None, text_fingerprint=tiny_fingerprint(processor))
+    for model in (tiny_models.model(), named):
+        for own in (store, half):
+            with pytest.raises(ValueError, match="another text encoder than .*`weights_sha256`"):
+                result((model, processor), f"retrieval:{folder}", text_embeddings=[own.path])
+            with pytest.raises(ValueError, match="another text encoder than .*`weights_sha256`"):
+                evaluate_retrieval(model, images(), own, processor=processor)
+    # The LLM itself, in either type of the weights, and a model that knows of no LLM.
+    for model in (other, without, tiny_models.model(text=None, text_fingerprint=store.fingerprint)):
+        for own in (store, half):
+            record = result((model, processor), f"retrieval:{folder}", text_embeddings=[own.path])
+            assert record["text_fingerprint"] == own.fingerprint
+    with pytest.raises(ValueError, match="which a CLIPModel does not take"):
+        result(parts, f"retrieval:{folder}", text_embeddings=[store.path])
+    three = write_image_folder(tmp_path / "three", CAPTIONS[:3])
+    assert not result((other, processor), f"retrieval:{three}", text_embeddings=[store.path])["stored_texts"]
+    assert "of the captions of no task" in caplog.text
+
+
+def tiny_fingerprint(processor: Any) -> dict[str, Any]:
+    model = tiny_models.model()
+    return embedding_fingerprint(
+        model.text_model, processor.tokenizer, text_prefix_length=model.config.text_prefix_length
+    )
 
 
 def test_gallery_holds_the_best_images(parts: tuple[Any, Any], tmp_path: Path) -> None:

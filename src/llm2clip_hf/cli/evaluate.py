@@ -75,6 +75,12 @@ class EvaluateOptions:
     list_tasks: bool = field(default=False, metadata={"help": "List the benchmarks and exit."})
     show: str | None = field(default=None, metadata={"help": "Print the tables of a folder with results, and exit."})
 
+    def __post_init__(self) -> None:
+        # A config file may give one entry where a list is meant; as a list, a string is its letters.
+        for name in ("tasks", "text_embeddings"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status."""
@@ -117,8 +123,13 @@ def show(options: EvaluateOptions) -> int:
     path = path / RESULTS_FILE if path.is_dir() else path
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"`{path}` cannot be read: {error}. Give a folder that `evaluate` wrote.") from error
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("model", "tasks")):
+        raise ValueError(
+            f"`{path}` is no result of `llm2clip evaluate`: it has no `model` with `tasks`. The training verbs write "
+            "a file of that name too; give a folder that `evaluate` wrote."
+        )
     print(format_report(record, options.published))
     return 0
 
@@ -127,7 +138,8 @@ def evaluate(options: EvaluateOptions) -> int:
     """Measures, prints and writes; on several processes, the first one prints and writes."""
     from llm2clip_hf.evaluation.model_loading import describe_model, load_model_and_processor
     from llm2clip_hf.evaluation.report import describe_hardware, format_report
-    from llm2clip_hf.evaluation.tasks import evaluate_tasks, resolve_tasks
+    from llm2clip_hf.evaluation.task_specs import resolve_tasks
+    from llm2clip_hf.evaluation.tasks import evaluate_tasks
 
     tasks = resolve_tasks(options.tasks)  # before the model, which may take minutes to load
     device = process_device(options.device)
@@ -158,10 +170,13 @@ def evaluate(options: EvaluateOptions) -> int:
     if not is_main_process():
         return 0
     record: dict[str, Any] = {
-        "model": describe_model(model, str(options.model), options.revision),
+        "model": describe_model(
+            model, str(options.model), options.revision, processor=processor, text_model=options.text_model
+        ),
         "tasks": evaluation.results,
         "settings": {
             "batch_size": options.batch_size,
+            "dtype": options.dtype,
             "max_length": options.max_length,
             "text_model": options.text_model,
             "text_embeddings": options.text_embeddings,

@@ -20,7 +20,8 @@ from .mteb_wrapper import MTEBEncoder
 from .report import format_report, to_eval_results
 from .retrieval import evaluate_retrieval
 from .segmentation import evaluate_zero_shot_segmentation
-from .tasks import evaluate_tasks, resolve_tasks
+from .task_specs import resolve_tasks
+from .tasks import evaluate_tasks
 from .text_towers import embed_texts
 from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data import CaptionTable
 from ..data.atomic import sha256_of_file
 from ..data.image_tables import ImageTable, open_image_table
@@ -17,13 +19,19 @@ from .definitions import TaskDefinition
 
 @dataclass
 class RetrievalData:
-    """Images with captions, one `CaptionTable` row per image."""
+    """
+    Images with captions, one `CaptionTable` row per image.
+
+    `captions` are what the task measures. They are the rows `rows` of `all_captions`, all that the data hold.
+    """
 
     images: ImageSource
     captions: CaptionTable
     keys: list[str]
     counts: dict[str, int]
     fingerprint: dict[str, str]
+    all_captions: CaptionTable
+    rows: np.ndarray
     skipped: dict[str, Any] = field(default_factory=dict)
 
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data import CaptionTable, load_captions, load_image_text
 from ..data.caption_loading import open_text_source
 from ..data.image_tables import holds_image_paths
@@ -161,7 +163,9 @@ def _load_retrieval(location: Location, on_bad_row: str, max_images: int | None)
         counts = {"images": len(captions), "captions": sum(map(len, captions))}
     kept = CaptionTable(captions)
     fingerprint = {"captions_sha256": kept.sha256, **source_digest(location)}
-    return RetrievalData(images, kept, keys, counts, fingerprint, skipped)
+    starts = table.offsets[: len(captions)].tolist()
+    rows = np.array([start + place for start, texts in zip(starts, captions) for place in range(len(texts))])
+    return RetrievalData(images, kept, keys, counts, fingerprint, table, rows, skipped)
 
 
 def _open_captioned(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+from ..modeling.loading_llm2clip import load_pretrained_text
+
 
 __all__ = ["describe_model", "load_model_and_processor"]
 
@@ -26,7 +28,7 @@ def load_model_and_processor(
     Args:
         name (`str`): folder or repository of an LLM2CLIP model, or of a CLIP or SigLIP model of transformers.
         processor (`str`, *optional*): folder or repository of the processor; that of the model by default.
-        text_model (`str`, *optional*): LLM of an LLM2CLIP model, instead of the one its config names.
+        text_model (`str`, *optional*): folder or repository of an LLM for an LLM2CLIP model, instead of its own.
         load_text_model (`bool`, defaults to `True`): `False` leaves the LLM out; texts are stored embeddings then.
         revision (`str`, *optional*): revision of the repository.
         dtype (`str`, *optional*): type of the weights, e.g. `"bfloat16"`; float32 by default.
@@ -37,7 +39,8 @@ def load_model_and_processor(
         `tuple`: model in eval mode, and processor.
 
     Raises:
-        ValueError: if the model has no joint space of images and texts, or there is no processor.
+        ValueError: if the model has no joint space of images and texts, an LLM is named that cannot be used, or there
+            is no processor.
     """
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
     config = AutoConfig.from_pretrained(name, **remote)
@@ -45,7 +48,12 @@ def load_model_and_processor(
     if config.model_type == "llm2clip":
         extra["load_text_model"] = load_text_model
         if text_model is not None:
-            extra["text_model"] = text_model
+            if not load_text_model:
+                raise ValueError(
+                    f"The LLM `{text_model}` is named, but texts are to be stored embeddings, without an LLM. Give "
+                    "one of `text_model` and `text_embeddings`."
+                )
+            extra["text_model"] = load_pretrained_text(text_model, None, {"dtype": _dtype(dtype)})
         extra["text_model_kwargs"] = {"dtype": _dtype(dtype)}
     elif text_model is not None or not load_text_model:
         raise ValueError(f"`{name}` is a {config.model_type} model, which has a text encoder of its own.")
@@ -60,7 +68,9 @@ def load_model_and_processor(
     )
 
 
-def describe_model(model: Any, name: str, revision: str | None = None) -> dict[str, Any]:
+def describe_model(
+    model: Any, name: str, revision: str | None = None, *, processor: Any = None, text_model: str | None = None
+) -> dict[str, Any]:
     """
     What a result says of its model.
 
@@ -68,9 +78,14 @@ def describe_model(model: Any, name: str, revision: str | None = None) -> dict[s
         model: the model.
         name (`str`): folder or repository it came from.
         revision (`str`, *optional*): revision that was asked for.
+        processor (*optional*): its processor, or an image processor.
+        text_model (`str`, *optional*): LLM that was taken instead of the model's own.
 
     Returns:
-        `dict`: name, revision, class, type, type of the weights, number of parameters, and the LLM if one is named.
+        `dict`: name, revision, class, type, types of the weights (`dtype` those of the model outside its text tower,
+        `text_dtype` those of the text tower, which is the LLM, if it is loaded), number of parameters, the LLM if one
+        is named, and class and backend of the image processor. The two backends of transformers (`"torchvision"`,
+        taken where that package is installed, and `"pil"`) resize a little differently.
     """
     config = model.config
     described = {
@@ -78,13 +93,31 @@ def describe_model(model: Any, name: str, revision: str | None = None) -> dict[s
         "revision": revision or getattr(config, "_commit_hash", None),
         "class": type(model).__name__,
         "model_type": config.model_type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _dtypes_of(model, inside=False),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     if getattr(config, "text_base_model", None):
         described["text_base_model"] = config.text_base_model
         described["text_base_revision"] = config.text_base_revision
+    if getattr(model, "text_model", None) is not None:
+        described["text_dtype"] = _dtypes_of(model, inside=True)
+    if text_model is not None:
+        described["text_model"] = text_model
+    image_processor = getattr(processor, "image_processor", processor)
+    if image_processor is not None:
+        described["image_processor"] = type(image_processor).__name__
+        described["image_processor_backend"] = getattr(image_processor, "backend", None)
     return described
+
+
+def _dtypes_of(model: Any, inside: bool) -> str:
+    """Types of the weights in or outside the text tower, e.g. `"bfloat16"`, joined by `+` where there are several."""
+    found = {
+        str(parameter.dtype).removeprefix("torch.")
+        for name, parameter in model.named_parameters()
+        if name.startswith("text_model.") == inside
+    }
+    return "+".join(sorted(found))
 
 
 def _dtype(name: str | None) -> torch.dtype:

@@ -15,6 +15,7 @@ from ..data.images import ImageSource
 from .cached_encoding import cached_images, cached_llm_embeds, cached_texts
 from .embedding_cache import EmbeddingCache
 from .metrics import retrieval_metrics
+from .stored_texts import check_store
 
 
 __all__ = ["evaluate_retrieval"]
@@ -48,8 +49,8 @@ def evaluate_retrieval(
             deterministic, e.g. `CenterCropTransform`.
         captions:
             What belongs to each image: captions as for `CaptionTable`; or LLM embeddings, as a
-            `CaptionEmbeddingStore` or as one tensor of shape `(num_captions, llm_hidden_size)` per image. `None` with
-            an `ImageTextDataset`.
+            `CaptionEmbeddingStore`, whose fingerprint must be that of the model's text encoder, or as one tensor of
+            shape `(num_captions, llm_hidden_size)` per image. `None` with an `ImageTextDataset`.
         processor: processor of the model; only what is needed of it is used, the image processor and the tokenizer.
         batch_size (`int`, defaults to 64): images or texts per forward pass.
         max_length (`int`, *optional*): tokens per caption, see `encode_texts`.
@@ -66,8 +67,8 @@ def evaluate_retrieval(
         `dict[str, float]`: the keys of `retrieval_metrics`, e.g. `image_to_text_recall@1`.
 
     Raises:
-        ValueError: if images and captions differ in number, an image has no caption or cannot be read, or a processor
-            is missing; the message names the row.
+        ValueError: if images and captions differ in number, an image has no caption or cannot be read, a processor is
+            missing, or a store was made by another text encoder; the message names the row.
 
     Example:
     >>> evaluate_retrieval(model, images, captions, processor=processor)["image_to_text_recall@1"]  # doctest: +SKIP
@@ -135,6 +136,7 @@ def _encode_captions(
         return embeds, captions.offsets
     read: Callable[[list[int]], torch.Tensor]
     if isinstance(captions, CaptionEmbeddingStore):
+        check_store(model, captions, processor)
         read, offsets = captions.gather, captions.offsets
     else:
         rows = torch.cat(captions)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Tasks by name, by path or from a YAML file, and running them on a model.
+Running tasks on a model.
 
-(1) `resolve_tasks` turns what a user writes into definitions. (2) `evaluate_tasks` opens and checks the data of all of
-them, so that a missing file stops a run at its start, (3) encodes every image and text once, (4) computes the metrics,
-and (5) returns one record that goes into a JSON file, and the queries that are drawn.
+`evaluate_tasks` (1) opens and checks the data of all tasks, so that a missing file stops a run at its start, (2)
+encodes every image and text once, (3) computes the metrics, and (4) returns one record that goes into a JSON file, and
+the queries that are drawn.
 """
 
 import dataclasses
@@ -12,8 +12,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
-from urllib.parse import parse_qsl
+from typing import Any
 
 import torch
 
@@ -22,29 +21,18 @@ from ..data.images import ImageSource
 from .cached_encoding import cached_images, cached_llm_embeds, cached_texts
 from .caption_accuracy import evaluate_caption_retrieval
 from .datasets import CaptionData, ClassificationData, CrossLingualData, RetrievalData, TaskData, load_task_data
-from .definitions import TASKS, TaskDefinition, TaskKind
+from .definitions import TaskDefinition
 from .embedding_cache import EmbeddingCache
 from .metrics import retrieval_metrics
+from .stored_texts import StoredTexts, check_store, find_stored_texts
+from .task_specs import resolve_tasks
 from .zero_shot import build_zero_shot_classifier, classification_metrics
 
 
-__all__ = ["Evaluation", "GalleryRow", "evaluate_tasks", "resolve_tasks"]
+__all__ = ["Evaluation", "GalleryRow", "evaluate_tasks"]
 
 logger = logging.getLogger(__name__)
 
-_KINDS: tuple[str, ...] = get_args(TaskKind)
-_TUPLES = ("caption_columns", "languages")
-_NUMBERS = ("first_captions", "min_images")
-_FLAGS = ("allow_duplicate_names",)
-_TEXTS = (
-    "title", "split", "subset", "image_column", "image_root", "key_column", "label_column", "language_column",
-    "text_column", "class_names", "templates", "published",
-)  # fmt: skip
-_COUNTS = tuple(
-    field.name
-    for field in dataclasses.fields(TaskDefinition)
-    if field.name.startswith("num_") or field.name == "captions_per_image"
-)
 _GALLERY_QUERIES, _GALLERY_IMAGES = 6, 5
 
 
@@ -84,127 +72,6 @@ class Evaluation:
     galleries: dict[str, tuple[ImageSource, list[GalleryRow]]]
 
 
-# --------------------------------------------------------------------------------------------------------------- specs
-
-
-def resolve_tasks(specs: Sequence[str]) -> list[TaskDefinition]:
-    """
-    Definitions of tasks that are named in any of four ways.
-
-    Args:
-        specs (sequence of `str`):
-            A name of `TASKS`; `KIND:PATH`, with settings as in `zero-shot:PATH?label_column=name&split=validation`
-            (`where=COLUMN:VALUE` selects rows; lists are separated by commas); a `.yaml` or `.yml` file with one
-            mapping of settings per task name, each with `path` and `kind`; or a path, which is a retrieval task.
-
-    Returns:
-        `list[TaskDefinition]`: one per task; names are distinct.
-
-    Raises:
-        ValueError: if a name, kind or setting is unknown, or two tasks have the same name.
-
-    Example:
-    >>> [task] = resolve_tasks(["zero-shot:flowers/test.parquet?label_column=label_name"])
-    >>> task.name, task.kind, task.label_column
-    ('flowers/test', 'zero-shot', 'label_name')
-    """
-    if not specs:
-        raise ValueError(f"No task is given. Name at least one of {sorted(TASKS)}, or a path.")
-    tasks: list[TaskDefinition] = []
-    for spec in specs:
-        if spec in TASKS:
-            tasks.append(TASKS[spec])
-        elif spec.partition(":")[0] in _KINDS:
-            kind, _, rest = spec.partition(":")
-            path, _, query = rest.partition("?")
-            tasks.append(_own_task(kind, path, _query_settings(query, spec), spec))
-        elif spec.endswith((".yaml", ".yml")):
-            tasks += _tasks_of_file(spec)
-        elif Path(spec.partition("?")[0]).exists() or "/" in spec or set(spec) & set("*?"):
-            path, _, query = (spec, "", "") if Path(spec).exists() else spec.partition("?")
-            tasks.append(_own_task("retrieval", path, _query_settings(query, spec), spec))
-        else:
-            raise ValueError(f"There is no task or file `{spec}`. Tasks: {', '.join(TASKS)}; or `KIND:PATH`.")
-    names = [task.name for task in tasks]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"The tasks {repeated} are named more than once. Drop one, or name them apart in a YAML file."
-        )
-    return tasks
-
-
-def _query_settings(query: str, spec: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
-        if key == "where":
-            column, separator, wanted = value.partition(":")
-            if not separator:
-                raise ValueError(f"`where={value}` in `{spec}` is not of the form `where=COLUMN:VALUE`.")
-            settings.setdefault("where", {})[column] = wanted
-        else:
-            settings[key] = value.split(",") if key in _TUPLES else value
-    return settings
-
-
-def _own_task(kind: str, path: str, settings: Mapping[str, Any], spec: str, name: str | None = None) -> TaskDefinition:
-    if not path:
-        raise ValueError(f"Task `{spec}` names no path. Write `{kind}:PATH`.")
-    fields: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key in (*_NUMBERS, *_COUNTS):
-            if not str(value).isdigit() or int(value) < 1:
-                raise ValueError(f"`{key}` of task `{spec}` is {value!r}. Give a positive integer.")
-            fields[key] = int(value)
-        elif key in _TUPLES:
-            fields[key] = (value,) if isinstance(value, str) else tuple(map(str, value))
-        elif key in _FLAGS:
-            fields[key] = str(value).lower() in ("true", "1", "yes")
-        elif key in ("class_names", "templates") and isinstance(value, (list, tuple)):
-            fields[key] = tuple(map(str, value))
-        elif key == "where" and isinstance(value, Mapping):
-            fields[key] = {str(column): str(wanted) for column, wanted in value.items()}
-        elif key in _TEXTS:
-            fields[key] = str(value)
-        else:
-            known = sorted((*_TEXTS, *_TUPLES, *_NUMBERS, *_FLAGS, *_COUNTS, "where"))
-            raise ValueError(f"Task `{spec}` has no setting `{key}`. It has {', '.join(known)}.")
-    if name is None:
-        short = Path(path)
-        name = "/".join([*short.parts[-2:-1], short.stem]).lstrip("/") if short.stem else path
-    return TaskDefinition(**{"title": name, "source": "own data", "name": name, "kind": kind, "path": path} | fields)
-
-
-def _tasks_of_file(path: str) -> list[TaskDefinition]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"The task file `{path}` does not exist.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The task file `{path}` is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"The task file `{path}` holds no mapping from task names to settings.")
-    tasks = []
-    for name, entry in content.items():
-        if not isinstance(entry, Mapping) or "path" not in entry:
-            raise ValueError(f"Task `{name}` of `{path}` is {entry!r}, not a mapping with at least `path`.")
-        settings = {key: value for key, value in entry.items() if key not in ("path", "kind")}
-        kind = entry.get("kind", "retrieval")
-        if kind not in _KINDS:
-            raise ValueError(f"Task `{name}` of `{path}` has the kind {kind!r}. Choose from {', '.join(_KINDS)}.")
-        place = Path(entry["path"])
-        # Relative to the file, where it exists there: a task file travels with its data.
-        beside = Path(path).parent / place
-        tasks.append(
-            _own_task(kind, str(beside if beside.exists() else place), settings, f"{name} of {path}", str(name))
-        )
-    return tasks
-
-
-# ----------------------------------------------------------------------------------------------------------------- run
-
-
 def evaluate_tasks(
     model: Any,
     processor: Any,
@@ -229,7 +96,8 @@ def evaluate_tasks(
         tasks (sequence): definitions, or what `resolve_tasks` takes.
         data_root (`str` or `Path`, *optional*): folder of local copies of the benchmarks.
         text_embeddings (sequence of paths): stores of `embed_captions`, used where they hold exactly the captions of
-            a retrieval task; the LLM is not needed then.
+            a retrieval task, or all captions of its data where it takes the first ones only; the LLM is not needed
+            then. They must be made by the text encoder that the model was trained with, or by the LLM that it holds.
         batch_size (`int`, defaults to 64): images or texts per forward pass.
         max_length (`int`, *optional*): tokens per text, see `encode_texts`.
         on_bad_row (`str`, defaults to `"error"`): `"error"`, or `"skip"`, which leaves bad rows out and counts them.
@@ -243,29 +111,31 @@ def evaluate_tasks(
         `Evaluation`: `results` by task name, and what `draw_gallery` needs.
 
     Raises:
-        ValueError: if data are missing, bad, or differ from the definition, the processor does not serve, or an
-            embedding is not finite; the message names the item.
+        ValueError: if two tasks have one name, data are missing, bad, or differ from the definition, the processor
+            does not serve, a store is of another text encoder, or an embedding is not finite; the message names the
+            item.
 
     Example:
     >>> evaluate_tasks(model, processor, ["coco"], data_root="data").results["coco"]["metrics"]  # doctest: +SKIP
     {'image_to_text_recall@1': 0.724, ...}
     """
-    plan = [task for each in tasks for task in ([each] if isinstance(each, TaskDefinition) else resolve_tasks([each]))]
+    plan = resolve_tasks(tasks)
     stores = [CaptionEmbeddingStore.open(path) for path in text_embeddings]
     # Opened before anything is encoded: the last task's missing file must not end a run of hours.
     data = {task.name: load_task_data(task, data_root, on_bad_row=on_bad_row, max_images=max_images) for task in plan}
-    _check_parts(model, processor, data, stores)
+    stored = _match_stores(model, processor, data, stores)
+    _check_parts(model, processor, data, stored)
     if device is not None:
         model.to(device)
     cache = None if cache_dir is None else EmbeddingCache(cache_dir, model)
-    runner = _Runner(model, processor, stores, batch_size, max_length, cache, show_progress)
+    runner = _Runner(model, processor, batch_size, max_length, cache, show_progress)
     outcome = Evaluation({}, {})
     for task in plan:
         start = time.perf_counter()
         own = data.pop(task.name)
         logger.info("Task `%s`: %s.", task.name, own.counts)
         try:
-            record, gallery = runner.run(own)
+            record, gallery = runner.run(own, stored.get(task.name))
         except ValueError as error:
             raise ValueError(f"Task `{task.name}`: {error}") from error
         outcome.results[task.name] = {
@@ -287,17 +157,28 @@ def evaluate_tasks(
     return outcome
 
 
-def _check_parts(
+def _match_stores(
     model: Any, processor: Any, data: Mapping[str, TaskData], stores: Sequence[CaptionEmbeddingStore]
-) -> None:
+) -> dict[str, StoredTexts]:
+    """The stored embeddings of the tasks that have some, after a check that they are of the model's text encoder."""
+    stored = {}
+    for name, each in data.items():
+        if isinstance(each, RetrievalData) and (found := find_stored_texts(each, stores)) is not None:
+            stored[name] = found
+    for store in stores:
+        if all(found.store is not store for found in stored.values()):
+            logger.warning("The embeddings in `%s` are of the captions of no task, and are not used.", store.path)
+        else:
+            check_store(model, store, processor)
+    return stored
+
+
+def _check_parts(model: Any, processor: Any, data: Mapping[str, TaskData], stored: Mapping[str, StoredTexts]) -> None:
     """Whether model and processor have what the tasks need, before hours of encoding."""
     needs_images = any(not isinstance(each, CaptionData) for each in data.values())
     if needs_images and not hasattr(processor, "image_processor"):
         raise ValueError(f"The processor ({type(processor).__name__}) has no image processor. Pass the model's own.")
-    stored = {store.captions_sha256 for store in stores}
-    unstored = [
-        name for name, each in data.items() if not (isinstance(each, RetrievalData) and each.captions.sha256 in stored)
-    ]
+    unstored = [name for name in data if name not in stored]
     if not unstored:
         return
     remedy = "or give `text_embeddings` made from exactly the captions of the task"
@@ -317,19 +198,17 @@ class _Runner:
         self,
         model: Any,
         processor: Any,
-        stores: Sequence[CaptionEmbeddingStore],
         batch_size: int,
         max_length: int | None,
         cache: EmbeddingCache | None,
         show_progress: bool,
     ) -> None:
         self.model, self.processor, self.max_length, self.cache = model, processor, max_length, cache
-        self.stores = {store.captions_sha256: store for store in stores}
         self.options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
 
-    def run(self, data: TaskData) -> tuple[dict[str, Any], list[GalleryRow]]:
+    def run(self, data: TaskData, stored: StoredTexts | None = None) -> tuple[dict[str, Any], list[GalleryRow]]:
         if isinstance(data, RetrievalData):
-            return self._retrieval(data)
+            return self._retrieval(data, stored)
         if isinstance(data, CrossLingualData):
             return self._cross_lingual(data)
         if isinstance(data, ClassificationData):
@@ -352,19 +231,20 @@ class _Runner:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _retrieval(self, data: RetrievalData) -> tuple[dict[str, Any], list[GalleryRow]]:
+    def _retrieval(self, data: RetrievalData, stored: StoredTexts | None) -> tuple[dict[str, Any], list[GalleryRow]]:
         texts = data.captions.rows(0, data.captions.num_captions)
         owners = torch.tensor([data.captions.image_of(row) for row in range(len(texts))])
-        store = self.stores.get(data.captions.sha256)
-        if store is None:
+        record: dict[str, Any] = {"stored_texts": stored is not None}
+        if stored is None:
             text_embeds = self._texts(texts)
         else:
-            embeds = cached_llm_embeds(self.cache, self.model, store.gather, len(texts), **self.options)
+            embeds = cached_llm_embeds(self.cache, self.model, stored.gather, len(texts), **self.options)
+            record["text_fingerprint"] = stored.store.fingerprint
             text_embeds = _finite(embeds, lambda row: f"text {texts[row][:80]!r}").to(self._device)
         image_embeds = self._images(data.images, data.keys)
         metrics = retrieval_metrics(image_embeds, text_embeds, owners)
         gallery = _gallery(image_embeds, text_embeds, texts, owners.tolist())
-        return {"metrics": metrics, "stored_texts": store is not None}, gallery
+        return {"metrics": metrics, **record}, gallery
 
     def _cross_lingual(self, data: CrossLingualData) -> tuple[dict[str, Any], list[GalleryRow]]:
         image_embeds = self._images(data.images, data.keys)
