@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
 from llm2clip_hf.data import ImageTextDataset, RandomResizedCropTransform, embed_captions
-from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments, merge_lora
+from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
 
 
 @dataclass
@@ -58,8 +58,6 @@ transform = RandomResizedCropTransform.from_image_processor(processor.image_proc
 dataset = ImageTextDataset(rows["image"], store=store, transform=transform, seed=training_args.seed)
 trainer = LLM2CLIPTrainer(model, training_args, train_dataset=dataset, processing_class=processor)
 trainer.train()
-merge_lora(model)  # nothing to do unless LoRA was trained
 
-# 4. Save model, LLM and processor in one folder that AutoModel loads.
-model.save_pretrained(Path(training_args.output_dir) / "model")
-processor.save_pretrained(Path(training_args.output_dir) / "model")
+# 4. Save the model, LoRA merged, and the processor in one folder that AutoModel loads. The folder names the LLM.
+trainer.save_model(str(Path(training_args.output_dir) / "model"))

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs of both stages, on tiny models: from captions on disk to a model that `AutoModel` loads."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -13,6 +17,7 @@ from tiny_data import write_training_files
 from transformers import AutoModel, CLIPTextModelWithProjection
 
 from llm2clip_hf.cli import main as cli
+from llm2clip_hf.cli import train_clip
 from llm2clip_hf.data import CaptionEmbeddingStore, load_captions
 from llm2clip_hf.evaluation import evaluate_retrieval
 from llm2clip_hf.training import load_concatenated_text_head
@@ -96,6 +101,19 @@ def test_from_captions_to_a_model(folder: Path, capsys: pytest.CaptureFixture[st
     assert measured["image_to_text_recall@1"] == pytest.approx(recorded["image_to_text_recall@1"], abs=0.06)
 
 
+def test_weights_that_are_all_trained_are_float32(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = AutoModel.from_pretrained(folder / "llm")
+    llm.bfloat16().save_pretrained(folder / "half")
+    tiny_models.llama3_tokenizer().save_pretrained(folder / "half")
+    options = ["--llm", folder / "half", "--captions", folder / "captions.jsonl", "--num_test_images", 0]
+    options += ["--lora_r", 0, "--max_steps", 1, *COMMON]
+    run("train-captions", *options, "--output_dir", folder / "whole")
+    assert AutoModel.from_pretrained(folder / "whole").dtype == torch.float32
+    refused = ["train-captions", *options, "--dtype", "bfloat16", "--output_dir", folder / "rounded"]
+    assert cli.main([str(option) for option in refused]) == 1
+    assert "are in half precision" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_training_on_tar_shards(folder: Path) -> None:
     shards = write_shards(folder, [9, 7])
@@ -140,6 +158,54 @@ def test_integration_of_the_text_encoder_of_clip(folder: Path, mode: str) -> Non
     assert load_concatenated_text_head(folder / f"both-{mode}").weight.shape == (20, 40)
 
 
+def test_max_length_is_that_of_the_batches() -> None:
+    processor = tiny_models.processor()
+    sample = {"pixel_values": torch.zeros(3, 4, 4), "text": "a red boat on the sea " * 200}
+    for length, expected in ((None, 512), (40, 40)):
+        options = train_clip.TrainClipOptions(max_length=length)
+        collator = train_clip.collator_and_clip_text(options, tiny_models.model("clip"), processor)["data_collator"]
+        assert collator([sample])["input_ids"].shape == (1, expected)
+
+
+@pytest.mark.parametrize("failing", [None, "write", "rename"])
+def test_bundled_model_replaces_the_external_one_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str | None
+) -> None:
+    model = tiny_models.model("clip")
+    model.text_model.save_pretrained(tmp_path / "llm")
+    model.config.text_base_model, model.config.text_weights = str(tmp_path / "llm"), "external"
+    target = tmp_path / "model"
+    model.save_pretrained(target)
+    (target / "checkpoint-2").mkdir()
+    before = {file.name: file.read_bytes() for file in target.iterdir() if file.is_file()}
+
+    def full(*arguments: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing == "write":
+
+        def half(tensors: Any, filename: Any, *others: Any, **kwargs: Any) -> None:
+            Path(filename).write_bytes(b"\x00" * 100)
+            full()
+
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", half)
+    elif failing == "rename":
+        monkeypatch.setattr(os, "replace", full)
+    if failing is None:
+        train_clip.bundle(train_clip.TrainClipOptions(), str(target))
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            train_clip.bundle(train_clip.TrainClipOptions(), str(target))
+        assert {file.name: file.read_bytes() for file in target.iterdir() if file.is_file()} == before
+    monkeypatch.undo()
+    assert [path.name for path in target.iterdir() if path.is_dir()] == ["checkpoint-2"]
+    shutil.move(tmp_path / "llm", tmp_path / ("llm" if failing else "elsewhere"))
+    reloaded = AutoModel.from_pretrained(target)
+    assert reloaded.config.text_weights == ("external" if failing else "bundled")
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -175,3 +241,16 @@ def test_unknown_settings_of_a_source_are_named(folder: Path, capsys: pytest.Cap
     config.write_text(f"llm: x\noutput_dir: {folder / 'bad'}\nsources: {{a: {{path: p, hard_negative: true}}}}\n")
     assert cli.main(["train-captions", "--config", str(config)]) == 1
     assert "Source `a` of kind `captions` has no setting ['hard_negative']" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_standard_output_holds_the_result_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "llm", "--data",
+        folder / "train.parquet", "--projection_dim", 20, "--output_dir", folder / "quiet", "--max_steps", 2,
+        "--logging_steps", 1, *COMMON,
+    ]  # fmt: skip
+    run(*argv)
+    captured = capsys.readouterr()
+    assert captured.out == f"written   {folder / 'quiet'}\n"
+    assert "'loss'" in captured.err

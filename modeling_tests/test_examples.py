@@ -51,7 +51,7 @@ def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
         "--num_train_epochs", "1", "--save_strategy", "no", *common,
     )  # fmt: skip
     model = LLM2CLIPModel.from_pretrained(tmp_path / "clip" / "model")
-    assert model.config.text_weights == "bundled"
+    assert model.config.text_base_model == str(tmp_path / "cc")
     assert (tmp_path / "clip" / "caption_embeddings" / "index.json").is_file()
 
     output = run(

@@ -251,6 +251,22 @@ def test_four_micro_batches_of_sixteen_train_like_one_batch_of_sixty_four(tmp_pa
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-6, rtol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_every_accumulated_batch_is_whole(tmp_path, strategy):
+    sizes: list[int] = []
+
+    class Noting(LLM2CLIPTrainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *others: Any, **kwargs: Any) -> Any:
+            sizes.append(sum(len(batch["index"]) for batch in inputs.get("micro_batches", [inputs])))
+            return super().compute_loss(model, inputs, *others, **kwargs)
+
+    args = arguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, train_sampling_strategy=strategy
+    )
+    Noting(tiny_models.model("clip", None), args, data_collator=stack, train_dataset=Pairs(17)).train()
+    assert sizes == [6] * 4
+
+
 def test_accumulated_texts_of_different_lengths_are_not_mixed_up(tmp_path):
     rows = [Pairs(text="input_ids")[i] for i in range(6)]
     for row in rows[3:]:
@@ -349,6 +365,24 @@ def test_integration_trains_saves_and_resumes_both_text_encoders(tmp_path, integ
     torch.testing.assert_close(one, two)
     model.save_pretrained(tmp_path / "direct")
     assert LLM2CLIPModel.from_pretrained(tmp_path / "direct").config.projection_dim == tiny_models.PROJECTION
+
+
+def test_both_text_encoders_compute_in_the_precision_of_the_run(tmp_path):
+    model, tower = tiny_models.model("clip", None), clip_text_tower()
+    trainer = trainer_for(
+        model, tmp_path, ClipPairs(10), integration="concatenated", clip_text_model=tower, bf16=True, max_steps=1,
+        encoder_chunk_size=3,
+    )  # fmt: skip
+    seen: dict[str, set[torch.dtype]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: seen.setdefault(name, set()).add(output.dtype)
+            )
+    trainer.train()
+    assert {"clip_text_model.text_projection", "concatenated_text_head", "visual_projection"} <= seen.keys()
+    assert set.union(*seen.values()) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_clip_text_collator_adds_tokens_and_keeps_the_rest():

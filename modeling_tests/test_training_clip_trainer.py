@@ -390,6 +390,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, monkeypatch):
     half.vision_model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="first `vision_model"):
         trainer_for(half, tmp_path)
+    with pytest.raises(ValueError, match="neither `model_init` nor `hyperparameter_search`"):
+        LLM2CLIPTrainer(None, arguments(tmp_path), model_init=lambda: model, train_dataset=Pairs())
     with pytest.raises(ValueError, match="batch norms"):
         trainer_for(tiny_models.model("mobilenet_v2", text=None), tmp_path, encoder_chunk_size=2)
     with pytest.raises(ValueError, match="less than one batch of 5 rows"):
@@ -428,6 +430,8 @@ def test_defaults_are_the_recipe_of_the_paper(tmp_path):
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (args.lr_scheduler_type, args.num_train_epochs, args.vision_layer_decay) == ("cosine", 4, 0.85)
     assert (args.remove_unused_columns, args.bf16) == (False, False)
+    assert args.per_device_eval_batch_size == args.per_device_train_batch_size == 512
+    assert LLM2CLIPTrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=3).eval_batch_size == 3
 
 
 OWN_OPTIONS = set(LLM2CLIPTrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2 on several processes: DDP and FSDP2 train like one process, streams are read once, evaluators run once."""
+"""Stage 2 on several processes: DDP and FSDP2 train like one process, evaluators share their work."""
 
-import io
 import json
-import multiprocessing
 import os
-import socket
-import tarfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +17,14 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from test_training_clip_modes import ClipPairs, clip_text_tower
 from test_training_clip_trainer import Pairs, arguments, stack
-from test_training_distributed import in_two_processes, run_rank
+from test_training_distributed import in_two_processes
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from llm2clip_hf import LLM2CLIPModel
-from llm2clip_hf.data import ImageTextStream, RandomResizedCropTransform
 from llm2clip_hf.evaluation import evaluate_retrieval
 from llm2clip_hf.evaluation.metrics import retrieval_metrics
 from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments, load_concatenated_text_head
-from llm2clip_hf.training.streams import EndlessStream
+from llm2clip_hf.training.clip_evaluation import run_evaluators
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -101,176 +96,113 @@ def test_fsdp2_trains_like_one_process_and_saves_and_resumes(tmp_path, options):
         torch.testing.assert_close(torch.from_numpy(resumed[name]), torch.from_numpy(first[name]), msg=name)
 
 
-# ------------------------------------------------------------------------------------------------------------ streams
-
-
-class Shards(torch.utils.data.IterableDataset):
-    """Rows in five shards, which it shares out among processes and workers; notes what each process reads."""
-
-    shards_itself = True
-
-    def __init__(self, folder: Path, rank: int, world: int) -> None:
-        self.rows, self.folder, self.rank, self.world, self.epoch = Pairs(40), folder, rank, world, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for shard in range(5)[self.rank * workers + number :: self.world * workers]:
-            for row in range(8 * shard, 8 * shard + 8):
-                with open(self.folder / f"read-{self.rank}-{number}", "a") as file:
-                    file.write(f"{self.epoch} {row}\n")
-                yield self.rows[row]
-
-
-def train_on_stream(folder: Path, workers: int) -> dict[str, torch.Tensor]:
-    stream = Shards(folder, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    trained: list[int] = []
-
-    class Noting(LLM2CLIPTrainer):
-        def training_step(self, model: Any, inputs: dict[str, Any], *others: Any) -> torch.Tensor:
-            trained.extend(inputs["index"].tolist())
-            return super().training_step(model, inputs, *others)
-
-    args = arguments(folder, per_device_train_batch_size=4, max_steps=8, dataloader_num_workers=workers)
-    Noting(tiny_models.model("clip", None), args, data_collator=stack, train_dataset=stream).train()
-    return {"trained": torch.tensor(trained)}
-
-
-def in_two_processes_with_workers(function: Any, *arguments: Any) -> list[dict[str, Any]]:
-    """As `in_two_processes`; its processes are daemons, which cannot start the workers of a loader."""
-    port, context = free_port(), multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=run_rank, args=(rank, port, queue, function, arguments)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    results = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
-    assert not [result for result in results.values() if isinstance(result, str)], results
-    return [results[0], results[1]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_that_shards_itself_is_read_once_by_its_own_processes(tmp_path, workers):
-    results = in_two_processes_with_workers(train_on_stream, tmp_path, workers)
-    first_pass: list[int] = []
-    for rank, result in enumerate(results):
-        rows = [
-            [int(n) for n in line.split()]
-            for file in tmp_path.glob(f"read-{rank}-*")
-            for line in file.read_text().splitlines()
-        ]
-        mine = [row for epoch, row in rows if epoch == 0]
-        first_pass += mine
-        # One process has 24 rows and the other 16, which goes on with its next pass earlier: nobody waits.
-        trained = result["trained"].tolist()
-        assert len(trained) == 32
-        assert set(trained) <= set(mine)
-        if workers == 0:
-            assert sorted(trained[: len(mine)]) == sorted(mine)
-    assert sorted(first_pass) == list(range(40))
-
-
-def test_endless_stream_announces_each_pass_and_ends_without_rows(tmp_path):
-    stream = Shards(tmp_path, 0, 1)
-    rows = iter(EndlessStream(stream))
-    seen = [next(rows)["index"] for _ in range(90)]
-    assert seen == [*range(40), *range(40), *range(10)]
-    assert stream.epoch == 2
-    assert list(EndlessStream(Shards(tmp_path, 7, 8))) == []
-    args = arguments(tmp_path, max_steps=1)
-    trainer = LLM2CLIPTrainer(
-        tiny_models.model("clip", None), args, data_collator=stack, train_dataset=Shards(tmp_path, 7, 8)
-    )
-    with pytest.raises(ValueError, match="gave process 0 no rows"):
-        trainer.train()
-    with pytest.raises(ValueError, match="cannot be evaluated on"):
-        trainer.evaluate(Shards(tmp_path, 0, 1))
-
-
-def write_shards(folder: Path) -> str:
-    folder.mkdir()
-    for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for row in range(9):
-                image = io.BytesIO()
-                Image.linear_gradient("L").resize((40, 37)).rotate(9 * row + 90 * shard).save(image, "PNG")
-                for name, content in (("png", image.getvalue()), ("txt", f"a {row} boat {shard}".encode())):
-                    member = tarfile.TarInfo(f"{shard}{row}.{name}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return str(folder / "{0..1}.tar")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_of_the_package_trains_by_epochs_and_resumes_without_decoding_again(tmp_path, workers):
-    shards = write_shards(tmp_path / "shards")
-    decoded: list[int] = []
-    crop = RandomResizedCropTransform(tiny_models.IMAGE_SIZE)
-
-    def transform(image: Any, generator: torch.Generator) -> torch.Tensor:
-        decoded.append(1)
-        return crop(image, generator)
-
-    def run(folder: str, resume: str | None = None) -> list[torch.Tensor]:
-        decoded.clear()
-        stream = ImageTextStream(shards, {"real": "txt"}, transform=transform, shuffle_buffer=4)
-        args = arguments(
-            tmp_path / folder, per_device_train_batch_size=4, num_train_epochs=2, save_strategy="steps", save_steps=6,
-            dataloader_num_workers=workers,
-        )  # fmt: skip
-        model = tiny_models.model("clip", adapter_dropout=0.2)
-        trainer = LLM2CLIPTrainer(model, args, train_dataset=stream, processing_class=tiny_models.processor())
-        assert trainer.train(resume_from_checkpoint=resume).global_step == 8
-        return list(model.parameters())
-
-    whole = run("whole")
-    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-6"))  # after two of the four steps of an epoch
-    assert all(torch.equal(one, two) for one, two in zip(whole, resumed))
-    assert workers or len(decoded) <= 10
-
-
-def test_plain_streams_are_not_dispatched_by_the_first_process(tmp_path):
-    assert arguments(tmp_path).accelerator_config.dispatch_batches is False
-    given = arguments(tmp_path, accelerator_config={"dispatch_batches": True})
-    assert given.accelerator_config.dispatch_batches is True
-
-
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def train_with_evaluators(folder: Path) -> dict[str, torch.Tensor]:
-    calls: list[bool] = []
+IMAGES = [Image.linear_gradient("L").resize((40, 33)).convert("RGB").rotate(40 * turn) for turn in range(7)]
 
-    def evaluator(model: Any, processor: Any) -> dict[str, float]:
+
+def train_with_evaluators(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Training with an evaluator that differs between processes, and with one that shares its work among them."""
+    calls: list[bool] = []
+    captions = [Pairs().embeds[2 * row : 2 * row + 2] for row in range(len(IMAGES))]
+
+    def differing(model: Any, processor: Any) -> dict[str, float]:
         calls.append(model.training or torch.is_grad_enabled())
-        return {"value": 0.25 + int(os.environ["RANK"])}
+        return {"value": 0.25 + int(os.environ.get("RANK", 0))}
+
+    def shared(model: Any, processor: Any) -> dict[str, float]:
+        # Batches that two processes share unequally.
+        return evaluate_retrieval(model, IMAGES, captions, processor=processor, batch_size=3)
 
     model = tiny_models.model("clip", None)
-    args = arguments(folder, per_device_train_batch_size=4, max_steps=3, eval_strategy="steps", eval_steps=1)
+    size = 8 // int(os.environ.get("WORLD_SIZE", 1))
+    args = arguments(
+        folder, per_device_train_batch_size=size, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True,
+        optim="sgd", learning_rate=1e-2, **options,
+    )  # fmt: skip
+    if args.fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = LLM2CLIPTrainer(
-        model, args, data_collator=stack, train_dataset=Pairs(24), evaluators={"ours": evaluator}
-    )
+        model, args, data_collator=stack, train_dataset=Pairs(24), processing_class=tiny_models.processor(),
+        evaluators={"differing": differing, "shared": shared},
+    )  # fmt: skip
     trainer.train()
-    logged = [entry["eval_ours_value"] for entry in trainer.state.log_history if "eval_ours_value" in entry]
-    metric = trainer.evaluate()["eval_ours_value"]
-    return {"calls": torch.tensor(calls), "values": torch.tensor([*logged, metric])}
+    trainer.save_model(str(folder / "saved"))
+    found = run_evaluators(trainer, {"shared": shared})["shared"]  # as the verb measures after training
+    logged = [entry["eval_differing_value"] for entry in trainer.state.log_history if "eval_differing_value" in entry]
+    ranks = [e["eval_shared_text_to_image_mean_rank"] for e in trainer.state.log_history if "eval_shared_" in str(e)]
+    return {
+        "calls": torch.tensor(calls),
+        "values": torch.tensor(logged),
+        "ranks": torch.tensor([*ranks, found["text_to_image_mean_rank"]]),
+    }
 
 
-def test_evaluators_run_on_one_process_and_all_get_the_numbers(tmp_path):
-    first, second = in_two_processes(train_with_evaluators, tmp_path)
-    assert first["calls"].tolist() == [False] * 4
-    assert second["calls"].size == 0
-    assert first["values"].tolist() == second["values"].tolist() == [0.25] * 4
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_evaluators_run_on_all_processes_which_share_the_work_and_get_the_same_numbers(tmp_path, sharded):
+    expected = train_with_evaluators(tmp_path / "one")
+    results = in_two_processes(partial(train_with_evaluators, tmp_path / "two", **(FSDP if sharded else {})))
+    for result in results:
+        assert result["calls"].tolist() == [False] * 4
+        assert result["values"].tolist() == [0.25] * 4
+        assert result["ranks"].tolist() == expected["ranks"].tolist()
+    assert len(expected["ranks"]) == 5
+    for one, two in zip(*(LLM2CLIPModel.from_pretrained(tmp_path / n / "saved").parameters() for n in ("one", "two"))):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def fail_on_one_process(folder: Path) -> dict[str, torch.Tensor]:
+    def evaluator(model: Any, processor: Any) -> dict[str, float]:
+        if int(os.environ["RANK"]):
+            raise OSError("no such image")
+        return {"value": 1.0}
+
+    trainer = LLM2CLIPTrainer(
+        tiny_models.model("clip", None), arguments(folder), data_collator=stack, train_dataset=Pairs(24),
+        evaluators={"ours": evaluator},
+    )  # fmt: skip
+    message = r"failed on process 1: OSError\('no such image'\)|^no such image$"
+    with pytest.raises((RuntimeError, OSError), match=message):
+        trainer.evaluate()
+    return {}
+
+
+def test_evaluator_that_fails_on_one_process_stops_all(tmp_path):
+    in_two_processes(fail_on_one_process, tmp_path)
+
+
+def test_callbacks_hear_of_an_evaluation_once_with_all_metrics(tmp_path):
+    heard: list[set[str]] = []
+
+    class Hearing(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            heard.append(set(metrics))
+
+    def trainer_with(evaluation: Any, metric: str, folder: str) -> LLM2CLIPTrainer:
+        args = arguments(
+            tmp_path / folder, num_train_epochs=8, learning_rate=0.0, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=False, save_total_limit=1,
+        )  # fmt: skip
+        return LLM2CLIPTrainer(
+            tiny_models.model("clip", None), args, data_collator=stack, train_dataset=Pairs(10),
+            eval_dataset=evaluation, evaluators={"ours": lambda model, processor: {"value": 0.5}},
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=2), Hearing()],
+        )  # fmt: skip
+
+    for evaluation, metric, names in (
+        (Pairs(7), "eval_loss", {"eval_loss", "eval_ours_value"}),
+        (Pairs(7), "eval_ours_value", {"eval_loss", "eval_ours_value"}),
+        ({"a": Pairs(7), "b": Pairs(6)}, "eval_ours_value", {"eval_a_loss", "eval_b_loss", "eval_ours_value"}),
+        (None, "eval_ours_value", {"eval_ours_value"}),
+    ):
+        heard.clear()
+        trainer = trainer_with(evaluation, metric, f"{len(names)}{metric}")
+        trainer.train()
+        assert trainer.state.epoch == 3  # the first is the best, and two are waited for
+        assert len(heard) == 3
+        assert all(names <= metrics for metrics in heard)
+    assert "on_evaluate" not in vars(trainer.callback_handler)
 
 
 def test_best_model_is_that_of_an_evaluator_on_a_set_with_several_captions(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training verbs share: where to resume, what not to overwrite, and the record of a run."""
 
+import contextlib
 import json
 import os
 import platform
@@ -12,6 +13,11 @@ from typing import Any
 
 
 RESULTS_FILE = "results.json"
+
+
+def logs_to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """What is printed meanwhile, such as the logs of a trainer, goes to standard error: the result stands alone."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def resume_point(args: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import parse_options
-from .results import refuse_finished, resume_point, write_results
+from .results import logs_to_stderr, refuse_finished, resume_point, write_results
 
 
 if TYPE_CHECKING:
@@ -265,7 +265,8 @@ def train_and_save(
     # On all processes: none waits for another, and so none runs into a time-out.
     if evaluator is not None:
         results["before"] = evaluator(encoder)
-    trainer.train(resume_from_checkpoint=resume)
+    with logs_to_stderr():
+        trainer.train(resume_from_checkpoint=resume)
     if evaluator is not None:
         results["after"] = evaluator(encoder)
     if args.should_save:
@@ -308,7 +309,8 @@ def pretrained_with_mntp(
         train_dataset=ConcatDataset(tables),
         model_kwargs={key: value for key, value in kwargs.items() if value is not None},
     )
-    trainer.train()
+    with logs_to_stderr():
+        trainer.train()
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return str(folder)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip train-clip`: stage 2, the vision tower learns with the LLM as text encoder."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import named_values, parse_options
-from .results import refuse_finished, resume_point, write_results
+from .results import logs_to_stderr, refuse_finished, resume_point, write_results
+from .store_check import check_finished_stores
 
 
 if TYPE_CHECKING:
@@ -241,9 +244,12 @@ def train_and_save(
     """Embeds what is not embedded yet, trains, measures and saves."""
     from llm2clip_hf.evaluation import evaluate_retrieval
     from llm2clip_hf.training import LLM2CLIPTrainer
+    from llm2clip_hf.training.clip_evaluation import run_evaluators
 
     stored = options.text_mode == "stored"
     folder = options.store or str(Path(str(args.output_dir)) / "store")
+    if stored:
+        check_finished_stores(options, [folder] if test is None else [folder, f"{folder}-test"])
     store = open_or_embed(options, table, folder) if stored else None
     test_store = open_or_embed(options, test, f"{folder}-test") if stored and test is not None else None
     model, processor = load_model(options, with_llm=not stored)
@@ -254,10 +260,8 @@ def train_and_save(
         test_captions = test.captions if test_store is None else test_store
 
         def measure(model: Any, processor: Any) -> dict[str, float]:
-            # In training, one process measures while the others wait.
-            return evaluate_retrieval(
-                model, test.images, test_captions, processor=processor, gather_across_devices=False
-            )
+            length = None if test_store is not None else options.max_length
+            return evaluate_retrieval(model, test.images, test_captions, processor=processor, max_length=length)
 
         evaluators["test"] = measure
     trainer = LLM2CLIPTrainer(
@@ -266,16 +270,18 @@ def train_and_save(
         train_dataset=training_data(options, args, table, store, processor),
         processing_class=processor,
         evaluators=evaluators,
-        **clip_text_parts(options, model, processor),
+        **collator_and_clip_text(options, model, processor),
     )
-    trainer.train(resume_from_checkpoint=resume)
-    results = {"test": measure(trainer.model, processor)} if test is not None and args.should_save else {}
+    with logs_to_stderr():
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    # On all processes: under FSDP2 none has the whole model, and elsewhere they share the work.
+    results: dict[str, Any] = dict(run_evaluators(trainer, evaluators))
     if args.should_save:
         if options.text_weights == "bundled" and stored:
             bundle(options, str(args.output_dir))
         for name in ("image_to_text_recall@1", "text_to_image_recall@1"):
-            if results:
+            if "test" in results:
                 print(f"{name:<26}{100 * results['test'][name]:6.1f}")
         results["training"] = {"steps": trainer.state.global_step}
         write_results(args.output_dir, results)
@@ -360,29 +366,51 @@ def training_data(
     return ImageTextStream(options.shards, fields, store=store, on_bad_sample=options.on_bad_row, **settings)
 
 
-def clip_text_parts(options: TrainClipOptions, model: "LLM2CLIPModel", processor: Any) -> dict[str, Any]:
-    """CLIP's own text encoder and the collator that feeds it, as arguments of the trainer; nothing without them."""
+def collator_and_clip_text(options: TrainClipOptions, model: "LLM2CLIPModel", processor: Any) -> dict[str, Any]:
+    """The collator, and CLIP's own text encoder where it is trained too, as arguments of the trainer."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     from llm2clip_hf.data import ImageTextCollator
     from llm2clip_hf.training import ClipTextCollator
 
+    length = {} if options.max_length is None else {"max_length": options.max_length}
+    collator = ImageTextCollator(processor, **length)
     if options.clip_text_model is None:
-        return {}
+        return {"data_collator": collator}
     # Where the joint space has another width than CLIP's, the encoder starts with a new projection.
     clip_text_model = CLIPTextModelWithProjection.from_pretrained(
         options.clip_text_model, projection_dim=model.config.projection_dim, ignore_mismatched_sizes=True
     )
     tokenizer = AutoTokenizer.from_pretrained(options.clip_text_model)
-    collator = ClipTextCollator(tokenizer, ImageTextCollator(processor))
-    return {"clip_text_model": clip_text_model, "data_collator": collator}
+    return {"clip_text_model": clip_text_model, "data_collator": ClipTextCollator(tokenizer, collator)}
 
 
 def bundle(options: TrainClipOptions, folder: str) -> None:
-    """Puts the LLM into a saved model that only names it."""
+    """
+    Puts the LLM into a saved model that only names it.
+
+    The new files are written beside and flushed to disk before they take the place of the old ones, which takes no
+    longer than to rename them. Meanwhile there is no config, so that the folder never passes for a finished model.
+    """
     from llm2clip_hf import LLM2CLIPModel
+    from llm2clip_hf.training.checkpoints import UNFINISHED, publish_folder
 
     kwargs = {} if options.dtype is None else {"dtype": options.dtype}
     model = LLM2CLIPModel.from_pretrained(folder, text_model_kwargs=kwargs)
     model.config.text_weights = "bundled"
-    model.save_pretrained(folder)
+    target = Path(folder)
+    staging, complete = target / f"{UNFINISHED}model", target / f"{UNFINISHED}bundled-model"
+    for leftover in (staging, complete):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(staging)
+        publish_folder(staging, complete)  # flushes the files
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # what a full disk needs most is space
+        raise
+    (target / "config.json").unlink()
+    if not (complete / "model.safetensors").exists():
+        (target / "model.safetensors").unlink()  # would be read in place of several files
+    for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, target / file.name)
+    complete.rmdir()

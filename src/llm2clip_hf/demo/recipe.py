@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from ..evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot_classification,
 )
-from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, apply_text_template
 from ..training import (
     CaptionContrastiveTrainer,
     CaptionContrastiveTrainingArguments,
@@ -132,11 +133,12 @@ class DemoRun:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Prints the title of a stage, sets the seeds and takes the time."""
-        print(f"\n{STAGE_TITLES[name]}", flush=True)
+        """Prints the title of a stage, sets the seeds and takes the time; all it prints goes to standard error."""
         set_seed(self.seed)
         start = time.perf_counter()
-        yield
+        with redirect_stdout(sys.stderr):
+            print(f"\n{STAGE_TITLES[name]}", flush=True)
+            yield
         self.seconds[name] = time.perf_counter() - start
 
     def trainer_arguments(self, name: str, steps: int, batch_size: int) -> dict[str, Any]:
@@ -239,7 +241,8 @@ def make_processor(llm: Path) -> LLM2CLIPProcessor:
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
-    return LLM2CLIPProcessor(image_processor, AutoTokenizer.from_pretrained(llm))
+    # As the caption encoder that embeds the captions tokenises them.
+    return LLM2CLIPProcessor(image_processor, apply_text_template(AutoTokenizer.from_pretrained(llm)))
 
 
 def train_clip(

@@ -19,7 +19,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .trained_parts import is_llm2clip
 
+
+_IMAGE_NAMES = ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes")
+_TEXT_NAMES = ("input_ids", "attention_mask", "position_ids", "llm_embeds")
 CLIP_TEXT_NAMES = ("clip_input_ids", "clip_attention_mask")
 
 
@@ -31,7 +35,8 @@ def chunked_forward(
     Makes `model.forward` take a list of batches as `chunks` and return only the embeddings of all of them, for the
     duration of the context.
 
-    With one chunk this is the plain forward pass; with more, each is recomputed in the backward pass.
+    With one chunk nothing is recomputed; with more, each is in the backward pass. An `LLM2CLIPModel` embeds images and
+    texts in two calls, because a call with both makes logits between all of them, which no loss here needs.
 
     Args:
         model (`nn.Module`): A model whose `forward` returns `image_embeds` and `text_embeds`, without a wrapper.
@@ -43,8 +48,9 @@ def chunked_forward(
 
     def embed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         clip_text = [rows.get(name) for name in CLIP_TEXT_NAMES]
-        outputs = forward(**{name: value for name, value in rows.items() if name not in CLIP_TEXT_NAMES})
-        embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds")}
+        embeds = _embed_pairs(
+            forward, {name: value for name, value in rows.items() if name not in CLIP_TEXT_NAMES}, is_llm2clip(model)
+        )
         if embed_clip_text is not None:
             embeds |= embed_clip_text(embeds["text_embeds"], *clip_text)
         return embeds
@@ -64,6 +70,19 @@ def chunked_forward(
 
     with exchanged_forward(model, chunked):
         yield
+
+
+def _embed_pairs(forward: Callable[..., Any], rows: dict[str, torch.Tensor], apart: bool) -> dict[str, torch.Tensor]:
+    """Embeddings of pairs; `apart` for a model that takes one modality alone and then makes no square of logits."""
+    if not apart:
+        outputs = forward(**rows)
+        return {name: outputs[name] for name in ("image_embeds", "text_embeds")}
+    images = {name: value for name, value in rows.items() if name not in _TEXT_NAMES}
+    texts = {name: value for name, value in rows.items() if name not in _IMAGE_NAMES}
+    return {
+        "image_embeds": forward(**images)["image_embeds"],
+        "text_embeds": forward(**texts)["text_embeds"],
+    }
 
 
 @contextmanager

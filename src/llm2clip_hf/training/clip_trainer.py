@@ -4,17 +4,13 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import RandomSampler
-from transformers import EvalPrediction
 from transformers.trainer_utils import has_length
 
 from ..data import ImageTextCollator
-from ..evaluation.metrics import retrieval_metrics
 from ..losses import ContrastiveLoss
 from . import clip_text
 from .callbacks import EpochCallback, LogitScaleClamp
@@ -27,12 +23,13 @@ from .clip_checks import (
     check_trainable,
     resolve_loss_type,
 )
-from .clip_evaluation import run_evaluators
+from .clip_evaluation import held_back_announcement, retrieval_of_pairs, run_evaluators
+from .clip_loading import ClipLoadingTrainer
 from .clip_training_args import LLM2CLIPTrainingArguments
 from .hub_publishing import PublishingClipTrainer
 from .optimizer_groups import build_optimizer_groups
 from .sharding import ready_for_fsdp2, register_feature_methods, whole_parameter
-from .streams import shards_itself, stream_loader
+from .streams import shards_itself
 from .trained_parts import frozen_towers, has_llm, prepare_trained_parts
 
 
@@ -46,7 +43,7 @@ _ROW_NAMES = ("key", "index")
 Evaluator = Callable[[Any, Any], Mapping[str, float]]
 
 
-class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
+class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointTrainer):
     r"""
     Trains the vision tower, the projections, the text adaptor and the logit scale; the LLM stays frozen. What else can
     be trained, and what left out, is said by `train_vision` and `train_text` of the arguments.
@@ -80,8 +77,9 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
             text encoder and of the concatenated head where there are such; retrieval by default.
         evaluators (mapping from `str` to callable, *optional*):
             Further evaluations, each called as `evaluator(model, processing_class)` with the model in evaluation mode
-            and without gradients. The numbers that `evaluators["flickr"]` returns are logged as `eval_flickr_<name>`,
-            and can be `metric_for_best_model`.
+            and without gradients, on all processes at once, so that it may share its work among them, as
+            `evaluate_retrieval` does. The numbers that `evaluators["flickr"]` returns, on the main process, are logged
+            as `eval_flickr_<name>`, and can be `metric_for_best_model`.
         clip_text_model (`CLIPTextModelWithProjection`, *optional*):
             CLIP's own text encoder, for `integration` other than `"replace"`. It is trained, and saved beside the
             model as `clip_text_model/`, together with the head of `integration="concatenated"`.
@@ -112,6 +110,12 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         clip_text_model: Any = None,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("model_init") is not None or not isinstance(model, nn.Module):
+            raise ValueError(
+                "`model` is missing, or `model_init` is given. The trainer freezes and extends one given model, so "
+                "there is neither `model_init` nor `hyperparameter_search`. Build the model, pass it as `model`, and "
+                "make a trainer for each set of hyperparameters."
+            )
         if not isinstance(args, LLM2CLIPTrainingArguments):
             raise ValueError(f"`args` must be LLM2CLIPTrainingArguments, got {type(args).__name__}.")
         if args.n_gpu > 1:
@@ -126,6 +130,8 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_stores(model, dataset, processing_class)
         self.contrastive_loss = ContrastiveLoss(loss_type=resolve_loss_type(model, args.loss_type))
+        if self.contrastive_loss.loss_type == "softmax" and getattr(model, "logit_bias", None) is not None:
+            cast(nn.Parameter, model.logit_bias).requires_grad_(False)  # has no part in the softmax loss
         self.evaluators = dict(evaluators or {})
         super().__init__(
             model=model,
@@ -176,8 +182,8 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         batches = inputs.get(MICRO_BATCHES, [inputs])
         embeds = self._embed(model, batches)
         core = self.accelerator.unwrap_model(model)
-        scale, bias = whole_parameter(core.logit_scale).exp(), getattr(core, "logit_bias", None)
-        bias = None if bias is None else whole_parameter(bias)
+        scale = whole_parameter(core.logit_scale).exp()
+        bias = whole_parameter(core.logit_bias) if self.contrastive_loss.loss_type == "sigmoid" else None
         pairs = clip_text.loss_pairs(embeds, self.args.integration)
         loss = torch.stack([self.contrastive_loss(one, other, scale, bias) for one, other in pairs]).sum()
         if not torch.isfinite(loss):
@@ -199,14 +205,16 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
             if "input_ids" in features and has_llm(core) and self.args.train_text != "lora":
                 features = self._with_llm_embeds(core, features, size)
             chunks.extend(split_rows(features, size))
-        if len(chunks) == 1 and not hasattr(core, clip_text.NAME):
-            outputs = model(**chunks[0])
+        if len(chunks) == 1 and self.args.torch_compile and not hasattr(core, clip_text.NAME):
+            outputs = model(**chunks[0])  # the forward pass that was compiled
             return {name: outputs[name] for name in ("image_embeds", "text_embeds")}
         embed_clip_text = None
         if CLIP_TEXT_NAMES[0] in chunks[0]:
 
             def embed_clip_text(*inputs: Any) -> dict[str, torch.Tensor]:
-                return clip_text.embed_clip_text(core, *inputs)
+                # Only the model's own `forward` was given autocast.
+                with self.accelerator.autocast():
+                    return clip_text.embed_clip_text(core, *inputs)
 
         with chunked_forward(core, embed_clip_text):
             outputs = model(chunks=chunks)
@@ -304,62 +312,14 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """The loader of the training set; refuses one that yields no batch."""
-        if shards_itself(self.train_dataset):
-            loader = stream_loader(self.train_dataset, self.data_collator, self.args)
-        else:
-            loader = super().get_train_dataloader()
-        if has_length(loader) and len(loader) == 0:
-            raise ValueError(
-                f"The training set holds less than one batch of {self.args.train_batch_size} rows per device. Lower "
-                "`per_device_train_batch_size`."
-            )
-        return loader
-
-    def _init_training_state(self, *settings: Any) -> tuple[int, int]:
-        """Where a resumed run goes on: a stream that can is told, and decodes nothing of what is skipped."""
-        epochs, batches = super()._init_training_state(*settings)
-        stream: Any = self.train_dataset
-        if batches and hasattr(stream, "resume_at"):
-            stream.resume_at(epochs, batches, placeholders=True)
-        return epochs, batches
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """Where the last, smaller batch is left out and micro-batches make one, so is the last, smaller group."""
-        sampler = super()._get_train_sampler(train_dataset)
-        args = self.args
-        if not (isinstance(sampler, RandomSampler) and args.dataloader_drop_last and args.accumulate_negatives):
-            return sampler
-        rows: Any = sampler.data_source
-        whole = len(rows) // args.rows_per_step * args.rows_per_step
-        return RandomSampler(rows, num_samples=whole) if whole else sampler
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """The loader of the evaluation set, of every row also where training leaves out the last batch."""
-        with self._every_row():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
-        """The loader for `predict`, of every row."""
-        with self._every_row():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _every_row(self) -> Iterator[None]:
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            yield
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
     # --------------------------------------------------------------------------------------------- evaluation and logs
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """
-        Retrieval on the evaluation set, and the evaluators where the trainer's own evaluation set is used.
+        Retrieval on the evaluation set, and the evaluators where the trainer's own evaluation set is used. Callbacks
+        hear of it once, with all metrics.
 
         Args:
             eval_dataset (*optional*): Another data set than the trainer's; the evaluators are left out then.
@@ -375,13 +335,18 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipCheckpointTrainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if shards_itself(chosen):
             raise ValueError("A stream that shards itself cannot be evaluated on. Use a map-style data set.")
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if eval_dataset is not None or not self.evaluators:
-            return metrics
-        found = run_evaluators(self, self.evaluators, metric_key_prefix)
-        self.log(dict(found))
-        metrics = {**metrics, **found}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with held_back_announcement(self.callback_handler) as announce:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if eval_dataset is None and self.evaluators:
+                found = {
+                    f"{metric_key_prefix}_{evaluator}_{name}": value
+                    for evaluator, numbers in run_evaluators(self, self.evaluators).items()
+                    for name, value in numbers.items()
+                }
+                self.log(dict(found))
+                metrics = {**metrics, **found}
+        # Once, with all metrics: early stopping counts these calls, and looks for the metric of an evaluator too.
+        self.control = announce(self.args, self.state, self.control, metrics)
         return metrics
 
     def prediction_step(
@@ -422,17 +387,3 @@ def row_names(batches: list[dict[str, Any]]) -> list[Any]:
             given = range(len(names), len(names) + len(batch["pixel_values"]))
         names.extend(given.tolist() if isinstance(given, torch.Tensor) else list(given))
     return names
-
-
-def retrieval_of_pairs(prediction: EvalPrediction) -> dict[str, float]:
-    """
-    Retrieval metrics of paired image and text embeddings, row `i` of one with row `i` of the other; those of CLIP's
-    own text encoder, where it is trained too, under names that begin with `clip_text_`, and those of the concatenated
-    head under `concatenated_text_`.
-    """
-    image_embeds, *all_text_embeds = (torch.as_tensor(embeds) for embeds in prediction.predictions)
-    metrics: dict[str, float] = {}
-    for prefix, text_embeds in zip(("", "clip_text_", "concatenated_text_"), all_text_embeds):
-        found = retrieval_metrics(image_embeds, text_embeds, torch.arange(len(text_embeds)))
-        metrics |= {f"{prefix}{name}": value for name, value in found.items()}
-    return metrics

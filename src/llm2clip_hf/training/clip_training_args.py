@@ -25,6 +25,9 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
     (0.9, 0.999) and epsilon 1e-8 from the released configuration.
 
     Args:
+        per_device_eval_batch_size (`int`, *optional*):
+            Pairs per device in evaluation; by default as many as in training, so that `eval_loss`, which grows with
+            the number of negatives, compares with the training loss.
         loss_type (`str`, *optional*): `"softmax"` or `"sigmoid"`; by default sigmoid for a model with a logit bias.
         vision_layer_decay (`float`, *optional*, defaults to 0.85):
             Factor of the learning rate per vision layer, from output to input; 1.0 turns it off.
@@ -53,13 +56,21 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             the concatenated embeddings of both; the paper names this head without saying what it is).
 
     Locked-image tuning is `train_vision="projection"`: a frozen tower under a trained projection, text adaptor and
-    logit scale. The logit scale and bias are always trained.
+    logit scale. The logit scale is always trained, and so is the logit bias with the sigmoid loss; the softmax loss,
+    which a bias common to all logits does not change, leaves it as it is.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate (paper section 4.1)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule, to 0 (paper section 4.1)."})
     num_train_epochs: float = field(default=4.0, metadata={"help": "Epochs (paper section 4.1)."})
     per_device_train_batch_size: int = field(default=512, metadata={"help": "Pairs per device (released recipe)."})
+    per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Pairs per device in evaluation; by default as many as in training, so that `eval_loss`, which "
+            "grows with the number of negatives, compares with the training loss."
+        },
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Decay of weight matrices (released recipe)."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Clipping of the gradient norm (released recipe)."})
     bf16: bool | None = field(  # type: ignore[assignment]
@@ -165,6 +176,8 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`remove_unused_columns=True` would strip images and captions before the collator. Leave it `False`."
             )
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
         super().__post_init__()

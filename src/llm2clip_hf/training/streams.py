@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading of data sets that share out their shards among processes and workers themselves."""
+"""Loading of data sets that share out their shards among processes and workers themselves, and resuming in them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,26 @@ class EndlessStream(torch.utils.data.IterableDataset):
                 return
 
 
-def stream_loader(stream: Any, collator: Any, args: Any) -> torch.utils.data.DataLoader:
+class PlaceholderCollator:
+    """
+    Makes `{}` of a batch of empty samples, which a resumed stream yields for batches that are read and dropped; all
+    other batches are those of a collator, which need not know of them.
+
+    Args:
+        collator (callable): The collator.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """The batch of some samples."""
+        if samples and all(isinstance(sample, Mapping) and not sample for sample in samples):
+            return {}
+        return self.collator(samples)
+
+
+def stream_loader(stream: Any, collator: Any, args: Any, batch_size: int) -> torch.utils.data.DataLoader:
     """
     The loader of a stream that shards itself; accelerate, which would shard it again, has no part in it.
 
@@ -50,14 +69,15 @@ def stream_loader(stream: Any, collator: Any, args: Any) -> torch.utils.data.Dat
             Its `len` must be the rows of each process and epoch, the same for all; without one it is read without an
             end. Its method `loader(batch_size, num_workers=..., collate_fn=..., ...)` makes the loader if it has one.
         collator: Makes the batches.
-        args (`TrainingArguments`): Batch size, workers and so on.
+        args (`TrainingArguments`): Workers and so on.
+        batch_size (`int`): Rows per batch; that of the arguments, or what `auto_find_batch_size` made of it.
 
     Returns:
         `DataLoader`: Batches of this process.
     """
     options: dict[str, Any] = {
         "num_workers": args.dataloader_num_workers,
-        "collate_fn": collator,
+        "collate_fn": PlaceholderCollator(collator),
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
@@ -66,6 +86,64 @@ def stream_loader(stream: Any, collator: Any, args: Any) -> torch.utils.data.Dat
     }
     has_end = has_length(stream)
     if has_end and hasattr(stream, "loader"):
-        loader: torch.utils.data.DataLoader = stream.loader(args.train_batch_size, **options)
+        loader: torch.utils.data.DataLoader = stream.loader(batch_size, **options)
         return loader
-    return torch.utils.data.DataLoader(stream if has_end else EndlessStream(stream), args.train_batch_size, **options)
+    return torch.utils.data.DataLoader(stream if has_end else EndlessStream(stream), batch_size, **options)
+
+
+def stream_state(stream: Any, args: Any, batch_size: int) -> dict[str, Any]:
+    """
+    What the order of a stream depends on, for a checkpoint.
+
+    Args:
+        stream (`IterableDataset`): One with `resume_at` has `state_dict` and `load_state_dict` too.
+        args (`TrainingArguments`): Workers, processes and accumulated micro-batches.
+        batch_size (`int`): Rows per batch.
+
+    Returns:
+        `dict`: entries that JSON knows; the same on all processes.
+    """
+    workers = args.dataloader_num_workers
+    state: dict[str, Any] = {
+        "per_device_train_batch_size": batch_size,
+        "processes": args.world_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "dataloader_num_workers": max(1, workers),  # the main process reads as a single worker does
+    }
+    if hasattr(stream, "resume_at"):
+        state["stream"] = stream.state_dict(0, num_workers=workers)
+    return state
+
+
+def resume_stream(
+    stream: Any, saved: Mapping[str, Any] | None, state: Mapping[str, Any], position: tuple[int, int]
+) -> None:
+    """
+    Lets a stream go on where a run was interrupted, if it would read on in the same order.
+
+    Args:
+        stream (`IterableDataset`): The stream; one with `resume_at` decodes nothing of what is skipped.
+        saved (`dict`, *optional*): `stream_state` of the interrupted run; nothing is compared without.
+        state (`dict`): `stream_state` of this run.
+        position (`tuple[int, int]`): Epoch, and batches of this process in it, that were trained.
+
+    Raises:
+        ValueError: if another number of workers, processes or rows per batch, or other shards, seed or shuffle buffer,
+            would read samples twice and leave others out.
+    """
+    epoch, batches = position
+    if saved is not None:
+        # Between epochs, the number of workers may change.
+        ignored = {"stream"} if batches else {"stream", "dataloader_num_workers"}
+        names = [name for name in state if name not in ignored and saved.get(name) != state[name]]
+        if names:
+            changes = ", ".join(f"`{name}` was {saved.get(name)} and is {state[name]}" for name in names)
+            raise ValueError(
+                f"The stream would be read in another order than before the checkpoint, some samples twice and some "
+                f"never: {changes}. Resume with what the run began with, or set `ignore_data_skip=True` to begin the "
+                "epoch again."
+            )
+        if "stream" in saved and "stream" in state:
+            stream.load_state_dict(saved["stream"])
+    if batches and hasattr(stream, "resume_at"):
+        stream.resume_at(epoch, batches, placeholders=True)
