@@ -236,6 +236,26 @@ def test_options_that_do_not_go_together(
     assert not list(tmp_path.iterdir())
 
 
+def test_embedding_with_the_llm_of_a_whole_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = tiny_models.model(), tiny_models.processor()
+    processor.tokenizer.model_max_length = 24
+    model.save_pretrained(folder / "whole")
+    processor.save_pretrained(folder / "whole")
+    captions = [["a long caption " * 30], ["a short one"]]
+    (folder / "long.jsonl").write_text("".join(json.dumps({"captions": row}) + "\n" for row in captions))
+    argv = ["embed-captions", "--llm", folder / "whole", "--captions", folder / "long.jsonl", "--device", "cpu"]
+    run(*argv, "--output_dir", folder / "whole-store", "--store_dtype", "float32")
+    store = CaptionEmbeddingStore.open(folder / "whole-store")
+    # What the processor of the model cuts off is cut off here.
+    batch = processor(text=[row[0] for row in captions])
+    torch.testing.assert_close(store.gather([0, 1]), model.get_llm_embeds(**batch).float(), atol=1e-5, rtol=0)
+    run(*argv, "--output_dir", folder / "half-store", "--dtype", "bfloat16")
+    half = CaptionEmbeddingStore.open(folder / "half-store")
+    assert half.fingerprint["weights_dtype"] == "bfloat16"
+    assert cli.main([str(each) for each in [*argv, "--output_dir", folder / "none", "--template", "none"]]) == 1
+    assert "whose tokenizer brings its own" in capsys.readouterr().err
+
+
 def test_unknown_settings_of_a_source_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = folder / "bad.yaml"
     config.write_text(f"llm: x\noutput_dir: {folder / 'bad'}\nsources: {{a: {{path: p, hard_negative: true}}}}\n")

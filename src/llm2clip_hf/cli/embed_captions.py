@@ -180,12 +180,20 @@ def load_encoder(options: Any, llm: str, device: str) -> tuple[Any, dict[str, An
 
     import llm2clip_hf  # noqa: F401  (registers the model type)
 
-    config = AutoConfig.from_pretrained(llm)
+    trust = options.trust_remote_code
+    config = AutoConfig.from_pretrained(llm, trust_remote_code=trust)
     if config.model_type == "llm2clip":
-        trust = options.trust_remote_code
-        model = AutoModel.from_pretrained(llm, trust_remote_code=trust).to(device)
+        if options.template != "auto":
+            raise ValueError(
+                f"`template` ({options.template}) has no effect on `{llm}`, whose tokenizer brings its own. Leave it "
+                "out."
+            )
+        settings = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        model = AutoModel.from_pretrained(llm, trust_remote_code=trust, **settings).to(device)
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust)
-        return model, {"tokenizer": tokenizer, "max_length": options.max_length or 512}
+        longest = options.max_length or min(512, tokenizer.model_max_length)
+        return model, {"tokenizer": tokenizer, "max_length": longest}
     from llm2clip_hf.training import build_caption_encoder
 
     encoder = build_caption_encoder(

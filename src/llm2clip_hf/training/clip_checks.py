@@ -15,6 +15,7 @@ from ..data.text_encoders import model_settings
 from .adapters import has_adapters
 from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
 from .clip_training_args import LLM2CLIPTrainingArguments
+from .run_checks import check_float32_weights
 from .trained_parts import has_llm, is_llm2clip
 
 
@@ -56,13 +57,7 @@ def check_trainable(model: nn.Module, args: LLM2CLIPTrainingArguments) -> None:
     """
     if not isinstance(getattr(model, "logit_scale", None), nn.Parameter):
         raise ValueError(f"`model` of type {type(model).__name__} has no parameter `logit_scale`.")
-    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-    if half:
-        raise ValueError(
-            f"{len(half)} trained parameters are not float32, first `{half[0]}`; at a learning rate of "
-            f"{args.learning_rate:g} their updates would be rounded away. Load the model with `dtype=torch.float32`; "
-            "`bf16=True` computes in bfloat16 all the same."
-        )
+    check_float32_weights(model, args.learning_rate, "Load the model with `dtype=torch.float32`")
     if args.encoder_chunk_size is not None:
         chunks, remedy = "`encoder_chunk_size`", "Leave it out"
     elif args.gradient_accumulation_steps > 1 and args.accumulate_negatives:

@@ -74,7 +74,7 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.05, metadata={"help": "Decay of weight matrices (released recipe)."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Clipping of the gradient norm (released recipe)."})
     bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bf16 autocast; by default where the device is a GPU that supports it."}
+        default=None, metadata={"help": "bf16 autocast; by default where a GPU computes in it, not on T4 or V100."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator needs the columns that the model does not know."}

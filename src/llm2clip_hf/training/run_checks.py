@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would let a run of stage 1 end in nothing, found before its first step."""
+"""What would let a run end in nothing, found before its first step."""
 
 from typing import Any
 
