@@ -80,8 +80,8 @@ def without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
     shown = dict(fields)
     for name in LLM2CLIPConfig.sub_configs:
         part = shown.get(name)
-        if isinstance(part, dict) and not is_repository(part.get("_name_or_path")):
-            shown[name] = {key: value for key, value in part.items() if key != "_name_or_path"}
+        if isinstance(part, dict) and part.get("_name_or_path") and not is_repository(part["_name_or_path"]):
+            shown[name] = {**part, "_name_or_path": ""}
     return shown
 
 
