@@ -2,6 +2,7 @@
 """Whether a finished store was made by the LLM that `train-clip` was told, found before anything is trained."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ def _check_weights(options: Any, stores: "list[CaptionEmbeddingStore]") -> None:
     stores = [store for store in stores if store not in silent]
     if not stores:
         return
-    print(f"checking  the weights of {llm}, which take a while to read, against {stores[0].path}", flush=True)
+    note = f"checking  the weights of {llm}, which take a while to read, against {stores[0].path}"
+    print(note, file=sys.stderr, flush=True)
     try:
         identity = _weights_of(options, llm, stores[0].fingerprint.get("weights_dtype"))
     except OSError as error:
