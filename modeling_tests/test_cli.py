@@ -15,28 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from verb_parsing import Parsed, stop_after_parsing
 
 from llm2clip_hf import __version__
 from llm2clip_hf.cli import main as cli
-
-
-class Parsed(BaseException):
-    """Raised where a verb would go on to work."""
-
-
-def stop_after_parsing(verb: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of a verb, made to end when its options have been read."""
-    module = importlib.import_module(f"llm2clip_hf.cli.{cli.VERBS[verb][0]}")
-    holder: Any = module if hasattr(module, "parse_options") else argparse.ArgumentParser
-    name = "parse_options" if holder is module else "parse_args"
-    read = getattr(holder, name)
-
-    def parse(*args: Any, **kwargs: Any) -> None:
-        read(*args, **kwargs)
-        raise Parsed
-
-    monkeypatch.setattr(holder, name, parse)
-    return module
 
 
 def calls(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation keeps up with the code: its Python, its command lines, its links, and how docstrings are shown."""
 
-import argparse
 import ast
 import importlib
 import importlib.util
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from verb_parsing import Parsed, stop_after_parsing
 
 from llm2clip_hf.cli.main import VERBS
 
@@ -66,27 +66,6 @@ def test_python_compiles_and_what_it_imports_exists(block: str) -> None:
             module = importlib.import_module(str(node.module))
             for alias in node.names:
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
-
-
-class Parsed(BaseException):
-    """Raised where a verb would go on to work."""
-
-
-def stop_after_parsing(verb: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of a verb, made to end when its options have been read."""
-    module = importlib.import_module(f"llm2clip_hf.cli.{VERBS[verb][0]}")
-    if hasattr(module, "parse_options"):
-        holder, name = module, "parse_options"
-    else:
-        holder, name = argparse.ArgumentParser, "parse_args"
-    read = getattr(holder, name)
-
-    def parse(*args: Any, **kwargs: Any) -> None:
-        read(*args, **kwargs)
-        raise Parsed
-
-    monkeypatch.setattr(holder, name, parse)
-    return module
 
 
 @pytest.mark.parametrize(("words", "inline"), list(command_lines()))

@@ -40,6 +40,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(shown)
 
 
+def _wording(verb: str, usage: str, description: str, examples: str) -> dict[str, Any]:
+    """What the parsers of all verbs have in common, as arguments of `ArgumentParser`."""
+    return {
+        "prog": f"llm2clip {verb}",
+        "usage": f"llm2clip {verb} {usage}",
+        "description": description,
+        "epilog": f"examples:\n{examples}",
+        "formatter_class": HelpFormatter,
+        "allow_abbrev": False,
+    }
+
+
 class VerbParser(argparse.ArgumentParser):
     """
     A parser for a verb with few options.
@@ -52,14 +64,7 @@ class VerbParser(argparse.ArgumentParser):
     """
 
     def __init__(self, verb: str, *, usage: str, description: str, examples: str) -> None:
-        super().__init__(
-            prog=f"llm2clip {verb}",
-            usage=f"llm2clip {verb} {usage}",
-            description=description,
-            epilog=f"examples:\n{examples}",
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(**_wording(verb, usage, description, examples))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Takes `--output_dir` as `--output-dir`, and leaves no rest: what is not known is wrong usage."""
@@ -174,15 +179,7 @@ def named_values(given: Any, option: str) -> dict[str, Any] | None:
 def _parser(types: Sequence[Any], verb: str, description: str, examples: str) -> Any:
     from transformers import HfArgumentParser
 
-    parser: Any = HfArgumentParser(
-        types,
-        prog=f"llm2clip {verb}",
-        usage=f"llm2clip {verb} [--config FILE] [options]",
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser: Any = HfArgumentParser(types, **_wording(verb, "[--config FILE] [options]", description, examples))
     parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML or JSON file with options; flags override it")
     return parser
 

@@ -87,7 +87,7 @@ def weights_digest(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str |
     >>> weights_digest(layer) == weights_digest(layer.state_dict())
     True
     """
-    return str(weights_identity(weights)["weights_sha256"])
+    return _digests(weights, with_rounded=False)[0]
 
 
 def weights_identity(
@@ -112,7 +112,7 @@ def weights_identity(
     # Imported when needed: the model classes take seconds, and workers that only read a store do without.
     from ..modeling.modules_llm2clip import sampled_weights_digest
 
-    sha256, bf16_sha256, dtypes = _digests(weights)
+    sha256, bf16_sha256, dtypes = _digests(weights, with_rounded=True)
     identity: dict[str, FingerprintValue] = {
         "weights_sha256": sha256,
         "weights_bf16_sha256": bf16_sha256,
@@ -150,8 +150,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path) -> tuple[str, str, list[str]]:
-    """SHA-256 of all tensors, the same rounded to bfloat16, and the dtypes."""
+def _digests(
+    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path, with_rounded: bool
+) -> tuple[str, str, list[str]]:
+    """SHA-256 of all tensors, the same rounded to bfloat16 (or as they are, if not wanted), and the dtypes."""
     exact = hashlib.sha256()
     # Made when the two begin to differ: with bfloat16 weights, one digest is both.
     rounded = None
@@ -161,7 +163,7 @@ def _digests(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path)
         value = state[name]
         tensor = (value.read() if isinstance(value, _LazyTensor) else value).detach()
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
-        if tensor.dtype in _ROUNDED and rounded is None:
+        if with_rounded and tensor.dtype in _ROUNDED and rounded is None:
             rounded = exact.copy()
         _update(exact, name, tensor)
         if rounded is not None:

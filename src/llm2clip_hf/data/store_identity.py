@@ -7,16 +7,22 @@ another to train; neither makes it another encoder.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .fingerprint import FingerprintValue
 
 
-__all__ = ["fingerprint_differences", "identity_differences", "with_shared_entries"]
+if TYPE_CHECKING:
+    from .embedding_store import CaptionEmbeddingStore
+
+
+__all__ = ["fingerprint_differences", "identity_differences", "require_identity", "with_shared_entries"]
 
 # Other views of the weights, which `weights_sha256` stands for; fingerprints of earlier releases lack them.
 _VIEWS = ("weights_bf16_sha256", "weights_sample_sha256")
 _ABSENT = "(absent)"
+# Fields of a fingerprint that change embeddings by rounding or for long texts only.
+_NOT_IDENTITY = ("weights_dtype", "max_length")
 
 
 def fingerprint_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -85,6 +91,28 @@ def identity_differences(
             f'load it in {before}, e.g. with `text_model_kwargs={{"dtype": "{before}"}}`)'
         )
     return differences
+
+
+def require_identity(
+    store: "CaptionEmbeddingStore", expected: Mapping[str, FingerprintValue], whose: str, remedy: str
+) -> None:
+    """
+    Refuses a store that another text encoder made, by the entries that both fingerprints have.
+
+    Args:
+        store (`CaptionEmbeddingStore`): the store.
+        expected (mapping): fingerprint, or entries of one, that it should have.
+        whose (`str`): what `expected` describes, for the message.
+        remedy (`str`): what to do, for the message.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    differences = identity_differences(store.fingerprint, expected, shared_only=True, ignored=_NOT_IDENTITY)
+    if differences:
+        raise ValueError(
+            f"The embeddings in `{store.path}` were made by another text encoder than {whose}: {differences}. {remedy}"
+        )
 
 
 def _same_weights(stored: Mapping[str, FingerprintValue], expected: Mapping[str, FingerprintValue]) -> bool:

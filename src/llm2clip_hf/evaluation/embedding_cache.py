@@ -80,6 +80,7 @@ def images_digest(images: ImageSource, processor: Any, transform: Callable[[int]
     image_processor = getattr(processor, "image_processor", processor)
     if transform is None:
         digest.update(f"{type(image_processor).__name__}|{image_processor.to_json_string()}".encode())
+    images = undecoded(images)
     for row in range(len(images)):
         content = _image_content(images, row) if transform is None else _bytes(transform(row))
         digest.update(hashlib.sha256(content).digest())
@@ -169,7 +170,7 @@ def _read(path: Path, key: str, num_rows: int) -> torch.Tensor | None:
 
 
 def _image_content(images: ImageSource, row: int) -> bytes:
-    item = undecoded(images)[row]
+    item = images[row]
     if isinstance(item, (str, Path)) and Path(item).is_file():
         return sha256_of_file(Path(item)).encode()
     if isinstance(item, dict) and item.get("bytes") is not None:

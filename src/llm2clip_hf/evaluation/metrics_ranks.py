@@ -197,11 +197,16 @@ class _Tile:
             rows = None
         if self._screen and self._in_float64 is None:
             chosen = self._in_float32 if rows is None else self._in_float32[rows]
-            low, high = threshold - TIE_TOLERANCE - self._error, threshold + TIE_TOLERANCE + self._error
+            margin = TIE_TOLERANCE + self._error
+            low, high = (threshold - margin).float(), (threshold + margin).float()
             above = self._number(torch.gt, chosen, high, dim)
             undecided = self._number(torch.ge, chosen, low, dim) - above
             if undecided.sum() <= chosen.numel() * self._MOST_UNDECIDED:
-                return self._decide(chosen, threshold, dim, rows, above, undecided.nonzero()[:, 0])
+                lines = undecided.nonzero()[:, 0]
+                # The very comparisons that were counted, so that none is lost in rounding.
+                near = (chosen if dim == 1 else chosen.T).index_select(0, lines)
+                near = (near >= low.reshape(-1)[lines, None]) & ~(near > high.reshape(-1)[lines, None])
+                return self._decide(near, lines, threshold.reshape(-1), dim, rows, above)
         if self._in_float64 is None:
             self._repeated += 1
             if self._exact_products is None:
@@ -213,28 +218,22 @@ class _Tile:
 
     def _decide(
         self,
-        chosen: torch.Tensor,
+        near: torch.Tensor,
+        lines: torch.Tensor,
         threshold: torch.Tensor,
         dim: int,
         rows: torch.Tensor | None,
         above: torch.Tensor,
-        lines: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add to `above` what is near the threshold, computed in float64; `lines` are the places in it to look at."""
+        """Add to `above` the entries that `near` marks, computed in float64; row `i` of it is line `lines[i]`."""
         reach = above.clone()
         if not len(lines):
             return above, reach
         queries = self._queries if rows is None else self._queries[rows]
         of_lines, others = (self._candidates, queries) if dim == 0 else (queries, self._candidates)
-        near = (chosen if dim == 1 else chosen.T).index_select(0, lines)
-        limit = threshold.reshape(-1)[lines, None]
-        margin = TIE_TOLERANCE + self._error
-        # The very comparisons that were counted, so that none is lost in rounding.
-        near = (near >= (limit - margin).float()) & ~(near > (limit + margin).float())
         for entries in near.nonzero().split(self._ENTRIES):
             line, other = lines[entries[:, 0]], entries[:, 1]
-            score = (of_lines[line] * others[other]).sum(dim=1)
-            distance = score - limit[entries[:, 0], 0]
+            distance = (of_lines[line] * others[other]).sum(dim=1) - threshold[line]
             above.index_add_(0, line, (distance > TIE_TOLERANCE).to(above.dtype))
             reach.index_add_(0, line, (distance >= -TIE_TOLERANCE).to(reach.dtype))
         return above, reach
@@ -246,7 +245,7 @@ class _Tile:
         if chosen.dtype == torch.float32:
             # As float32: several times faster on a CPU than a boolean result; a count below 2**24 is exact in it.
             mask = self._mask[: chosen.numel()].view(chosen.shape)
-            return compare(chosen, threshold.float(), out=mask).sum(dim).to(torch.int32)
+            return compare(chosen, threshold, out=mask).sum(dim).to(torch.int32)
         return compare(chosen, threshold).view(torch.uint8).sum(dim, dtype=torch.int32)
 
     def _product(self, buffer: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.images import ImageSource, decode_image, load_image
+from ..data.images import ImageSource, decode_image, load_image, undecoded
 from ..distributed import all_reduce_sum
 from .dense_features import dense_image_features, tower_sizes
 from .encoding import check_batching, encode_batches
@@ -100,6 +100,7 @@ def evaluate_zero_shot_segmentation(
     _check_set(len(images), len(masks), class_names, ignore_index)
     check_batching(len(images), batch_size, "images")
     _window_sizes(model, short_side, window, stride)
+    images = undecoded(images)
     num_classes = len(class_names)
     # Step (1)
     if classifier is None:

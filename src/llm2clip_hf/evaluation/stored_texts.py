@@ -2,7 +2,7 @@
 """Stored LLM embeddings in the place of an LLM: which store holds a task's captions, and whether it fits a model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data import CaptionEmbeddingStore, CaptionTable
 from ..data.fingerprint import weights_identity
-from ..data.store_identity import identity_differences
+from ..data.store_identity import require_identity
 from ..data.text_encoders import model_settings
 from ..modeling.modules_llm2clip import sampled_weights_digest
 from .dataset_parts import RetrievalData
@@ -19,9 +19,6 @@ from .dataset_parts import RetrievalData
 __all__ = ["StoredTexts", "check_store", "find_stored_texts"]
 
 logger = logging.getLogger(__name__)
-
-# Fields of a fingerprint that change embeddings by rounding or for long texts only.
-_NOT_IDENTITY = ("weights_dtype", "max_length")
 
 
 @dataclass(frozen=True)
@@ -96,14 +93,16 @@ def check_store(model: Any, store: CaptionEmbeddingStore, processor: Any = None)
         )
     store.check_compatible(model)
     if model.config.text_fingerprint:
-        _compare(
+        require_identity(
             store,
             model.config.text_fingerprint,
             "the one that the model was trained with (`config.text_fingerprint`)",
             "Embed the captions with that one, or set `config.text_fingerprint` to null to measure others on purpose.",
         )
     remedy = "Embed the captions with the LLM and processor of this model, or leave the store out."
-    _compare(store, model_settings(model, getattr(processor, "tokenizer", processor)), "that of the model", remedy)
+    require_identity(
+        store, model_settings(model, getattr(processor, "tokenizer", processor)), "that of the model", remedy
+    )
     if model.text_model is None or "weights_sha256" not in store.fingerprint:
         return
     if any("base_layer." in name for name, _ in model.text_model.named_parameters()):
@@ -113,12 +112,4 @@ def check_store(model: Any, store: CaptionEmbeddingStore, processor: Any = None)
     if sample is not None and sample == sampled_weights_digest(model.text_model):
         return
     logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", store.path)
-    _compare(store, weights_identity(model.text_model), "that of the model", remedy)
-
-
-def _compare(store: CaptionEmbeddingStore, expected: Mapping[str, Any], whose: str, remedy: str) -> None:
-    differences = identity_differences(store.fingerprint, expected, shared_only=True, ignored=_NOT_IDENTITY)
-    if differences:
-        raise ValueError(
-            f"The embeddings in `{store.path}` were made by another text encoder than {whose}: {differences}. {remedy}"
-        )
+    require_identity(store, weights_identity(model.text_model), "that of the model", remedy)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data import CaptionEmbeddingStore
 from ..data.fingerprint import weights_identity
-from ..data.store_identity import identity_differences
+from ..data.store_identity import require_identity
 from ..data.text_encoders import model_settings
 from .adapters import has_adapters
 from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
@@ -21,8 +21,6 @@ from .trained_parts import has_llm, is_llm2clip
 
 logger = logging.getLogger(__name__)
 
-# Fields of a fingerprint that change embeddings by rounding or for long texts only.
-_NOT_IDENTITY = ("weights_dtype", "max_length")
 _OWN_REMEDY = (
     "Embed the captions with the LLM and processor of this model, or build the model with the `text_prefix_length` "
     "and `text_pooling` of the store."
@@ -124,29 +122,23 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
                 f"{config.llm_hidden_size}. Embed the captions with the LLM of the model, or build the model with "
                 f"`llm_hidden_size={store.embedding_dim}`."
             )
-        _compare(store, stores[0].fingerprint, f"`{stores[0].path}`", "Embed all captions with one LLM and template.")
+        require_identity(
+            store, stores[0].fingerprint, f"`{stores[0].path}`", "Embed all captions with one LLM and template."
+        )
     recorded = config.text_fingerprint
     if recorded:
-        _compare(
+        require_identity(
             stores[0],
             recorded,
             "what the model was trained with",
             "Use those embeddings, or set `model.config.text_fingerprint = None` to train with others on purpose.",
         )
     expected = model_settings(model, getattr(processor, "tokenizer", None))
-    _compare(stores[0], expected, "the model", _OWN_REMEDY)
+    require_identity(stores[0], expected, "the model", _OWN_REMEDY)
     if has_llm(model) and not has_adapters(model.text_model) and "weights_sha256" in stores[0].fingerprint:
         logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", stores[0].path)
-        _compare(stores[0], weights_identity(model.text_model), "the model", _OWN_REMEDY)
+        require_identity(stores[0], weights_identity(model.text_model), "the model", _OWN_REMEDY)
     config.text_fingerprint = dict(stores[0].fingerprint)
-
-
-def _compare(store: CaptionEmbeddingStore, expected: dict[str, Any], whose: str, remedy: str) -> None:
-    differences = identity_differences(store.fingerprint, expected, shared_only=True, ignored=_NOT_IDENTITY)
-    if differences:
-        raise ValueError(
-            f"The embeddings in `{store.path}` were made by another text encoder than {whose}: {differences}. {remedy}"
-        )
 
 
 def check_batch(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArguments) -> None:
