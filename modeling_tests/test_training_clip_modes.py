@@ -219,7 +219,8 @@ def test_text_lora_in_chunks_and_accumulated_equals_one_batch(tmp_path):
     assert any("text_model" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
         error = (gradients[1][name] - gradient).abs().max()
-        assert error <= 1e-5 * gradient.abs().max() + 1e-7, name
+        # Float32, in other shapes of matrix products: processors differ in the order of their sums.
+        assert error <= 5e-5 * gradient.abs().max() + 1e-7, name
 
 
 # ------------------------------------------------------------------------------------------------------- accumulation
