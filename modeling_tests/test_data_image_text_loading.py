@@ -176,7 +176,10 @@ def test_sources_that_cannot_be_understood_are_refused(folder, tmp_path):
         (folder / "metadata.jsonl", {"key_column": "absent"}, "no column `absent`"),
         (dataset.remove_columns("image"), {}, r"has 0 image columns"),
         (two, {}, r"has 2 image columns \['image', 'other'\]"),
-        (DatasetDict({"test": dataset}), {}, "There is no split 'train'"),
+        (DatasetDict({"test": dataset, "validation": dataset}), {}, "There is no split 'train'"),
+        (dataset, {"split": "test"}, "`split` .test. .* is one table"),
+        (folder / "metadata.jsonl", {"split": "test"}, "no split 'test' in .* is one table; it has .'train'."),
+        (folder / "metadata.jsonl", {"subset": "a"}, "`subset` .a. is for Hub data sets"),
         (3, {}, "`source` is a int"),
         (dataset.map(lambda row: {"key": "same"}), {"key_column": "key"}, "Row 1: the key 'same' occurs before"),
     ]

@@ -31,8 +31,9 @@ def load_captions(
     *,
     columns: str | Sequence[str] | Mapping[str, str] | None = None,
     image_column: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     subset: str | None = None,
+    default_split: str = "train",
     on_bad_row: str = "error",
     min_captions: int = 1,
 ) -> CaptionTable:
@@ -43,8 +44,8 @@ def load_captions(
 
     Args:
         source:
-            Path of a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz`) or `.parquet` file; a folder of files of
-            one of these kinds, or one written by `Dataset.save_to_disk`; a pattern such as `data/part-*.jsonl`; the
+            Path of a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file; a folder of
+            files of one of these kinds, or one written by `Dataset.save_to_disk`; a pattern such as `data/part-*.jsonl`; the
             name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping from column to values; a sequence
             of rows (mappings, or the captions themselves). A `Dataset` stays memory-mapped; files are held in memory
             as Arrow.
@@ -55,9 +56,10 @@ def load_captions(
         image_column (`str`, *optional*):
             Column with the id of the image, for tables with several rows per image, such as one row per caption. Rows
             of equal id become one image, at the place of the first.
-        split (`str`, defaults to `"train"`): split of a Hub data set, a `DatasetDict`, or a folder whose file names
-            say the split.
+        split (`str`, *optional*): split of a Hub data set, a `DatasetDict`, or a folder, which has the splits that
+            `datasets` tells by the names of its files; without it `default_split`, or the only one.
         subset (`str`, *optional*): configuration of a Hub data set.
+        default_split (`str`, defaults to `"train"`): split to take where `split` names none; `"test"` for test data.
         on_bad_row (`str`, defaults to `"error"`):
             `"error"` raises at the first row that cannot be read, the first caption that is null, empty or no valid
             text, and the first image with too few captions. `"skip"` leaves these captions, rows and images out,
@@ -82,7 +84,7 @@ def load_captions(
         raise ValueError(f"`min_captions` must be positive, got {min_captions}.")
     bad = BadRows(on_bad_row)
     # Step (1)
-    sources = open_text_source(source, split, subset)
+    sources = open_text_source(source, split, subset, default_split)
     chosen = resolve_caption_columns(columns, sources[0].kinds, sources[0].name)
     if image_column is not None and image_column not in sources[0].kinds:
         raise ValueError(
@@ -107,7 +109,9 @@ def load_captions(
     return table
 
 
-def open_text_source(source: Any, split: str, subset: str | None) -> "list[TextSource]":
+def open_text_source(
+    source: Any, split: str | None, subset: str | None, default_split: str = "train"
+) -> "list[TextSource]":
     """`open_source`, with a readable message where `datasets` is not installed."""
     try:
         from .text_sources import open_source
@@ -115,7 +119,7 @@ def open_text_source(source: Any, split: str, subset: str | None) -> "list[TextS
         raise ImportError(
             "Loading texts needs `datasets`. Install it with `pip install llm2clip-hf[train]`."
         ) from error
-    return open_source(source, split, subset)
+    return open_source(source, split, subset, default_split)
 
 
 def good_blocks(sources: "list[TextSource]", columns: Sequence[str], bad: BadRows) -> "Iterator[Block]":

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .images import ImageSource, is_address
+from .images import IMAGE_ENDINGS, METADATA_FILES, PATH_COLUMNS, ImageSource, is_address, located
 
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["ImageTable", "holds_image_paths", "open_image_table"]
 
 _TABLE_ENDINGS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_PATH_COLUMNS = ("file_name", "image", "image_path", "path")
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 class ImageTable:
@@ -86,7 +82,7 @@ def holds_image_paths(source: str | Path) -> bool:
     """Whether `source` is a table whose rows name image files: not parquet, no saved data set, no Hub name."""
     path = Path(source)
     if path.is_dir():
-        return any((path / name).is_file() for name in _METADATA)
+        return any(found.is_file() for name in METADATA_FILES for found in (path / name, *path.glob(f"*/{name}")))
     return path.is_file() and path.suffix in _TABLE_ENDINGS and path.suffix != ".parquet"
 
 
@@ -95,7 +91,7 @@ def open_image_table(
     *,
     image_column: str | None = None,
     image_root: str | Path | None = None,
-    split: str = "test",
+    split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
     where: Mapping[str, str] | None = None,
@@ -111,8 +107,8 @@ def open_image_table(
             names of the sub-folders), or the name of a Hub data set.
         image_column (`str`, *optional*): column of images or paths; found if there is only one.
         image_root (`str` or `Path`, *optional*): folder that paths are relative to; that of the table by default.
-        split (`str`, defaults to `"test"`): split of a Hub data set or saved data set, or of a folder of parquet
-            files whose names begin with their split.
+        split (`str`, *optional*): split of a Hub data set, a saved data set or a folder, which has the splits that
+            `datasets` tells by the names of its files and folders; without it `test`, or the only one.
         subset (`str`, *optional*): configuration of a Hub data set.
         revision (`str`, *optional*): revision of a Hub data set.
         where (mapping, *optional*): keep the rows whose column (key), as text, equals the value.
@@ -150,75 +146,57 @@ def open_image_table(
     return ImageTable(dataset, column, str(source))
 
 
-def _open(source: str | Path, split: str, subset: str | None, revision: str | None) -> "datasets.Dataset":
+def _open(source: str | Path, split: str | None, subset: str | None, revision: str | None) -> "datasets.Dataset":
     try:
-        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+        from .source_splits import is_data_file, metadata_files, open_named
     except ImportError as error:
         raise ImportError("Loading needs `datasets`. Install it with `pip install llm2clip-hf[eval]`.") from error
-    path = Path(source)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(path))
-        if isinstance(saved, DatasetDict) and split not in saved:
-            raise ValueError(f"`{source}` has no split {split!r}; it has {sorted(saved)}.")
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    if path.is_dir():
-        return _open_folder(path, split)
-    if path.is_file():
-        if path.suffix not in _TABLE_ENDINGS:
-            raise ValueError(f"`{source}` has none of the known endings {list(_TABLE_ENDINGS)}.")
-        return _read_files([path])
-    if set(str(source)) & set("*?["):
-        files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        if not files:
-            raise ValueError(f"No file matches the pattern `{source}`.")
-        return _read_files(files)
-    if (
-        path.suffix in _TABLE_ENDINGS
-        or path.is_absolute()
-        or str(source).startswith(".")
-        or str(source).count("/") != 1
-    ):
-        raise ValueError(f"There is no file or folder `{source}`.")
-    try:
-        loaded = load_dataset(str(source), subset, split=split, revision=revision)
-    except (OSError, ValueError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ValueError(
-            f"The data set `{source}`{at} cannot be loaded from the Hub: {error}. Check name and connection, or make "
-            "a local copy."
-        ) from error
-    if not isinstance(loaded, Dataset):
-        raise ValueError(f"The split {split!r} of `{source}` is no table.")
-    return loaded
+    opened = open_named(source, split, subset, default="test", revision=revision)
+    if not isinstance(opened, list):
+        return opened
+    if not Path(source).is_dir():
+        if wrong := [file for file in opened if file.suffix not in _TABLE_ENDINGS]:
+            raise ValueError(f"`{wrong[0]}` has none of the known endings {list(_TABLE_ENDINGS)}.")
+        return _read_files(opened)
+    if metadata := metadata_files(Path(source), opened):
+        return _read_image_folder(Path(source), opened, metadata)
+    if parquet := [file for file in opened if file.suffix == ".parquet" and is_data_file(file)]:
+        return _read_files(parquet)
+    return _read_class_folders(Path(source), [file for file in opened if file.suffix.lower() in IMAGE_ENDINGS])
 
 
-def _open_folder(folder: Path, split: str) -> "datasets.Dataset":
+def _read_image_folder(folder: Path, files: Any, metadata: list[Path]) -> "datasets.Dataset":
+    from datasets import concatenate_datasets
+
+    others, parts = set(files.others), []
+    for file in metadata:
+        rows = _read_files([file])
+        column = next((name for name in PATH_COLUMNS if name in rows.column_names), None)
+        if column is not None and (others or file.parent != folder):
+            paths = [None if name is None else file.parent / name for name in rows[column][:]]
+            names = [path and os.path.relpath(path, folder) for path in paths]
+            rows = rows.remove_columns([column]).add_column(column, names)
+            rows = rows.select([row for row, path in enumerate(paths) if path not in others])
+        parts.append(rows)
+    return concatenate_datasets(parts)
+
+
+def _read_class_folders(folder: Path, images: list[Path]) -> "datasets.Dataset":
     from datasets import ClassLabel, Dataset, Features, Value
 
-    for name in _METADATA:
-        if (folder / name).is_file():
-            return _read_files([folder / name])
-    if files := sorted(folder.rglob("*.parquet")):
-        # Testing on the training rows of a folder must never happen by accident.
-        splits = {file: next((s for s in _SPLITS if file.name.startswith(s)), None) for file in files}
-        if any(splits.values()):
-            files = [file for file in files if splits[file] is not None and file.name.startswith(split)]
-            if not files:
-                found = sorted({s for s in splits.values() if s})
-                raise ValueError(f"The folder `{folder}` has files of the splits {found}, none of {split!r}.")
-        return _read_files(files)
-    classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    rows: dict[str, list[Any]] = {"image": [], "label": []}
-    for label, name in enumerate(classes):
-        images = [file for file in sorted((folder / name).rglob("*")) if file.suffix.lower() in _IMAGE_ENDINGS]
-        if not images:
-            raise ValueError(f"The class folder `{folder / name}` has no image. Fill it, or delete it.")
-        rows["image"] += [str(file.relative_to(folder)) for file in images]
-        rows["label"] += [label] * len(images)
+    for below in (below for below in sorted(folder.iterdir()) if below.is_dir() and not below.name.startswith(".")):
+        if not any(file.suffix.lower() in IMAGE_ENDINGS for file in below.rglob("*")):
+            raise ValueError(f"The class folder `{below}` has no image. Fill it, or delete it.")
+    classes = sorted({file.parent.name for file in images if file.parent != folder})
     if not classes:
         raise ValueError(
-            f"The folder `{folder}` has neither parquet files, nor one of {list(_METADATA)}, nor class folders."
+            f"The folder `{folder}` has neither parquet files, nor one of {list(METADATA_FILES)}, nor class folders."
         )
+    images = [file for file in images if file.parent != folder]
+    rows = {
+        "image": [str(file.relative_to(folder)) for file in images],
+        "label": [classes.index(file.parent.name) for file in images],
+    }
     return Dataset.from_dict(rows, features=Features({"image": Value("string"), "label": ClassLabel(names=classes)}))
 
 
@@ -226,13 +204,15 @@ def _read_files(files: list[Path]) -> "datasets.Dataset":
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
+    from .source_splits import open_parquet
+
     names = [str(file) for file in files]
-    readers = {".parquet": Dataset.from_parquet, ".csv": Dataset.from_csv, ".tsv": Dataset.from_csv}
-    kind = files[0].suffix
     try:
-        if kind == ".tsv":
-            return Dataset.from_csv(names, sep="\t")
-        return readers.get(kind, Dataset.from_json)(names)
+        if files[0].suffix == ".parquet":
+            return open_parquet(files)
+        if files[0].suffix in (".csv", ".tsv"):
+            return Dataset.from_csv(names, **({"sep": "\t"} if files[0].suffix == ".tsv" else {}))
+        return Dataset.from_json(names)
     except (DatasetGenerationError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{', '.join(f'`{name}`' for name in names)} cannot be read: {cause}") from error
@@ -249,7 +229,7 @@ def _find_image_column(dataset: "datasets.Dataset", name: str) -> str:
     found = [column for column, feature in dataset.features.items() if holds_images(feature)]
     if not found:
         found = [
-            column for column in _PATH_COLUMNS if getattr(dataset.features.get(column), "dtype", None) == "string"
+            column for column in PATH_COLUMNS if getattr(dataset.features.get(column), "dtype", None) == "string"
         ]
     if "image" in found:
         return "image"

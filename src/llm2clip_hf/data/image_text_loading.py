@@ -8,7 +8,7 @@ Report, and keep the rows that are good.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .caption_columns import check_columns, describe_kinds, resolve_caption_columns
-from .caption_loading import good_blocks, open_text_source
+from .caption_loading import good_blocks
 from .captions import CaptionTable
 from .image_text import ImageTextDataset
-from .images import ImageSource, is_address
+from .images import ImageSource, is_address, located
 from .load_report import BadRows, LoadReport, Places, describe_place, text_problem
 from .transforms import ImageTransform
 
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageTextTable", "load_image_text"]
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _ROWS_PER_CHECK = 1024
-PATH_COLUMN = "file_name"  # of the image folders of `datasets`
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -82,8 +79,9 @@ def load_image_text(
     caption_columns: str | Sequence[str] | Mapping[str, str] | None = None,
     image_root: str | Path | None = None,
     key_column: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     subset: str | None = None,
+    default_split: str = "train",
     on_bad_row: str = "error",
 ) -> ImageTextTable:
     """
@@ -96,13 +94,16 @@ def load_image_text(
             or a pattern of them, with an image column; a folder written by `Dataset.save_to_disk`; a
             `datasets.Dataset` or `DatasetDict`; or the name of a Hub data set.
         image_column (`str`, *optional*):
-            Column of images or of paths. By default `file_name`, or the only column of images. Rows with the same
-            path become one image with the captions of all of them, at the place of the first.
+            Column of images or of paths. By default the only column of images, or the first of `file_name`, `image`,
+            `image_path` and `path`. Rows with the same path become one image with the captions of all of them, at the
+            place of the first.
         caption_columns (*optional*): caption columns, found or named as by `columns` of `load_captions`.
         image_root (`str` or `Path`, *optional*): folder that paths are relative to; that of the table by default.
         key_column (`str`, *optional*): column of keys. Without it the keys of rows with paths are the paths.
-        split (`str`, defaults to `"train"`): split of a Hub data set, a `DatasetDict` or a folder.
+        split (`str`, *optional*): split of a Hub data set, a `DatasetDict` or a folder, which has the splits that
+            `datasets` tells by the names of its files and folders; without it `default_split`, or the only one.
         subset (`str`, *optional*): configuration of a Hub data set.
+        default_split (`str`, defaults to `"train"`): split to take where `split` names none; `"test"` for test data.
         on_bad_row (`str`, defaults to `"error"`):
             `"error"` raises at the first row that cannot be read, whose image is missing, which has no caption or a
             null or empty one, and at the first image in a folder that the metadata does not name. `"skip"` leaves them
@@ -115,13 +116,16 @@ def load_image_text(
         ValueError: if the columns cannot be told, no row is left, or, with `on_bad_row="error"`, a row is bad; the
             message names row and file.
     """
+    try:
+        from .image_sources import below, full_path, image_columns, open_images_with_texts, path_column
+    except ImportError as error:
+        raise ImportError("Loading needs `datasets`. Install it with `pip install llm2clip-hf[train]`.") from error
     bad = BadRows(on_bad_row)
     # Step (1)
-    dataset = _open_dataset(source, image_column, split, subset)
-    root, metadata = _folder_of(source, image_root)
-    sources = open_text_source(metadata if dataset is None else dataset, split, subset)
+    opened = open_images_with_texts(source, image_column, split, subset, image_root, default_split)
+    dataset, sources, root = opened.dataset, opened.sources, opened.root
     kinds = sources[0].kinds
-    column = image_column or (PATH_COLUMN if dataset is None else _image_columns(dataset)[0])
+    column = image_column or (path_column(kinds) if dataset is None else image_columns(dataset)[0])
     if column not in kinds:
         raise ValueError(
             f"`{source}` has no column `{column}`; it has {describe_kinds(kinds)}. Name the column of images or of "
@@ -130,6 +134,7 @@ def load_image_text(
     chosen = resolve_caption_columns(
         caption_columns, {name: kind for name, kind in kinds.items() if name != column}, sources[0].name
     )
+    sources = [below(table, column, prefix) for table, prefix in zip(sources, opened.prefixes)]
 
     # Step (2)
     extra = ([column] if dataset is None else []) + ([key_column] if key_column else [])
@@ -138,6 +143,9 @@ def load_image_text(
     texts, places = _read(sources, list(chosen.values()), extra, bad)
     if dataset is None:
         texts, places = _merge_rows(texts, len(chosen), places)
+    if opened.other_images:
+        of_split = np.array([full_path(root, name) not in opened.other_images for name in texts[len(chosen)]], bool)
+        texts, places = [column.filter(of_split) for column in texts], _PlacesOf(places, np.flatnonzero(of_split))
     paths = list(texts[len(chosen)]) if dataset is None else None
     keys = list(texts[-1]) if key_column else paths
 
@@ -145,10 +153,12 @@ def load_image_text(
     keep = _has_caption(texts[: len(chosen)], places, bad)
     if paths is not None:
         keep &= _has_file(paths, root, places, bad)
-        if metadata != source:
-            _check_unnamed_images(paths, root, Path(metadata).name, bad)
+        named = {full_path(root, name) for name in paths if name}
+        for path in opened.images:
+            if full_path(path) not in named:
+                bad.add("bad_rows", f"`{path}`:", f"the image has no row in `{Path(sources[0].name).name}`")
     elif dataset is not None:
-        keep &= _has_image(dataset, column, places, bad)
+        keep &= _has_image(dataset, column, root, places, bad)
     if key_column is not None and keys is not None:
         keep &= _has_key(keys, places, bad)
     if not keep.any():
@@ -158,7 +168,7 @@ def load_image_text(
     kept = np.flatnonzero(keep)
     images: Any
     if dataset is not None:
-        images = _ImageColumn(dataset if keep.all() else dataset.select(kept), column)
+        images = _ImageColumn(dataset if keep.all() else dataset.select(kept), column, root)
     else:
         images = _PathColumn(root, texts[len(chosen)].filter(keep))
     table = CaptionTable({name: texts[k].filter(keep) for k, name in enumerate(chosen)})
@@ -170,18 +180,20 @@ def load_image_text(
 class _ImageColumn(Sequence[Any]):
     """The undecoded images of a `datasets.Dataset`; one row is read per access."""
 
-    def __init__(self, dataset: "datasets.Dataset", column: str) -> None:
+    def __init__(self, dataset: "datasets.Dataset", column: str, root: Path) -> None:
         from datasets import Image
 
+        from .image_sources import image_features
+
         rows = dataset.select_columns([column])
-        self._rows = rows.cast_column(column, Image(decode=False)) if column in _image_features(dataset) else rows
-        self._column = column
+        self._rows = rows.cast_column(column, Image(decode=False)) if column in image_features(dataset) else rows
+        self._column, self._root = column, root
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, row: Any) -> Any:
-        return self._rows[row][self._column]
+        return located(self._rows[row][self._column], self._root)
 
 
 class _PathColumn(Sequence[Any]):
@@ -199,90 +211,6 @@ class _PathColumn(Sequence[Any]):
         return os.path.join(self._root, self._names[row])
 
 
-# ----------------------------------------------------------------------------------------------------------- sources
-
-
-def _open_dataset(source: Any, image_column: str | None, split: str, subset: str | None) -> "datasets.Dataset | None":
-    """The source as a `Dataset` with an image column; None for a table with paths."""
-    try:
-        from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-    except ImportError as error:
-        raise ImportError("Loading needs `datasets`. Install it with `pip install llm2clip-hf[train]`.") from error
-    dataset = source
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            dataset = load_from_disk(str(path))
-        elif files := _parquet_files(path):
-            dataset = Dataset.from_parquet([str(file) for file in files])
-        elif path.exists() or path.suffix or str(source).count("/") > 1 or set(str(source)) & set("*?["):
-            return None
-        else:
-            dataset = load_dataset(str(source), subset, split=split)
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise ValueError(f"There is no split {split!r}; the data set has {sorted(dataset)}.")
-        dataset = dataset[split]
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`source` is a {type(source).__name__}. Pass a path, the name of a Hub data set, or a `datasets.Dataset`."
-        )
-    if isinstance(source, (str, Path)) and not _image_columns(dataset):
-        return None  # parquet files with paths
-    columns = [image_column] if image_column else _image_columns(dataset)
-    if len(columns) != 1:
-        raise ValueError(
-            f"The data set has {len(columns)} image columns {columns} among {dataset.column_names}. Name one with "
-            "`image_column`."
-        )
-    return dataset
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    if path.is_dir() and not any((path / name).is_file() for name in METADATA_FILES):
-        return sorted(path.rglob("*.parquet"))
-    if path.suffix == ".parquet" and path.name not in METADATA_FILES:
-        return [path] if path.is_file() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    return []
-
-
-def _image_features(dataset: "datasets.Dataset") -> list[str]:
-    from datasets import Image
-
-    return [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-
-
-def _image_columns(dataset: "datasets.Dataset") -> list[str]:
-    """Image features, and what is one in a parquet file without the features of `datasets`: bytes with a path."""
-    plain = [name for name, feature in dataset.features.items() if _holds_bytes(feature)]
-    return [*_image_features(dataset), *plain]
-
-
-def _holds_bytes(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return "bytes" in feature
-    return getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _folder_of(source: Any, image_root: str | Path | None) -> tuple[Path, Any]:
-    """The folder that paths are relative to, and the table with the paths."""
-    if not isinstance(source, (str, Path)):
-        return Path(image_root or "."), source
-    path = Path(source)
-    metadata: Any = source
-    if path.is_dir():
-        metadata = next((path / name for name in METADATA_FILES if (path / name).is_file()), source)
-        if metadata == source and not any(path.rglob("*.parquet")) and not (path / "dataset_info.json").is_file():
-            raise ValueError(
-                f"The folder `{path}` has none of {list(METADATA_FILES)} with the captions, and no parquet file."
-            )
-    folder = path if path.is_dir() else path.parent
-    root = Path(image_root) if image_root is not None else folder
-    if not root.is_dir():
-        raise ValueError(f"`image_root` `{root}` is no folder. Give the folder that the image paths are relative to.")
-    return root, metadata
-
-
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
@@ -290,6 +218,7 @@ def _read(
     sources: "list[TextSource]", caption_columns: list[str], name_columns: list[str], bad: BadRows
 ) -> "tuple[list[TextColumn], Places]":
     """Captions without the bad ones, `[]` where none is left; paths and keys, empty where one is bad."""
+    from .image_sources import values_of
     from .text_columns import TextColumn, texts_to_array
 
     columns = caption_columns + name_columns
@@ -297,7 +226,7 @@ def _read(
     places = Places()
     for block in good_blocks(sources, columns, bad):
         for k, column in enumerate(columns):
-            rows = [_clean(value, column, block, number, bad) for number, value in _values(block, column)]
+            rows = [_clean(value, column, block, number, bad) for number, value in values_of(block, column)]
             if k >= len(caption_columns):
                 rows = [value if isinstance(value, str) else "" for value in rows]
             chunks[k].append(texts_to_array(rows))
@@ -308,7 +237,7 @@ def _read(
 class _PlacesOf:
     """Where the rows that others were merged into stood."""
 
-    def __init__(self, places: Places, rows: np.ndarray) -> None:
+    def __init__(self, places: "Places | _PlacesOf", rows: np.ndarray) -> None:
         self._places, self._rows = places, rows
 
     def __len__(self) -> int:
@@ -332,13 +261,6 @@ def _merge_rows(
     is_first[first_rows] = True
     captions = [column.group(order, sizes) for column in texts[:num_captions]]
     return captions + [column.filter(is_first) for column in texts[num_captions:]], _PlacesOf(places, first_rows)
-
-
-def _values(block: "Block", column: str) -> Iterator[tuple[int, Any]]:
-    from .text_columns import to_python
-
-    values = block.columns[column]
-    return zip(block.numbers, values if isinstance(values, list) else to_python(values))
 
 
 def _clean(value: Any, column: str, block: "Block", number: int, bad: BadRows) -> Any:
@@ -376,7 +298,9 @@ def _problem_of(path: str) -> str:
     return f"the image `{path}` does not exist"
 
 
-def _has_image(dataset: "datasets.Dataset", column: str, places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:
+def _has_image(
+    dataset: "datasets.Dataset", column: str, root: Path, places: Places | _PlacesOf, bad: BadRows
+) -> np.ndarray:
     """Whether each row has bytes or the path of a file; from Arrow, so that no bytes are copied."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -397,7 +321,7 @@ def _has_image(dataset: "datasets.Dataset", column: str, places: Places | _Place
         elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             has_bytes, paths = [False] * len(values), values.to_pylist()
         for row, (has, path) in enumerate(zip(has_bytes, paths), start):
-            keep[row] = has or (path is not None and os.path.isfile(path))
+            keep[row] = has or (path is not None and os.path.isfile(located(path, root)))
             if not keep[row] and path:
                 problems[row] = _problem_of(path)
     for row in np.flatnonzero(~keep).tolist():
@@ -418,12 +342,3 @@ def _has_key(keys: list[str], places: Places | _PlacesOf, bad: BadRows) -> np.nd
         else:
             seen.add(key)
     return keep
-
-
-def _check_unnamed_images(paths: list[str], root: Path, metadata: str, bad: BadRows) -> None:
-    named = {os.path.normpath(os.path.join(root, name)) for name in paths if name}
-    for folder, _, files in os.walk(root):
-        for file in sorted(files):
-            path = os.path.normpath(os.path.join(folder, file))
-            if file.lower().endswith(_IMAGE_ENDINGS) and not file.startswith(".") and path not in named:
-                bad.add("bad_rows", f"`{path}`:", f"the image has no row in `{metadata}`")

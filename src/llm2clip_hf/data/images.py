@@ -10,6 +10,7 @@ Nothing is fetched: an address is refused, also where an image column of `datase
 """
 
 import io
+import os
 import re
 import struct
 import sys
@@ -22,10 +23,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-__all__ = ["ImageSource", "decode_image", "is_address", "load_image", "undecoded"]
+__all__ = ["IMAGE_ENDINGS", "METADATA_FILES", "PATH_COLUMNS", "ImageSource", "decode_image", "is_address", "load_image", "located", "undecoded"]
 
 ImageSource = Sequence[Any]
 """PIL images, paths, `{"bytes": ..., "path": ...}` dictionaries, or an image column of a `datasets.Dataset`."""
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PATH_COLUMNS = ("file_name", "image", "image_path", "path")  # the first is that of the image folders of `datasets`
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # What Pillow raises on damaged files; `UnidentifiedImageError` is an `OSError`.
 _DECODING_ERRORS = (
@@ -60,6 +65,21 @@ def is_address(name: Any) -> bool:
     (True, False, False)
     """
     return isinstance(name, str) and _ADDRESS.match(name) is not None
+
+
+def located(image: Any, root: str | Path) -> Any:
+    """
+    An undecoded image whose path, where it has no bytes, is looked for below a folder.
+
+    Args:
+        image: a path, `{"bytes": ..., "path": ...}`, or anything else, which stays as it is.
+        root (`str` or `Path`): folder that relative paths are below, if a file is there.
+    """
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+        return {**image, "path": located(image["path"], root)}
+    if isinstance(image, str) and not is_address(image) and os.path.isfile(joined := os.path.join(root, image)):
+        return joined
+    return image
 
 
 def undecoded(images: ImageSource) -> ImageSource:

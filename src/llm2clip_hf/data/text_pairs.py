@@ -49,7 +49,7 @@ class TextPairDataset(PairDataset):
             `positive(s)`, `pos` or `sentence2`; and, if there is one, `negative(s)`, `neg` or `hard_negative(s)`.
         instruction (`str`, *optional*): instruction of the anchor column; positives and negatives get none.
         seed (`int`, defaults to 0): seed of the draws.
-        split (`str`, defaults to `"train"`): as for `load_captions`.
+        split (`str`, *optional*): as for `load_captions`.
         subset (`str`, *optional*): as for `load_captions`.
         on_bad_row (`str`, defaults to `"error"`):
             `"error"` raises at the first text that is null, empty, or equal to another one of its row where it must
@@ -76,7 +76,7 @@ class TextPairDataset(PairDataset):
         columns: Mapping[str, str] | None = None,
         instruction: str | None = None,
         seed: int = 0,
-        split: str = "train",
+        split: str | None = None,
         subset: str | None = None,
         on_bad_row: str = "error",
     ) -> None:
@@ -114,7 +114,7 @@ class DropoutPairDataset(PairDataset):
         column (`str`, defaults to `"text"`): column with the lines, where the source has columns.
         min_characters (`int`, defaults to 20): shorter lines are left out.
         instruction (`str`, *optional*): instruction of the anchor column; positives get none.
-        split (`str`, defaults to `"train"`): as for `load_captions`.
+        split (`str`, *optional*): as for `load_captions`.
         subset (`str`, *optional*): as for `load_captions`, for example `"wikitext-103-raw-v1"`.
         on_bad_row (`str`, defaults to `"error"`): what to do with lines that are null or not UTF-8: `"error"` raises,
             `"skip"` leaves them out, counts them, and logs one warning.
@@ -138,7 +138,7 @@ class DropoutPairDataset(PairDataset):
         column: str = "text",
         min_characters: int = 20,
         instruction: str | None = None,
-        split: str = "train",
+        split: str | None = None,
         subset: str | None = None,
         on_bad_row: str = "error",
     ) -> None:

@@ -8,6 +8,7 @@ left out, and words such as `NA` or `null` in a CSV file stay words.
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import re
@@ -19,19 +20,15 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 
 from .load_report import describe_place
+from .source_splits import choose_split, is_data_file, open_named
 from .text_columns import column_kind
 
 
 ROWS_PER_BLOCK = 8192
 _ROWS_TO_LEARN_COLUMNS = 100
-_SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"} | {
-    "dev": "validation",
-    "test": "test",
-}
-_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLIT_NAMES)})(?=[-_./]|$)")
 
 # A row that could not be read is the text that says why.
 Record = Mapping[str, Any] | str
@@ -74,7 +71,9 @@ class TextSource:
     blocks: Callable[[Sequence[str]], Iterator[Block]]
 
 
-def open_source(source: Any, split: str = "train", subset: str | None = None) -> list[TextSource]:
+def open_source(
+    source: Any, split: str | None = None, subset: str | None = None, default_split: str = "train"
+) -> list[TextSource]:
     """
     The tables behind a source; several if it is a folder or a pattern of several files.
 
@@ -83,16 +82,21 @@ def open_source(source: Any, split: str = "train", subset: str | None = None) ->
             folder of such files of one kind or of `Dataset.save_to_disk`, or a pattern such as `data/part-*.jsonl`;
             the name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping of columns; or a sequence of
             rows (mappings).
-        split (`str`): split of a Hub data set, a `DatasetDict`, or a folder whose file names say their split.
-        subset (`str`, *optional*): configuration of a Hub data set.
+        split, subset, default_split (`str`, *optional*): see `open_named`.
 
     Raises:
         ValueError: if the source cannot be understood, or has no row.
     """
     if isinstance(source, (str, Path)):
-        return _open_name(source, split, subset)
+        opened = open_named(source, split, subset, default=default_split)
+        return [_dataset_source(opened, str(source))] if isinstance(opened, Dataset) else open_files(source, opened)
     if isinstance(source, DatasetDict):
-        source = _split_of(source, split)
+        source, split = source[choose_split(source, split, default_split, "the data set")], None
+    if split is not None or subset is not None:
+        raise ValueError(
+            f"`split` ({split}) and `subset` ({subset}) choose a part of a data set; `source` is a "
+            f"{type(source).__name__}, which is one table. Leave them out."
+        )
     if isinstance(source, Dataset):
         return [_dataset_source(source)]
     if isinstance(source, Mapping):
@@ -105,29 +109,18 @@ def open_source(source: Any, split: str = "train", subset: str | None = None) ->
     )
 
 
-def _open_name(source: str | Path, split: str, subset: str | None) -> list[TextSource]:
-    path = Path(source)
-    if path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            return open_source(load_from_disk(str(path)), split)
-        files = [file for file in sorted(path.rglob("*")) if _format_of(file) and not _is_hidden(file, path)]
-        files = _files_of_split(_without_notes(files), path, split)
-    elif path.is_file():
-        if not _format_of(path):
-            raise ValueError(f"`{path}` has none of the known endings {sorted(_READERS)} (or these with `.gz`).")
-        files = [path]
-    elif set(str(source)) & set("*?["):
-        anchor = Path(path.anchor)
-        files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+def open_files(source: str | Path, files: list[Path]) -> list[TextSource]:
+    """The tables in the files of `source`, all of one kind."""
+    if Path(source).is_dir():
+        tables = [file for file in files if is_data_file(file) and _format_of(file)]
+        # Text files that describe the data beside them are no data.
+        files = [file for file in tables if _format_of(file) != ".txt"] or tables
         if not files:
-            raise ValueError(f"No file matches the pattern `{source}`.")
-    elif _format_of(path) or path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise ValueError(f"There is no file or folder `{source}`.")
-    else:
-        loaded = load_dataset(str(source), subset, split=split)
-        return [_dataset_source(loaded, f"{source}, split {split}")]
+            raise ValueError(f"The folder `{source}` has no file that ends in one of {sorted(_READERS)}.")
     formats = {_format_of(file) for file in files}
-    if len(formats) > 1 or "" in formats:
+    if "" in formats:
+        raise ValueError(f"`{source}` has none of the known endings {sorted(_READERS)} (or these with `.gz`, `.zst`).")
+    if len(formats) > 1:
         raise ValueError(
             f"`{source}` mixes files of the kinds {sorted(formats)}: {[file.name for file in files[:5]]}. Pass one "
             "kind, for example by a pattern such as `folder/*.parquet`."
@@ -135,44 +128,10 @@ def _open_name(source: str | Path, split: str, subset: str | None) -> list[TextS
     return [_READERS[_format_of(file)](file) for file in files]
 
 
-def _without_notes(files: list[Path]) -> list[Path]:
-    """Text and JSON files that describe the data beside them are no data."""
-    files = [file for file in files if file.name != "dataset_infos.json"]
-    tables = [file for file in files if _format_of(file) != ".txt"]
-    return tables or files
-
-
-def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    if not files:
-        raise ValueError(f"The folder `{folder}` has no file that ends in one of {sorted(_READERS)}.")
-    split_of = {}
-    for file in files:
-        names = _SPLIT_IN_NAME.findall(file.relative_to(folder).as_posix())
-        split_of[file] = _SPLIT_NAMES[names[-1]] if names else None
-    if not any(split_of.values()):
-        return files
-    # Training on the test files of a folder must never happen by accident.
-    chosen = [file for file in files if split_of[file] == _SPLIT_NAMES.get(split, split)]
-    if not chosen:
-        found = sorted({name for name in split_of.values() if name})
-        raise ValueError(f"The folder `{folder}` has files of the splits {found}, none of the split {split!r}.")
-    return chosen
-
-
-def _split_of(source: DatasetDict, split: str) -> Dataset:
-    if split not in source:
-        raise ValueError(f"There is no split {split!r}; the data set has {sorted(source)}. Choose one with `split`.")
-    return source[split]
-
-
 def _format_of(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz")
+    name = re.sub(r"\.(gz|zst)$", "", file.name.lower())
     ending = name[name.rfind(".") :] if "." in name else ""
-    return ending if ending in _READERS and not (ending == ".parquet" and file.suffix == ".gz") else ""
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return ending if ending in _READERS and (ending != ".parquet" or name == file.name.lower()) else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- Arrow
@@ -272,6 +231,8 @@ def _rows_of_columns(columns: Mapping[str, Sequence[Any]]) -> Callable[[], Recor
 
 
 def _open_bytes(file: Path) -> IO[bytes]:
+    if file.suffix.lower() == ".zst":
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
     return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 

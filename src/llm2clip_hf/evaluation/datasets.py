@@ -179,7 +179,13 @@ def _open_captioned(
                 "`where` needs a table with an image column, such as parquet. Select the rows beforehand."
             )
         loaded = load_image_text(
-            location.source, image_column=task.image_column, image_root=task.image_root, split=task.split, **options
+            location.source,
+            image_column=task.image_column,
+            image_root=task.image_root,
+            split=task.split,
+            subset=task.subset,
+            default_split="test",
+            **options,
         )
         keys = loaded.keys or [f"row {row}" for row in range(len(loaded))]
     else:
@@ -207,13 +213,12 @@ def _load_caption_data(location: Location, on_bad_row: str, max_images: int | No
     key = task.key_column
     if key is None and Path(source).suffix in (".jsonl", ".json", ".csv", ".tsv"):
         # One row per caption is a form that tables of image paths may have.
-        kinds = open_text_source(source, task.split, task.subset)[0].kinds
+        kinds = open_text_source(source, task.split, task.subset, "test")[0].kinds
         key = next((name for name in ("file_name", "image") if name in kinds), None)
+    chosen = {"split": task.split, "subset": task.subset, "default_split": "test"}
     if task.where:
-        source = open_table(location).dataset
-    table = load_captions(
-        source, columns=columns, image_column=key, split=task.split, subset=task.subset, on_bad_row=on_bad_row
-    )
+        source, chosen = open_table(location).dataset, {}
+    table = load_captions(source, columns=columns, image_column=key, on_bad_row=on_bad_row, **chosen)
     captions = [table[row] for row in range(len(table))]
     counts = {"images": len(captions), "captions": table.num_captions}
     check_counts(task, counts, "images", "captions")

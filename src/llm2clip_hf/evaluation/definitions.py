@@ -50,7 +50,7 @@ class TaskDefinition:
         protocol (`str`): what is compared with what.
         path (`str`, *optional*): file, folder, pattern or Hub name of a task of one's own.
         hub (`HubSource`, *optional*): copy on the Hub.
-        split (`str`, defaults to `"test"`): split of a data set with several.
+        split (`str`, *optional*): split of a data set with several; `test` if it is there, or the only one.
         subset (`str`, *optional*): configuration of a data set on the Hub.
         image_column (`str`, *optional*): images or image paths; found by default.
         image_root (`str`, *optional*): folder that image paths are relative to.
@@ -84,7 +84,7 @@ class TaskDefinition:
     protocol: str = ""
     path: str | None = None
     hub: HubSource | None = None
-    split: str = "test"
+    split: str | None = None
     subset: str | None = None
     image_column: str | None = None
     image_root: str | None = None

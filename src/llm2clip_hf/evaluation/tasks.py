@@ -144,7 +144,7 @@ def evaluate_tasks(
             "published": task.published or (task.name if task.path is None else None),
             "source": task.source,
             "protocol": task.protocol,
-            "split": task.hub.split if task.path is None and task.hub is not None else task.split,
+            "split": task.hub.split if task.path is None and task.hub is not None else task.split or "test",
             **record,
             "counts": own.counts,
             "fingerprint": own.fingerprint,
