@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from shard_files import image_bytes
 
-from llm2clip_hf.data import load_captions, load_image_text
+from llm2clip_hf.data import find_overlap, load_captions, load_image_text
 from llm2clip_hf.data.image_tables import open_image_table
 
 
@@ -33,7 +33,13 @@ def texts(loaded) -> list[str]:
 
 LAYOUTS = {
     "file names": ["train.parquet", "validation.parquet", "test.parquet"],
-    "words in names": ["my-train_0.parquet", "my.training.1.parquet", "dev_a.parquet", "eval.parquet", "other.parquet"],
+    "words in names": [
+        "my-train_0.parquet",
+        "my.training.1.parquet",
+        "dev_a.parquet",
+        "eval.parquet",
+        "other.parquet",
+    ],
     "shards": ["data/train-00000-of-00001.parquet", "data/unseen-00000-of-00001.parquet"],
     "folders": ["train/0.parquet", "train/1.parquet", "val/0.parquet", "testing/deep/0.parquet", "extra/0.parquet"],
     "no splits": ["a.parquet", "contest.parquet", "trainer/b.parquet", ".hidden/test.parquet"],
@@ -98,8 +104,10 @@ def test_an_image_folder_has_the_splits_of_datasets(tmp_path, caplog):
             (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     oracle = datasets.load_dataset(str(tmp_path))
 
-    expected = {split: sorted(zip(rows["caption"], map(np.asarray, rows["image"])), key=lambda row: row[0])
-                for split, rows in oracle.items()}
+    expected = {
+        split: sorted(zip(rows["caption"], map(np.asarray, rows["image"])), key=lambda row: row[0])
+        for split, rows in oracle.items()
+    }
 
     def check():
         for split, rows in expected.items():
@@ -143,7 +151,11 @@ def test_a_saved_dataset_dict_has_its_splits(tmp_path):
     both = DatasetDict({"train": table([0, 1]), "test": table([2])})
     both.save_to_disk(tmp_path / "saved")
     for source in (both, tmp_path / "saved"):
-        for options, expected in [({}, ["c0", "c1"]), ({"split": "test"}, ["c2"]), ({"default_split": "test"}, ["c2"])]:
+        for options, expected in [
+            ({}, ["c0", "c1"]),
+            ({"split": "test"}, ["c2"]),
+            ({"default_split": "test"}, ["c2"]),
+        ]:
             assert texts(load_image_text(source, **options)) == expected
             assert texts(load_captions(source, **options)) == expected
     assert texts(load_image_text(tmp_path / "saved/test")) == ["c2"]
@@ -166,3 +178,28 @@ def test_a_split_that_names_do_not_tell_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(load_captions(tmp_path)) == 1
     assert "1 files of the folder" in caplog.text and "more.jsonl`" in caplog.text
+
+
+def test_what_train_and_test_share_is_found(tmp_path, caplog, monkeypatch):
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number if number < 5 else 0))
+    rows = [{"file_name": f"{number}.png", "caption": f"c{number}"} for number in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = [{"file_name": "5.png", "caption": "new"}, {"file_name": "4.png", "caption": "c4"}]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    paths, again = load_image_text(tmp_path / "rows.jsonl"), load_image_text(tmp_path / "other.jsonl")
+    inside = load_image_text(table([0, 1, 2, 3, 4]))
+    monkeypatch.chdir(tmp_path)
+    named = Dataset.from_dict(
+        {"image": [{"bytes": None, "path": f"{number}.png"} for number in range(5)], "caption": list("abcde")},
+    )
+    for train in (paths, inside):
+        found = find_overlap(train, again)
+        assert (found.captions, found.num_captions, found.images, found.num_images) == (1, 2, 2, 2)
+        assert found.examples == ["c4"]
+        assert not find_overlap(train, load_image_text(table([7, 8])))
+        assert find_overlap(load_image_text(table([7, 8, 0])), train).images == 1
+    assert find_overlap(load_image_text(named), again).images == 2
+    find_overlap(paths, again).warn()
+    assert "1 of 2 captions and 2 of 2 images of the test data are in the training data too" in caplog.text
+    assert find_overlap(paths.captions, [["c1", "x"], ["c1"]]).captions == 2

@@ -55,7 +55,14 @@ class EmbedCaptionsOptions:
         default=None, metadata={"help": "Column of images or paths (with `data`), or of image ids (with `captions`)."}
     )
     image_root: str | None = field(default=None, metadata={"help": "Folder that paths of images are relative to."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub data set or a folder."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a Hub data set or a folder; train, or the only one, if left out."},
+    )
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    key_column: str | None = field(
+        default=None, metadata={"help": "Column of a unique key per image, as for train-clip; not with `captions`."}
+    )
     on_bad_row: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What to do with bad rows: stop, or skip and count."}
     )
@@ -124,13 +131,18 @@ def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
     if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
         raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")
     if options.shards is not None:
+        if options.split or options.subset:
+            raise ValueError("`--split` and `--subset` are of `--data` and `--captions`; `--shards` name their files.")
         return read_shards(options)
     if options.captions is not None:
+        if options.key_column is not None:
+            raise ValueError("`--key_column` is of `--data` and `--shards`; captions alone have no keys.")
         table = load_captions(
             options.captions,
             columns=options.caption_columns,
             image_column=options.image_column,
             split=options.split,
+            subset=options.subset,
             on_bad_row=options.on_bad_row,
         )
         return table, None
@@ -139,7 +151,9 @@ def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
         image_column=options.image_column,
         caption_columns=options.caption_columns,
         image_root=options.image_root,
+        key_column=options.key_column,
         split=options.split,
+        subset=options.subset,
         on_bad_row=options.on_bad_row,
     )
     return images.captions, images.keys
@@ -154,7 +168,13 @@ def read_shards(options: Any) -> tuple[Any, list[str]]:
         raise ValueError(
             "`shards` need `caption_fields`, which say where captions are, e.g. `real=txt dense=json.long_caption`."
         )
-    return load_shard_captions(options.shards, fields, on_bad_row=options.on_bad_row)
+    return load_shard_captions(
+        options.shards,
+        fields,
+        image_column=options.image_column,
+        key_column=options.key_column,
+        on_bad_row=options.on_bad_row,
+    )
 
 
 def embed(options: Any, llm: str, captions: Any, keys: list[str] | None, output_dir: str) -> "CaptionEmbeddingStore":

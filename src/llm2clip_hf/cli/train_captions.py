@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import parse_options
+from .processes import is_main_process
 from .results import logs_to_stderr, refuse_finished, resume_point, write_results
 
 
@@ -65,6 +66,11 @@ class TrainCaptionsOptions:
     image_column: str | None = field(
         default=None, metadata={"help": "Column with the id of the image, for tables with one row per caption."}
     )
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of `captions`, as `datasets` names them; train, or the only one, if left out."},
+    )
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     on_bad_row: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What to do with null, empty or single captions: stop, or skip and count."}
     )
@@ -76,6 +82,12 @@ class TrainCaptionsOptions:
     )
     test_captions: str | None = field(
         default=None, metadata={"help": "Captions of the images to measure caption retrieval accuracy on."}
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of `test_captions`, which are `captions` if left out; test, or the only one, if left out."
+        },
     )
     num_test_images: int = field(
         default=1000, metadata={"help": "Without `test_captions`: images at the end that are held out; 0 for none."}
@@ -135,7 +147,7 @@ def run(argv: Sequence[str]) -> int:
 
 def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, Any], list[list[str]]]:
     """The training sources by name, and the captions of the test images."""
-    from llm2clip_hf.data import CaptionPairDataset, load_captions
+    from llm2clip_hf.data import CaptionPairDataset, find_overlap, load_captions
 
     if (options.captions is None) == (options.sources is None):
         raise ValueError("Give either `captions` or, in a config file, `sources`.")
@@ -145,13 +157,24 @@ def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, An
                 "path": options.captions,
                 "columns": options.caption_columns,
                 "image_column": options.image_column,
+                "split": options.split,
+                "subset": options.subset,
                 "hard_negatives": options.hard_negatives,
                 "instruction": options.instruction,
             }
         }
+    elif options.split or options.subset:
+        raise ValueError("`--split` and `--subset` are of `--captions`; an entry of `sources` has its own.")
     test: list[list[str]] = []
-    if options.test_captions:
-        table = load_captions(options.test_captions, min_captions=2, on_bad_row=options.on_bad_row)
+    if options.test_captions or options.test_split:
+        source = options.test_captions or options.captions
+        settings: dict[str, Any] = {"on_bad_row": options.on_bad_row}
+        if source is None:
+            raise ValueError(f"`--test_split {options.test_split}` is a split of `--test_captions`. Give them.")
+        if source == options.captions:
+            columns = {"columns": options.caption_columns, "image_column": options.image_column}
+            settings |= {**columns, "subset": options.subset}
+        table = load_captions(source, split=options.test_split, default_split="test", min_captions=2, **settings)
         test = [table[image] for image in range(len(table))]
     sources: dict[str, Any] = {}
     for name, entry in options.sources.items():
@@ -171,6 +194,8 @@ def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, An
             test = [table[image] for image in range(train_images, len(table))]
             table = table.select(range(train_images))
         sources[name] = CaptionPairDataset(table, seed, **pair_settings)
+        if test and is_main_process():
+            find_overlap(table, test).warn()
     return sources, test
 
 

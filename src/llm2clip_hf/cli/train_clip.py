@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import named_values, parse_options
+from .processes import is_main_process
 from .results import logs_to_stderr, refuse_finished, resume_point, write_results
 from .store_check import check_finished_stores
 
@@ -90,7 +91,14 @@ class TrainClipOptions:
         default=None,
         metadata={"help": "Weight of each source, e.g. real=0.5 dense=0.5 (paper); equal if left out."},
     )
-    split: str = field(default="train", metadata={"help": "Split of a Hub data set or a folder."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of `data`, as `datasets` names them; train, or the only one, if left out."},
+    )
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    key_column: str | None = field(
+        default=None, metadata={"help": "Column of a unique key per image, e.g. key in parquet shards of img2dataset."}
+    )
     on_bad_row: Literal["error", "skip"] = field(
         default="error", metadata={"help": "Rows without image or caption: stop, or skip and count."}
     )
@@ -111,6 +119,12 @@ class TrainClipOptions:
     rows_per_shard: int = field(default=32768, metadata={"help": "Captions per file of the store."})
     test_data: str | None = field(
         default=None, metadata={"help": "Images with captions to measure retrieval on, like `data`."}
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of `test_data`, which is `data` if left out; test, or the only one, if left out itself."
+        },
     )
     template: str = field(default="auto", metadata={"help": "Chat template of the LLM: auto, none, or a template."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per caption; 512 (paper) if left out."})
@@ -153,8 +167,7 @@ def run(argv: Sequence[str]) -> int:
     resume = resume_point(args)
     refuse_finished(args.output_dir, "config.json", resume)
     check_choices(options, args)
-    table = load_table(options, options.data) if options.data else None
-    test = load_table(options, options.test_data) if options.test_data else None
+    table, test = load_tables(options)
     if options.check:
         print_plan(options, args, table, test)
         return 0
@@ -192,18 +205,34 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
         raise ValueError(f"`crop_scale` needs two numbers, got {options.crop_scale}.")
 
 
-def load_table(options: TrainClipOptions, source: str) -> "ImageTextTable":
-    """Images with captions."""
-    from llm2clip_hf.data import load_image_text
+def load_tables(options: TrainClipOptions) -> "tuple[ImageTextTable | None, ImageTextTable | None]":
+    """Images with captions to train and to measure on; what both have in common is warned of."""
+    from llm2clip_hf.data import find_overlap, load_image_text
 
-    return load_image_text(
-        source,
-        image_column=options.image_column,
-        caption_columns=options.caption_columns,
-        image_root=options.image_root,
-        split=options.split,
-        on_bad_row=options.on_bad_row,
-    )
+    if options.shards and (options.split or options.subset):
+        raise ValueError("`--split` and `--subset` are of `--data`; `--shards` name their files themselves.")
+    if options.test_split and not (options.test_data or options.data):
+        raise ValueError(f"`--test_split {options.test_split}` is a split of `--test_data`, which is not given.")
+    settings: dict[str, Any] = {
+        "image_column": options.image_column,
+        "caption_columns": options.caption_columns,
+        "image_root": options.image_root,
+        "key_column": options.key_column,
+        "subset": options.subset,
+        "on_bad_row": options.on_bad_row,
+    }
+    table = load_image_text(options.data, split=options.split, **settings) if options.data else None
+    test_data = options.test_data or (options.data if options.test_split else None)
+    if test_data is None:
+        return table, None
+    if table is None:
+        settings |= {"image_column": None, "key_column": None}  # those of the shards
+    if test_data != options.data:
+        settings["subset"] = None
+    test = load_image_text(test_data, split=options.test_split, default_split="test", **settings)
+    if table is not None and is_main_process():
+        find_overlap(table, test).warn()
+    return table, test
 
 
 def print_plan(
@@ -363,6 +392,7 @@ def training_data(
     if table is not None:
         return table.dataset(store=store, with_text=options.clip_text_model is not None, **settings)
     fields = named_values(options.caption_fields, "caption_fields") if store is None else None
+    settings |= {"image_column": options.image_column, "key_column": options.key_column}
     return ImageTextStream(options.shards, fields, store=store, on_bad_sample=options.on_bad_row, **settings)
 
 

@@ -11,6 +11,7 @@ from .image_text import ImageTextDataset
 from .image_text_loading import ImageTextTable, load_image_text
 from .image_text_streaming import ImageTextStream
 from .load_report import LoadReport
+from .overlap import Overlap, find_overlap
 from .shard_captions import load_shard_captions
 from .shard_counts import count_samples
 from .skips import SkipReport
@@ -31,12 +32,14 @@ __all__ = [
     "ImageTextStream",
     "ImageTextTable",
     "LoadReport",
+    "Overlap",
     "RandomResizedCropTransform",
     "SkipReport",
     "TextPairDataset",
     "count_samples",
     "embed_captions",
     "embedding_fingerprint",
+    "find_overlap",
     "load_captions",
     "load_image_text",
     "load_shard_captions",

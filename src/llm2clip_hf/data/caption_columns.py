@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 # `caption(s)`, `raw_caption`, `shortIB_captions`, `dense_caption`, ... and DreamLIP's kinds without the ending.
 _CAPTION_NAME = re.compile(r"(?:.+_)?captions?|raw|short|long", re.IGNORECASE)
-_OTHER_NAMES = ("text", "texts", "sentences")
+_OTHER_NAMES = ("text", "texts", "sentences", "conversations", "messages")
 
 
 def resolve_caption_columns(

@@ -44,11 +44,11 @@ def load_captions(
 
     Args:
         source:
-            Path of a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file; a folder of
-            files of one of these kinds, or one written by `Dataset.save_to_disk`; a pattern such as `data/part-*.jsonl`; the
-            name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping from column to values; a sequence
-            of rows (mappings, or the captions themselves). A `Dataset` stays memory-mapped; files are held in memory
-            as Arrow.
+            Path of a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file; a folder
+            of files of one of these kinds, or one written by `save_to_disk`; a pattern such as `data/part-*.jsonl`;
+            the name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping from column to values; a
+            sequence of rows (mappings, or the captions themselves). A `Dataset` stays memory-mapped; files are held in
+            memory as Arrow.
         columns (*optional*):
             Caption columns, each of strings or of lists of strings; every column is a caption source of its own.
             A mapping names the sources: `{"dense": "longSV_captions"}`. By default all columns called `caption(s)`,

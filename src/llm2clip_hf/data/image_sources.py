@@ -15,7 +15,6 @@ from .text_columns import to_python
 from .text_sources import Block, TextSource, open_files, open_source
 
 
-
 @dataclass
 class OpenedImages:
     """
@@ -47,7 +46,9 @@ def open_images_with_texts(
 ) -> OpenedImages:
     """Opens what `load_image_text` takes; its arguments."""
     if image_root is not None and not Path(image_root).is_dir():
-        raise ValueError(f"`image_root` `{image_root}` is no folder. Give the folder that image paths are relative to.")
+        raise ValueError(
+            f"`image_root` `{image_root}` is no folder. Give the folder that image paths are relative to."
+        )
     root = Path(image_root or ".")
     if not isinstance(source, (str, Path)):
         if isinstance(source, DatasetDict):
@@ -79,9 +80,7 @@ def open_images_with_texts(
     return OpenedImages(tables, [""] * len(tables), root)
 
 
-def _with_images(
-    dataset: Dataset, sources: list[TextSource], image_column: str | None, root: Path
-) -> OpenedImages:
+def _with_images(dataset: Dataset, sources: list[TextSource], image_column: str | None, root: Path) -> OpenedImages:
     columns = [image_column] if image_column else image_columns(dataset)
     if len(columns) != 1:
         raise ValueError(
@@ -136,7 +135,7 @@ def image_columns(dataset: Dataset) -> list[str]:
 def _holds_bytes(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature
-    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return getattr(feature, "dtype", None) in ("binary", "large_binary", "binary_view")
 
 
 def values_of(block: Block, column: str) -> Iterator[tuple[int, Any]]:

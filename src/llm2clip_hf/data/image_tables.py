@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .images import IMAGE_ENDINGS, METADATA_FILES, PATH_COLUMNS, ImageSource, is_address, located
+from .images import IMAGE_ENDINGS, METADATA_FILES, PATH_COLUMNS, ImageSource, is_address
 
 
 if TYPE_CHECKING:
@@ -228,9 +228,7 @@ def _find_image_column(dataset: "datasets.Dataset", name: str) -> str:
 
     found = [column for column, feature in dataset.features.items() if holds_images(feature)]
     if not found:
-        found = [
-            column for column in PATH_COLUMNS if getattr(dataset.features.get(column), "dtype", None) == "string"
-        ]
+        found = [column for column in PATH_COLUMNS if getattr(dataset.features.get(column), "dtype", None) == "string"]
     if "image" in found:
         return "image"
     if len(found) != 1:

@@ -7,8 +7,9 @@ block by block; images are not decoded. (3) Check that every row has a caption a
 Report, and keep the rows that are good.
 """
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +196,12 @@ class _ImageColumn(Sequence[Any]):
     def __getitem__(self, row: Any) -> Any:
         return located(self._rows[row][self._column], self._root)
 
+    def sizes(self) -> Iterator[int]:
+        """Bytes of every image file; from Arrow, so that no bytes are copied. -1 where there is none."""
+        for lengths, paths in _contents(self._rows, self._column):
+            for length, path in zip(lengths, paths):
+                yield _size_of(located(path, self._root)) if length is None else length
+
 
 class _PathColumn(Sequence[Any]):
     """Paths below a folder, as compact as the column they come from."""
@@ -209,6 +216,14 @@ class _PathColumn(Sequence[Any]):
         if isinstance(row, slice):
             return _PathColumn(Path(self._root), self._names[row])
         return os.path.join(self._root, self._names[row])
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of every image file."""
+        return (_size_of(os.path.join(self._root, name)) for name in self._names)
+
+
+def _size_of(path: str | None) -> int:
+    return os.path.getsize(path) if path is not None and os.path.isfile(path) else -1
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -301,33 +316,46 @@ def _problem_of(path: str) -> str:
 def _has_image(
     dataset: "datasets.Dataset", column: str, root: Path, places: Places | _PlacesOf, bad: BadRows
 ) -> np.ndarray:
-    """Whether each row has bytes or the path of a file; from Arrow, so that no bytes are copied."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    """Whether each row has bytes or the path of a file."""
     keep = np.ones(len(dataset), dtype=bool)
     problems: dict[int, str] = {}
-    table = dataset.select_columns([column]).with_format("arrow")
-    for start in range(0, len(dataset), _ROWS_PER_CHECK):
-        values = table[start : start + _ROWS_PER_CHECK][column].combine_chunks()
-        present = pc.is_valid(values)
-        has_bytes, paths = present.to_pylist(), [None] * len(values)
-        if pa.types.is_struct(values.type):
-            names = [field.name for field in values.type]
-            nothing = pa.nulls(len(values))
-            contents = pc.struct_field(values, "bytes") if "bytes" in names else nothing
-            paths = (pc.struct_field(values, "path") if "path" in names else nothing).to_pylist()
-            has_bytes = pc.and_(present, pc.is_valid(contents)).to_pylist()
-        elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            has_bytes, paths = [False] * len(values), values.to_pylist()
-        for row, (has, path) in enumerate(zip(has_bytes, paths), start):
-            keep[row] = has or (path is not None and os.path.isfile(located(path, root)))
-            if not keep[row] and path:
-                problems[row] = _problem_of(path)
+    rows = itertools.chain.from_iterable(itertools.starmap(zip, _contents(dataset.select_columns([column]), column)))
+    for row, (length, path) in enumerate(rows):
+        keep[row] = length is not None or (path is not None and os.path.isfile(located(path, root)))
+        if not keep[row] and path:
+            problems[row] = _problem_of(path)
     for row in np.flatnonzero(~keep).tolist():
         problem = f": {problems[row]}" if row in problems else ""
         bad.add("bad_rows", places.describe(row), f"there is no image in column `{column}`{problem}")
     return keep
+
+
+def _contents(rows: "datasets.Dataset", column: str) -> Iterator[tuple[list[int | None], list[str | None]]]:
+    """Block by block, the lengths of the bytes of each image, and the paths; no bytes are copied from Arrow."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = rows.with_format("arrow")
+    for start in range(0, len(rows), _ROWS_PER_CHECK):
+        values = table[start : start + _ROWS_PER_CHECK][column].combine_chunks()
+        nothing: list[Any] = [None] * len(values)
+        if not pa.types.is_struct(values.type):
+            is_path = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+            yield (nothing, values.to_pylist()) if is_path else (_lengths(values), nothing)
+            continue
+        names = [field.name for field in values.type]
+        parts = [pc.struct_field(values, name) if name in names else None for name in ("bytes", "path")]
+        yield (
+            nothing if parts[0] is None else _lengths(parts[0]),
+            nothing if parts[1] is None else parts[1].to_pylist(),
+        )
+
+
+def _lengths(values: Any) -> list[int | None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.binary_length(values.cast(pa.large_binary())).to_pylist()  # of views, or of nulls alone
 
 
 def _has_key(keys: list[str], places: Places | _PlacesOf, bad: BadRows) -> np.ndarray:

@@ -49,11 +49,13 @@ class ImageTextStream(torch.utils.data.IterableDataset):
     keep their number, and a position in the epoch means the same samples in a resumed run.
 
     Args:
-        shards: paths, or patterns with braces and wildcards (`"cc3m/{00000..00287}.tar"`), of plain tar files in the
-            webdataset layout or of parquet files; or a `datasets.IterableDataset`.
+        shards: paths, or patterns with braces and wildcards (`"cc3m/{00000..00287}.tar"`), of tar files in the
+            webdataset layout (also `.tar.gz`, `.tar.zst`, which are unpacked whenever they are read) or of parquet
+            files; or a `datasets.IterableDataset`.
         caption_fields (mapping from source name to `str`, *optional*):
             Where the captions of each source are: in tar shards an extension (`"txt"`) or an entry of the JSON member
-            (`"json.caption"`), otherwise a column. A field holds a string or a list of strings; empty ones count as
+            (`"json.caption"`, `"json.a.b"`), otherwise a column or an entry of one; a conversation gives what the
+            model says. A field holds a string or a list of strings; empty ones count as
             missing. Gives samples with `text`; together with `store`, the text beside its embedding.
         store (`CaptionEmbeddingStore`, *optional*):
             Gives samples with `llm_embeds` instead, looked up by the key of the sample; made with `keys`. Where
@@ -69,8 +71,9 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             Number of samples of every shard: one number, one per shard, a mapping from file name, or the path of a
             JSON file with such a mapping. Without it they are counted: tar files from their headers, which takes a
             while for millions of samples (`count_samples` does it once), parquet files from their metadata.
-        image_column, key_column (`str`): columns of images (`"image"` by default) and of keys in parquet shards and
-            streaming data sets. Tar shards have their own.
+        image_column, key_column (`str`, *optional*): columns of images (`image`, or the only one, by default) and of
+            keys in parquet shards and streaming data sets. Tar shards have keys of their own; there `image_column` is
+            the extension of the image, where a sample has several.
         rank, world_size (`int`, *optional*):
             Which part of the data this process reads; those of the process group, or of the environment that
             `torchrun` sets, by default.
@@ -118,7 +121,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         sub_captions: float = 0.0,
         shuffle_buffer: int = 5000,
         samples_per_shard: SamplesPerShard | None = None,
-        image_column: str = "image",
+        image_column: str | None = None,
         key_column: str | None = None,
         rank: int | None = None,
         world_size: int | None = None,

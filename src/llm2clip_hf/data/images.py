@@ -23,7 +23,17 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-__all__ = ["IMAGE_ENDINGS", "METADATA_FILES", "PATH_COLUMNS", "ImageSource", "decode_image", "is_address", "load_image", "located", "undecoded"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "METADATA_FILES",
+    "PATH_COLUMNS",
+    "ImageSource",
+    "decode_image",
+    "is_address",
+    "load_image",
+    "located",
+    "undecoded",
+]
 
 ImageSource = Sequence[Any]
 """PIL images, paths, `{"bytes": ..., "path": ...}` dictionaries, or an image column of a `datasets.Dataset`."""

@@ -16,7 +16,7 @@ def load_shard_captions(
     shards: Any,
     caption_fields: Mapping[str, str],
     *,
-    image_column: str = "image",
+    image_column: str | None = None,
     key_column: str | None = None,
     on_bad_row: str = "error",
 ) -> tuple[CaptionTable, list[str]]:
@@ -26,7 +26,7 @@ def load_shard_captions(
     Args:
         shards: as for `ImageTextStream`.
         caption_fields (mapping from source name to `str`): as for `ImageTextStream`.
-        image_column (`str`, defaults to `"image"`): as for `ImageTextStream`.
+        image_column (`str`, *optional*): as for `ImageTextStream`.
         key_column (`str`, *optional*): as for `ImageTextStream`.
         on_bad_row (`"error"` or `"skip"`, defaults to `"error"`):
             What to do with a sample that is damaged, has no caption, or whose key occurred before; skipped ones are

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .shards import DatasetShard, ParquetShard, Shard, TarShard, expand_shard_paths
+from .tar_members import COMPRESSIONS
 
 
 __all__ = ["SamplesPerShard", "count_samples", "make_shards", "resolve_counts", "warn_of_absent_sources"]
@@ -21,7 +22,7 @@ _SAMPLES_TO_LOOK_AT = 64
 SamplesPerShard = int | Sequence[int] | Mapping[str, int] | str | Path
 
 
-def make_shards(shards: Any, fields: dict[str, str], image_column: str, key_column: str | None) -> list[Shard]:
+def make_shards(shards: Any, fields: dict[str, str], image_column: str | None, key_column: str | None) -> list[Shard]:
     """
     The readers of all shards, in order.
 
@@ -36,6 +37,7 @@ def make_shards(shards: Any, fields: dict[str, str], image_column: str, key_colu
         ValueError: if nothing is found, or a file is neither a tar nor a parquet file by its name.
     """
     if hasattr(shards, "num_shards") and hasattr(shards, "select_columns"):
+        image_column = image_column or _find_image_column(shards)
         dataset = _undecoded(shards, image_column)
         return [DatasetShard(dataset, k, fields, image_column, key_column) for k in range(dataset.num_shards)]
     paths = expand_shard_paths(shards)
@@ -97,7 +99,7 @@ def count_samples(shards: str | Path | Sequence[str | Path]) -> dict[str, int]:
     Raises:
         ValueError: if a file is damaged or empty, or two have the same name in different folders.
     """
-    readers = make_shards(shards, {}, "image", None)
+    readers = make_shards(shards, {}, None, None)
     counts = resolve_counts(readers, None).tolist()
     result = {Path(reader.name).name: count for reader, count in zip(readers, counts)}
     if len(result) < len(readers):
@@ -122,12 +124,29 @@ def warn_of_absent_sources(shards: Sequence[Shard], counts: np.ndarray, fields: 
             )
 
 
-def _file_shard(path: Path, fields: dict[str, str], image_column: str, key_column: str | None) -> Shard:
-    if path.suffix == ".tar":
-        return TarShard(path, fields)
+def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> Shard:
+    if path.suffix == ".tgz" or (path.stem if path.suffix in COMPRESSIONS else path.name).endswith(".tar"):
+        return TarShard(path, fields, image_column)
     if path.suffix == ".parquet":
         return ParquetShard(path, fields, image_column, key_column)
-    raise ValueError(f"Shard `{path}` is neither a `.tar` nor a `.parquet` file. Unpack compressed archives first.")
+    raise ValueError(
+        f"Shard `{path}` is neither a `.tar` nor a `.parquet` file; `.tar.gz` and `.tar.zst` are read too."
+    )
+
+
+def _find_image_column(dataset: Any) -> str:
+    """`image`, or the only column of images, by the types where they are known, otherwise by the first row."""
+    from datasets import Image
+
+    def holds_image(value: Any) -> bool:
+        return isinstance(value, (Image, bytes)) or (isinstance(value, dict) and "bytes" in value)
+
+    columns: dict[str, Any] = dataset.features or next(iter(dataset.take(1)), {})
+    kinds = {name: getattr(kind, "dtype", "") for name, kind in columns.items()}
+    found = [name for name, kind in columns.items() if holds_image(kind) or kinds[name] in ("binary", "large_binary")]
+    if "image" in columns or len(found) != 1:
+        return "image"
+    return found[0]
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .caption_entries import as_texts, entry_of, root_column
+from .images import located
 from .tar_members import Member, iterate_members, open_archive, read_member
 
 
 __all__ = ["DatasetShard", "ParquetShard", "RawSample", "Shard", "TarShard", "expand_shard_paths"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 _PARQUET_ROWS = 64  # rows decoded at once; an image row is large
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -64,13 +66,14 @@ class TarShard:
     A tar file in the webdataset layout: the members of a sample follow each other and share their name up to the dot.
 
     Args:
-        path (`Path`): plain tar file, not compressed.
-        fields (`dict[str, str]`): per source the member that holds its captions: an extension such as `"txt"`, or
-            `"json.<name>"` for an entry of the JSON member.
+        path (`Path`): tar file; a compressed one is unpacked to a temporary file whenever it is read.
+        fields (`dict[str, str]`): per source the member that holds its captions: an extension such as `"txt"` or
+            `"caption.txt"`, or `"json.<name>"` for an entry of the JSON member, which may lie deeper (`"json.a.b"`).
+        image_column (`str`, *optional*): extension of the image, such as `"input.png"`; the only one by default.
     """
 
-    def __init__(self, path: Path, fields: dict[str, str]) -> None:
-        self.path, self.name, self.fields = path, str(path), fields
+    def __init__(self, path: Path, fields: dict[str, str], image_column: str | None = None) -> None:
+        self.path, self.name, self.fields, self.image_column = path, str(path), fields, image_column
 
     def count(self, damages: list[str] | None = None) -> int:
         """
@@ -128,20 +131,27 @@ class TarShard:
         repeated: bool,
     ) -> RawSample:
         extensions = [extension for extension, _ in parts]
-        images = [extension for extension in extensions if extension in IMAGE_EXTENSIONS]
+        images = [extension for extension in extensions if self._is_image(extension)]
         problem = ""
         if repeated:
             problem = "its key occurs before in the shard, so its members do not follow each other"
         elif len(images) != 1:
-            problem = f"it has {len(images)} images among its members {extensions}, expected one"
+            problem = (
+                f"it has {len(images)} images among its members {extensions}, expected one: name it as `image_column`"
+            )
         elif len(set(extensions)) < len(extensions):
             problem = f"its members {extensions} repeat an extension"
         if problem:
             return RawSample(position, key, None, {}, problem)
-        needed = {images[0], *(field.partition(".")[0] for field in self.fields.values())}
+        needed = {images[0], *(root_column(extensions, field) for field in self.fields.values())}
         contents = {extension: read_member(file, member) for extension, member in parts if extension in needed}
         captions, problem = _captions_of_members(contents, self.fields)
         return RawSample(position, key, contents[images[0]], captions, problem)
+
+    def _is_image(self, extension: str) -> bool:
+        if self.image_column is not None:
+            return extension == self.image_column
+        return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 class ParquetShard:
@@ -151,11 +161,11 @@ class ParquetShard:
     Args:
         path (`Path`): parquet file.
         fields (`dict[str, str]`): per source the column that holds its captions, or `"<column>.<entry>"`.
-        image_column, key_column (`str`): column of images, and of keys; without keys a sample is called
-            `"<file>:<row>"`.
+        image_column, key_column (`str`, *optional*): column of images, `image` or the only one by default, and of
+            keys; without keys a sample is called `"<file>:<row>"`.
     """
 
-    def __init__(self, path: Path, fields: dict[str, str], image_column: str, key_column: str | None) -> None:
+    def __init__(self, path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> None:
         self.path, self.name, self.fields = path, str(path), fields
         self.image_column, self.key_column = image_column, key_column
 
@@ -173,24 +183,27 @@ class ParquetShard:
     def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
         """The rows at the ascending positions `wanted`."""
         positions = np.asarray(wanted, dtype=np.int64)
-        columns = columns_of(self.fields, self.image_column, self.key_column)
         with self._open() as file:
-            _check_columns(self.name, columns, file.schema_arrow.names)
+            present = file.schema_arrow.names
+            image = self.image_column or _find_image_column(self.name, file.schema_arrow)
+            columns = columns_of(self.fields, image, self.key_column, present)
+            _check_columns(self.name, columns, present)
             first = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if np.any((positions >= first) & (positions < first + rows)):
-                    yield from self._read_group(file, group, first, columns, positions)
+                    yield from self._read_group(file, group, first, columns, image, positions)
                 first += rows
 
     def _read_group(
-        self, file: Any, group: int, first: int, columns: list[str], wanted: np.ndarray
+        self, file: Any, group: int, first: int, columns: list[str], image: str, wanted: np.ndarray
     ) -> Iterator[RawSample]:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group], columns=columns):
             chosen = wanted[(wanted >= first) & (wanted < first + batch.num_rows)]
             for position in chosen.tolist():
                 row = {name: batch.column(name)[position - first].as_py() for name in columns}
-                yield _row_sample(position, row, self.fields, self.image_column, self.key_column, self.path.name)
+                row[image] = located(row[image], self.path.parent)
+                yield _row_sample(position, row, self.fields, image, self.key_column, self.path.name)
             first += batch.num_rows
 
     def _open(self) -> Any:
@@ -222,8 +235,8 @@ class DatasetShard:
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of rows, by reading one column of captions or keys."""
-        names = [field.partition(".")[0] for field in self.fields.values()] + [self.key_column or self.image_column]
-        return sum(1 for _ in self._rows().select_columns(names[:1]))
+        names = [root_column(self.dataset.column_names or [], field) for field in self.fields.values()]
+        return sum(1 for _ in self._rows().select_columns([*names, self.key_column or self.image_column][:1]))
 
     def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
         """The rows at the ascending positions `wanted`."""
@@ -231,9 +244,9 @@ class DatasetShard:
             return
         first = int(wanted[0])
         chosen, last = set(np.asarray(wanted).tolist()), int(wanted[-1])
-        columns = columns_of(self.fields, self.image_column, self.key_column)
         for position, row in enumerate(self._rows().skip(first), start=first):
             if position == first:
+                columns = columns_of(self.fields, self.image_column, self.key_column, list(row))
                 _check_columns(self.name, columns, list(row))
             if position in chosen:
                 yield _row_sample(position, row, self.fields, self.image_column, self.key_column, self.name)
@@ -244,10 +257,28 @@ class DatasetShard:
         return self.dataset.shard(num_shards=self.dataset.num_shards, index=self.number)
 
 
-def columns_of(fields: dict[str, str], image_column: str, key_column: str | None) -> list[str]:
+def columns_of(fields: dict[str, str], image_column: str, key_column: str | None, present: Sequence[str]) -> list[str]:
     """Names of the columns that a sample is made of."""
-    names = [image_column, *(field.partition(".")[0] for field in fields.values())]
+    names = [image_column, *(root_column(present, field) for field in fields.values())]
     return list(dict.fromkeys(names + ([key_column] if key_column else [])))
+
+
+def _find_image_column(shard: str, schema: Any) -> str:
+    """`image`, or the only column of bytes or of structs with bytes."""
+    import pyarrow as pa
+
+    def holds_bytes(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return any(entry.name == "bytes" for entry in kind)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+    found = ["image"] if "image" in schema.names else [column.name for column in schema if holds_bytes(column.type)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Shard `{shard}` has {len(found)} columns of images {found} among {schema.names}. Name one as "
+            "`image_column`."
+        )
+    return found[0]
 
 
 def _check_columns(shard: str, wanted: Sequence[str], present: Sequence[str]) -> None:
@@ -275,7 +306,7 @@ def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     paths = []
     for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
-        found = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
+        found = [Path(pattern)] if Path(pattern).is_file() else _matching(pattern)
         if not found:
             raise ValueError(f"`{pattern}` matches no file. Check the path or pattern of the shards.")
         paths += found
@@ -283,6 +314,13 @@ def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     if repeated:
         raise ValueError(f"Shards are named twice: {repeated[:3]}. Every shard is read once per epoch.")
     return paths
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files that a glob finds, without statistics, and tables beside tar files, both written by img2dataset."""
+    found = [Path(name) for name in sorted(glob.glob(pattern)) if not name.endswith("_stats.json")]
+    archives = {str(path)[: -len(".tar")] for path in found if path.suffix == ".tar"}
+    return [path for path in found if path.suffix != ".parquet" or str(path)[: -len(".parquet")] not in archives]
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -316,20 +354,19 @@ def _named(file: io.FileIO) -> Iterator[tuple[str, str, Member]]:
 
 def _captions_of_members(contents: dict[str, bytes], fields: dict[str, str]) -> tuple[dict[str, list[str]], str]:
     captions: dict[str, list[str]] = {}
-    record: dict[str, Any] | None = None
+    records: dict[str, Any] = {}
     for source, field in fields.items():
-        extension, dot, name = field.partition(".")
+        extension = root_column(contents, field)
         if extension not in contents:
             captions[source] = []
             continue
         value: Any
         try:
-            if not dot:
-                value = contents[extension].decode("utf-8").strip()
-            else:
-                record = json.loads(contents[extension]) if record is None else record
-                value = record.get(name)
-        except (ValueError, AttributeError) as error:
+            value = contents[extension].decode("utf-8").strip()
+            if extension != field:
+                records.setdefault(extension, json.loads(value))
+                value = entry_of(records[extension], field[len(extension) + 1 :])
+        except ValueError as error:
             return {}, f"its `{extension}` member cannot be read: {error}"
         captions[source], problem = caption_list(value, source)
         if problem:
@@ -339,6 +376,7 @@ def _captions_of_members(contents: dict[str, bytes], fields: dict[str, str]) -> 
 
 def caption_list(value: Any, source: str) -> tuple[list[str], str]:
     """The captions in a field, where empty ones count as missing, and what is wrong with it, if anything."""
+    value = as_texts(value)
     if value is None:
         return [], ""
     texts = [value] if isinstance(value, str) else value
@@ -354,11 +392,7 @@ def _row_sample(
     captions: dict[str, list[str]] = {}
     problem = ""
     for source, column in fields.items():
-        name, dot, entry = column.partition(".")
-        value: Any = row[name]
-        if dot:
-            value = value.get(entry) if isinstance(value, dict) else None
-        captions[source], wrong = caption_list(value, source)
+        captions[source], wrong = caption_list(entry_of(row, column), source)
         problem = problem or wrong
     image = row.get(image_column)
     if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):

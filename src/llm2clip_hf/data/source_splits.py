@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _folder_splits(folder: Path, subset: str | None) -> tuple[dict[str, list[Pat
     if not names:
         return {"train": []}, []
 
-    @lru_cache(maxsize=None)
+    @cache
     def matching(pattern: str) -> list[str]:
         return list(filter(re.compile(glob_translate(pattern)).match, names))
 

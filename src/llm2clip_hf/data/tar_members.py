@@ -9,13 +9,16 @@ short name and a size in octal digits, is read directly, and `tarfile` is asked 
 import io
 import os
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 
-__all__ = ["Member", "iterate_members", "open_archive", "read_member"]
+__all__ = ["COMPRESSIONS", "Member", "iterate_members", "open_archive", "read_member"]
 
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
+_CHUNK = 1 << 24
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _CHECKSUM = slice(148, 156)
@@ -74,8 +77,17 @@ def read_member(file: io.FileIO, member: Member) -> bytes:
 
 
 def open_archive(path: Path) -> io.FileIO:
-    """The archive, as `iterate_members` wants it."""
-    return io.FileIO(path, "r")
+    """The archive, as `iterate_members` wants it; a compressed one is unpacked into a file that goes with its end."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return io.FileIO(path, "r")
+    import pyarrow
+
+    unpacked = tempfile.TemporaryFile(buffering=0)
+    with pyarrow.input_stream(str(path), compression=compression) as stream:
+        while chunk := stream.read(_CHUNK):
+            unpacked.write(chunk)
+    return unpacked  # type: ignore[return-value]
 
 
 def _plain_member(header: bytes, offset: int) -> tuple[Member, int] | None:

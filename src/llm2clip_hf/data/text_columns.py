@@ -2,12 +2,14 @@
 """Columns of texts in Arrow memory: as compact as the file, shared by forked workers, sequences to everybody else."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from .caption_entries import TURNS, as_texts, root_column
 
 
 _ROWS_PER_STEP = 8192
@@ -128,6 +130,54 @@ def column_kind(kind: pa.DataType) -> str:
     if _is_list(kind):
         return "list" if _is_string(kind.value_type) else "other"
     return "string" if _is_string(kind) else "other"
+
+
+def arrow_kinds(schema: pa.Schema) -> dict[str, str]:
+    """`column_kind` of every column, of the texts inside structs (`json.a.b`) too; a conversation is a `"list"`."""
+    kinds: dict[str, str] = {}
+
+    def add(name: str, kind: pa.DataType, is_entry: bool) -> None:
+        kind = _plain_type(kind)
+        found = "list" if _is_conversation(kind) else column_kind(kind)
+        if not is_entry or found != "other":
+            kinds[name] = found
+        if pa.types.is_struct(kind):
+            for entry in kind:
+                add(f"{name}.{entry.name}", entry.type, True)
+
+    for column in schema:
+        add(column.name, column.type, False)
+    return kinds
+
+
+def arrow_entry(columns: Mapping[str, pa.Array], name: str) -> pa.Array | list[Any]:
+    """The column `name`, or the entry of a struct that it names, with texts of the usual types."""
+    root = root_column(columns, name)
+    values = columns[root]
+    for part in name[len(root) + 1 :].split(".") if name != root else ():
+        values = pc.struct_field(values, part)
+    if _is_conversation(_plain_type(values.type)):
+        return [as_texts(value) for value in to_python(values)]
+    plain = _plain_type(values.type)
+    return values if plain == values.type else values.cast(plain)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type with strings and lists in place of views and dictionaries of them."""
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if _is_list(kind) and _plain_type(kind.value_type) != kind.value_type:
+        return pa.large_list(_plain_type(kind.value_type))
+    return kind
+
+
+def _is_conversation(kind: pa.DataType) -> bool:
+    if not _is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return False
+    names = {field.name for field in kind.value_type}
+    return any({speaker, text} <= names for speaker, text in TURNS)
 
 
 def _value(column: pa.Array, row: int) -> Any:

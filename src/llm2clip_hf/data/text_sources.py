@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
+from .caption_entries import root_column, with_entries
 from .load_report import describe_place
 from .source_splits import choose_split, is_data_file, open_named
-from .text_columns import column_kind
+from .text_columns import arrow_entry, arrow_kinds
 
 
 ROWS_PER_BLOCK = 8192
@@ -138,15 +139,14 @@ def _format_of(file: Path) -> str:
 
 
 def _dataset_source(dataset: Dataset, name: str = "") -> TextSource:
-    kinds = {column.name: column_kind(column.type) for column in dataset.features.arrow_schema}
-
     def blocks(columns: Sequence[str]) -> Iterator[Block]:
         # Slices of a memory-mapped table are views; only a shuffled or selected data set is gathered, block by block.
-        rows = dataset.select_columns(list(columns)).with_format("arrow")
+        roots = dict.fromkeys(root_column(dataset.column_names, column) for column in columns)
+        rows = dataset.select_columns(list(roots)).with_format("arrow")
         for start in range(0, len(dataset), ROWS_PER_BLOCK):
-            yield from _arrow_blocks(rows[start : start + ROWS_PER_BLOCK], name, start)
+            yield from _arrow_blocks(rows[start : start + ROWS_PER_BLOCK], columns, name, start)
 
-    return TextSource(name, kinds, blocks)
+    return TextSource(name, arrow_kinds(dataset.features.arrow_schema), blocks)
 
 
 def _read_parquet(file: Path) -> TextSource:
@@ -159,22 +159,24 @@ def _read_parquet(file: Path) -> TextSource:
         start = 0
         try:
             with pq.ParquetFile(file) as reader:
-                for batch in reader.iter_batches(ROWS_PER_BLOCK, columns=list(columns)):
-                    yield from _arrow_blocks(pa.Table.from_batches([batch]), str(file), start)
+                roots = dict.fromkeys(root_column(schema.names, column) for column in columns)
+                for batch in reader.iter_batches(ROWS_PER_BLOCK, columns=list(roots)):
+                    yield from _arrow_blocks(pa.Table.from_batches([batch]), columns, str(file), start)
                     start += len(batch)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"`{file}` cannot be read after row {start}: {error}.") from error
 
-    return TextSource(str(file), {column.name: column_kind(column.type) for column in schema}, blocks)
+    return TextSource(str(file), arrow_kinds(schema), blocks)
 
 
-def _arrow_blocks(table: pa.Table, name: str, start: int) -> Iterator[Block]:
+def _arrow_blocks(table: pa.Table, names: Sequence[str], name: str, start: int) -> Iterator[Block]:
     batches = table.to_batches()
     if len(batches) > max(8, len(table) // 64):
         # Gathered row by row: put together. Larger pieces stay where they are, which may be a memory-mapped file.
         batches = table.combine_chunks().to_batches()
     for batch in batches:
         columns = dict(zip(batch.schema.names, batch.columns))
+        columns = {column: arrow_entry(columns, column) for column in names}
         yield Block(columns, name, "row", range(start, start + len(batch)))
         start += len(batch)
 
@@ -185,7 +187,8 @@ def _arrow_blocks(table: pa.Table, name: str, start: int) -> Iterator[Block]:
 def _record_source(name: str, unit: str, open_records: Callable[[], Records]) -> TextSource:
     def read() -> Records:
         try:
-            yield from open_records()
+            for number, record in open_records():
+                yield number, record if isinstance(record, str) else with_entries(record)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"`{name}` cannot be read to its end: {error}.") from error
 
@@ -276,7 +279,10 @@ def _parse_json_line(line: bytes) -> Record:
 def _read_json(file: Path) -> TextSource:
     with _open_bytes(file) as stream:
         # Undecodable bytes become lone surrogates, which the check of the single texts refuses with their row.
-        content = stream.read().decode("utf-8-sig", errors="surrogateescape").strip()
+        try:
+            content = stream.read().decode("utf-8-sig", errors="surrogateescape").strip()
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"`{file}` cannot be read to its end: {error}.") from error
     try:
         loaded = json.loads(content)
     except json.JSONDecodeError as error:

@@ -215,7 +215,7 @@ def _load_caption_data(location: Location, on_bad_row: str, max_images: int | No
         # One row per caption is a form that tables of image paths may have.
         kinds = open_text_source(source, task.split, task.subset, "test")[0].kinds
         key = next((name for name in ("file_name", "image") if name in kinds), None)
-    chosen = {"split": task.split, "subset": task.subset, "default_split": "test"}
+    chosen: dict[str, Any] = {"split": task.split, "subset": task.subset, "default_split": "test"}
     if task.where:
         source, chosen = open_table(location).dataset, {}
     table = load_captions(source, columns=columns, image_column=key, on_bad_row=on_bad_row, **chosen)
