@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 TOKEN = "hf_stub"  # of the user `someone`, who writes for `org` as well
@@ -81,7 +81,7 @@ class StubHub(ThreadingHTTPServer):
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
             "NO_PROXY": "*",
             **({} if token is None else {"HF_TOKEN": token}),
         }
@@ -189,6 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "RevisionNotFound")
             return
         siblings = [{"rfilename": name} for name in repository.commits[sha]]
+        repo = repo.removeprefix("datasets/")
         self._send(200, {"id": repo, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
 
     def tree(self, repo: str, revision: str, folder: str | None) -> None:
@@ -205,7 +206,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "EntryNotFound")
             return
         entries = [{"type": "file", "path": name, "size": len(d), "oid": _oid(d)} for name, d in found.items()]
+        if "recursive=true" not in urlsplit(self.path).query.lower():
+            inner = {prefix + name[len(prefix) :].split("/")[0] for name in found if "/" in name[len(prefix) :]}
+            entries = [entry for entry in entries if "/" not in str(entry["path"])[len(prefix) :]]
+            entries += [{"type": "directory", "path": name, "size": 0, "oid": _oid(name.encode())} for name in inner]
         self._send(200, entries)
+
+    def paths_info(self, repo: str, revision: str) -> None:
+        paths = [path for name, path in parse_qsl(self._body().decode()) if name == "paths"]
+        repository = self._repository(repo)
+        if repository is None:
+            return
+        files = repository.files(revision)
+        found = [{"type": "file", "path": p, "size": len(files[p]), "oid": _oid(files[p])} for p in paths if p in files]
+        folders = [p for p in paths if any(name.startswith(f"{p}/") for name in files)]
+        self._send(200, found + [{"type": "directory", "path": p, "oid": _oid(p.encode())} for p in folders])
 
     def resolve(self, repo: str, revision: str, file: str) -> None:
         repository = self._repository(repo)
@@ -298,6 +313,7 @@ def _oid(data: bytes) -> str:
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
+_DATASET = r"(?P<repo>datasets/[^/]+/[^/]+)"  # kept under this name beside the models
 _ROUTES: list[tuple[str, str, Any]] = [
     ("GET", r"/test/drop_uploads/(?P<state>on|off)", _Handler.set_failure),
     ("POST", r"/api/repos/create", _Handler.create),
@@ -310,5 +326,10 @@ _ROUTES: list[tuple[str, str, Any]] = [
     ("GET", rf"/api/models/{_REPO}", _Handler.info),
     ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/large/(?P<oid>[0-9a-f]+)", _Handler.large),
+    ("GET", rf"/api/{_DATASET}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
+    ("GET", rf"/api/{_DATASET}/revision/(?P<revision>.+)", _Handler.info),
+    ("POST", rf"/api/{_DATASET}/paths-info/(?P<revision>.+)", _Handler.paths_info),
+    ("GET", rf"/api/{_DATASET}", _Handler.info),
+    ("GET HEAD", rf"/{_DATASET}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
     ("GET HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
 ]

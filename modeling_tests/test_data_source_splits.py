@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which split of a source is read: the oracle is what `datasets.load_dataset` says of the same files."""
 
+import io
 import json
 import logging
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
-from shard_files import image_bytes
+from PIL import Image
+from shard_files import image_bytes, write_tar
+from stub_hub import stub_hub
 
 from llm2clip_hf.data import find_overlap, load_captions, load_image_text
 from llm2clip_hf.data.image_tables import open_image_table
@@ -203,3 +208,90 @@ def test_what_train_and_test_share_is_found(tmp_path, caplog, monkeypatch):
     find_overlap(paths, again).warn()
     assert "1 of 2 captions and 2 of 2 images of the test data are in the training data too" in caplog.text
     assert find_overlap(paths.captions, [["c1", "x"], ["c1"]]).captions == 2
+
+
+HUB = """
+import json
+import datasets
+import numpy as np
+from llm2clip_hf.data import ImageTextStream, load_captions, load_image_text
+from llm2clip_hf.data.image_tables import open_image_table
+
+def pixels(image, generator=None):
+    return np.array(image)
+
+def told(load, *source, **options):
+    try:
+        table = load(*source, **options)
+    except ValueError as error:
+        return str(error)
+    captions = getattr(table, "captions", table)
+    found = [captions[row] for row in range(len(captions))]
+    if hasattr(table, "dataset"):
+        data = table.dataset(transform=pixels)
+        found = [[*texts, int(data[row]["pixel_values"].sum())] for row, texts in enumerate(found)]
+    return found
+
+named = {}
+for name in ("org/pictures", "org/folder", "org/plain"):
+    named[name] = [told(load_image_text, name), told(load_image_text, name, default_split="test")]
+named["chosen"] = told(load_image_text, "org/pictures", split="test")
+named["sliced"] = told(load_image_text, "org/pictures", split="train[:1]")
+named["absent split"] = told(load_image_text, "org/several")
+named["captions"] = told(load_captions, "org/pictures")
+named["no subset"] = told(load_captions, "org/captions")
+named["subset"] = told(load_captions, "org/captions", subset="b")
+named["nowhere"] = told(load_image_text, "org/nowhere")
+named["table"] = open_image_table("org/pictures").column("caption")
+named["tar"] = told(load_image_text, "org/tar", caption_columns="json.a.b")
+stream = datasets.load_dataset("org/plain", split="train", streaming=True)
+stream = ImageTextStream(stream, {"real": "caption"}, transform=pixels, shuffle_buffer=0)
+named["stream"] = [[sample["text"], int(sample["pixel_values"].sum())] for sample in stream]
+print(json.dumps(named))
+"""
+
+
+def test_hub_data_sets_are_read_by_the_code_of_datasets(tmp_path):
+    """From a server on the loopback interface: with and without the types of `datasets`, image folders, captions."""
+    train, test = [0, 1, 2], [3]
+
+    def parquet(numbers, plain=False) -> bytes:
+        if plain:  # as img2dataset writes
+            rows = [{"key": str(n), "jpg": image_bytes(n), "caption": f"c{n}"} for n in numbers]
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        else:
+            table(numbers).to_parquet(tmp_path / "a.parquet")
+        return (tmp_path / "a.parquet").read_bytes()
+
+    def metadata(numbers) -> bytes:
+        return "".join(["file_name,caption\n", *(f"{n}.png,c{n}\n" for n in numbers)]).encode()
+
+    members = [
+        member
+        for n in train
+        for member in ((f"{n}.png", image_bytes(n)), (f"{n}.json", json.dumps({"a": {"b": f"c{n}"}}).encode()))
+    ]
+    card = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+    repositories = {
+        "pictures": {f"data/{s}-00000-of-00001.parquet": parquet(n) for s, n in (("train", train), ("test", test))},
+        "plain": {"train/0.parquet": parquet(train, plain=True), "test/0.parquet": parquet(test, plain=True)},
+        "folder": {f"train/{n}.png": image_bytes(n) for n in train}
+        | {"test/3.png": image_bytes(3), "train/metadata.csv": metadata(train), "test/metadata.csv": metadata(test)},
+        "several": {"seen/dev.parquet": parquet(test), "seen/test.parquet": parquet(test)},
+        "captions": {"README.md": card.encode()} | {f"{n}.jsonl": b'{"caption": "%s"}\n' % n.encode() for n in "ab"},
+        "tar": {"train-0.tar": write_tar(tmp_path / "0.tar", members).read_bytes()},
+    }
+    with stub_hub() as hub:
+        for name, files in repositories.items():
+            hub.add(f"datasets/org/{name}", files)
+        named = json.loads(hub.run(HUB, tmp_path).stdout.splitlines()[-1])
+    sums = {n: int(np.asarray(Image.open(io.BytesIO(image_bytes(n)))).sum()) for n in train + test}
+    expected = [[[f"c{n}", sums[n]] for n in numbers] for numbers in (train, test)]
+    for name in ("org/pictures", "org/plain", "org/folder"):
+        assert [sorted(rows) for rows in named[name]] == expected, name
+    assert named["chosen"] == expected[1] and named["sliced"] == expected[0][:1] and named["table"] == ["c3"]
+    assert named["tar"] == expected[0] and named["stream"] == expected[0]
+    assert named["captions"] == [["c0"], ["c1"], ["c2"]] and named["subset"] == [["b"]]
+    assert "no split 'train' in the data set `org/several`; it has ['validation', 'test']" in named["absent split"]
+    assert "['a', 'b']" in named["no subset"] and "`subset`" in named["no subset"]
+    assert "`org/nowhere` cannot be loaded from the Hub" in named["nowhere"]

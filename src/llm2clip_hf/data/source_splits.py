@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, get_dataset_split_names, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.data_files import FILES_TO_IGNORE, _get_data_files_patterns
 from datasets.exceptions import DatasetsError
 from fsspec.utils import glob_translate
@@ -34,6 +34,10 @@ class SplitFiles(list[Path]):
     """The files of a split, in the order of their names; `others` are the other files of the folder."""
 
     others: list[Path] = []
+
+
+class _NoSplit(ValueError):
+    """The message says which splits there are."""
 
 
 def is_data_file(file: Path) -> bool:
@@ -58,7 +62,7 @@ def choose_split(names: Iterable[Any], split: str | None, default: str, source: 
     if split is None and default not in found and len(found) == 1:
         return found[0]
     if (split or default) not in found:
-        raise ValueError(f"There is no split {split or default!r} in {source}; it has {found}. Choose with `split`.")
+        raise _NoSplit(f"There is no split {split or default!r} in {source}; it has {found}. Choose with `split`.")
     return split or default
 
 
@@ -172,13 +176,16 @@ def _visible_files(folder: Path) -> list[str]:
 
 
 def _open_hub(source: str, split: str | None, subset: str | None, default: str, revision: str | None) -> Dataset:
-    at = f" at revision {revision}" if revision else ""
     try:
         if split is None:
-            names = get_dataset_split_names(source, subset, revision=revision)
-            split = choose_split(names, split, default, f"the data set `{source}`")
+            builder = load_dataset_builder(source, subset, revision=revision)
+            names = builder.config.data_files or builder.info.splits or {}
+            split = choose_split(names, None, default, f"the data set `{source}`") if names else default
         loaded = load_dataset(source, subset, split=split, revision=revision)
+    except _NoSplit:
+        raise
     except (DatasetsError, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise ValueError(
             f"The data set `{source}`{at} cannot be loaded from the Hub: {error} There is no file or folder of that "
             "name either. Check name, `split`, `subset` and connection, or make a local copy."
