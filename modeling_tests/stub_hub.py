@@ -218,9 +218,11 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return
         files = repository.files(revision)
-        found = [{"type": "file", "path": p, "size": len(files[p]), "oid": _oid(files[p])} for p in paths if p in files]
+        found = [
+            {"type": "file", "path": p, "size": len(files[p]), "oid": _oid(files[p])} for p in paths if p in files
+        ]
         folders = [p for p in paths if any(name.startswith(f"{p}/") for name in files)]
-        self._send(200, found + [{"type": "directory", "path": p, "oid": _oid(p.encode())} for p in folders])
+        self._send(200, entries + [{"type": "directory", "path": p, "oid": _oid(p.encode())} for p in folders])
 
     def resolve(self, repo: str, revision: str, file: str) -> None:
         repository = self._repository(repo)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
@@ -17,7 +18,7 @@ from tiny_data import write_training_files
 from transformers import AutoModel, CLIPTextModelWithProjection
 
 from llm2clip_hf.cli import main as cli
-from llm2clip_hf.cli import train_clip
+from llm2clip_hf.cli import train_captions, train_clip
 from llm2clip_hf.data import CaptionEmbeddingStore, load_captions
 from llm2clip_hf.evaluation import evaluate_retrieval
 from llm2clip_hf.training import load_concatenated_text_head
@@ -274,3 +275,42 @@ def test_standard_output_holds_the_result_alone(folder: Path, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert captured.out == f"written   {folder / 'quiet'}\n"
     assert "'loss'" in captured.err
+
+
+def test_splits_are_those_of_the_options(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = pq.read_table(folder / "train.parquet")
+    names = {"train": rows.slice(0, 16), "validation": rows.slice(16, 3), "test": rows.slice(15, 4)}
+    for name, part in names.items():
+        pq.write_table(part, tmp_path / f"{name}.parquet")
+    data = str(tmp_path)
+
+    def clip(**options: Any) -> list[int]:
+        tables = train_clip.load_tables(train_clip.TrainClipOptions(**options))
+        return [len(table) for table in tables if table is not None]
+
+    def captions(**options: Any) -> list[int]:
+        train, test = train_captions.load_sources(
+            train_captions.TrainCaptionsOptions(llm="", num_test_images=0, **options), seed=0
+        )
+        return [*map(len, train.values()), len(test)]
+
+    assert clip(data=data) == [16] and captions(captions=data) == [16, 0]
+    assert not caplog.records
+    for load, name, message in ((clip, "data", "images of the test data"), (captions, "captions", "captions of the")):
+        caplog.clear()
+        assert load(**{name: data, f"test_{name}": data}) == [16, 4]
+        assert message in caplog.text and "are in the training data too" in caplog.text
+        assert load(**{name: data, "test_split": "validation"}) == [16, 3]
+        assert load(**{name: data, "split": "validation", "test_split": "train"}) == [3, 16]
+        assert load(**{name: str(tmp_path / "test.parquet"), f"test_{name}": str(folder / "train.parquet")})[0] == 4
+        with pytest.raises(ValueError, match="no split 'dev'"):
+            load(**{name: data, "split": "dev"})
+        with pytest.raises(ValueError, match="no split 'eval'"):
+            load(**{name: data, "test_split": "eval"})
+    with pytest.raises(ValueError, match="`--split` and `--subset` are of `--data`"):
+        clip(shards=["*.parquet"], split="train")
+    run(
+        "embed-captions", "--llm", folder / "llm", "--data", tmp_path, "--output_dir", tmp_path / "store", "--split",
+        "validation",
+    )  # fmt: skip
+    assert CaptionEmbeddingStore.open(tmp_path / "store").num_images == 3

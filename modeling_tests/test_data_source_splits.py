@@ -91,6 +91,8 @@ def test_a_folder_has_the_splits_of_datasets(tmp_path, layout, caplog):
             load(tmp_path, split="absent")
     if layout == "configs":
         assert len(load_image_text(tmp_path, subset="other")) == len(load_captions(tmp_path, subset="other")) == 2
+        with pytest.raises(ValueError, match=r"`configs` of the folder .* cannot be used: .*'small', 'other'"):
+            load_captions(tmp_path, subset="absent")
     left_out = {"words in names": "other.parquet", "folders": "extra/0.parquet"}.get(layout)
     assert (f"{left_out}`" in caplog.text) == (left_out is not None)
 
