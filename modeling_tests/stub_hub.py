@@ -218,9 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return
         files = repository.files(revision)
-        found = [
-            {"type": "file", "path": p, "size": len(files[p]), "oid": _oid(files[p])} for p in paths if p in files
-        ]
+        found = [(path, files[path]) for path in paths if path in files]
+        entries = [{"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in found]
         folders = [p for p in paths if any(name.startswith(f"{p}/") for name in files)]
         self._send(200, entries + [{"type": "directory", "path": p, "oid": _oid(p.encode())} for p in folders])
 

@@ -141,6 +141,18 @@ def test_an_image_folder_has_the_splits_of_datasets(tmp_path, caplog):
         load_image_text(tmp_path, split="test")
 
 
+def test_tables_of_paths_beside_the_images(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / f"images/{number}.png").write_bytes(image_bytes(number))
+    for split, numbers in (("train", (0, 1)), ("test", (2,))):
+        rows = [{"image": f"images/{number}.png", "caption": f"c{number}"} for number in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert texts(load_image_text(tmp_path)) == ["c0", "c1"]
+    assert texts(load_image_text(tmp_path, split="test")) == open_image_table(tmp_path).column("caption") == ["c2"]
+    assert not caplog.records
+
+
 def test_class_folders_in_splits(tmp_path):
     for number, name in enumerate(["train/cat", "train/dog", "test/dog", "test/cat", "test/cat"]):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)

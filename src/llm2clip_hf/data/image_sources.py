@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Image
 
 from .images import IMAGE_ENDINGS, METADATA_FILES, PATH_COLUMNS
-from .source_splits import SplitFiles, choose_split, metadata_files, open_named, open_parquet
+from .source_splits import SplitFiles, choose_split, is_data_file, metadata_files, open_named, open_parquet
 from .text_columns import to_python
 from .text_sources import Block, TextSource, open_files, open_source
 
@@ -71,10 +71,10 @@ def open_images_with_texts(
         dataset = open_parquet(parquet)
         if image_columns(dataset):
             return _with_images(dataset, open_source(dataset, None, None), image_column, root)
-    elif Path(source).is_dir():
+    elif Path(source).is_dir() and not any(is_data_file(file) and file.suffix != ".tar" for file in opened):
         tar = " Its tar files are shards: give them as `shards`." if any(f.suffix == ".tar" for f in opened) else ""
         raise ValueError(
-            f"The folder `{folder}` has none of {list(METADATA_FILES)} with the captions, and no parquet file.{tar}"
+            f"The folder `{folder}` has none of {list(METADATA_FILES)} with the captions, and no other table.{tar}"
         )
     tables = open_files(source, opened)
     return OpenedImages(tables, [""] * len(tables), root)

@@ -160,8 +160,9 @@ def _open(source: str | Path, split: str | None, subset: str | None, revision: s
         return _read_files(opened)
     if metadata := metadata_files(Path(source), opened):
         return _read_image_folder(Path(source), opened, metadata)
-    if parquet := [file for file in opened if file.suffix == ".parquet" and is_data_file(file)]:
-        return _read_files(parquet)
+    tables = [file for file in opened if file.suffix in _TABLE_ENDINGS and is_data_file(file)]
+    if tables:
+        return _read_files([file for file in tables if file.suffix == ".parquet"] or tables)
     return _read_class_folders(Path(source), [file for file in opened if file.suffix.lower() in IMAGE_ENDINGS])
 
 
@@ -190,7 +191,7 @@ def _read_class_folders(folder: Path, images: list[Path]) -> "datasets.Dataset":
     classes = sorted({file.parent.name for file in images if file.parent != folder})
     if not classes:
         raise ValueError(
-            f"The folder `{folder}` has neither parquet files, nor one of {list(METADATA_FILES)}, nor class folders."
+            f"The folder `{folder}` has neither tables, nor one of {list(METADATA_FILES)}, nor class folders."
         )
     images = [file for file in images if file.parent != folder]
     rows = {

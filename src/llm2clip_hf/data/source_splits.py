@@ -146,7 +146,8 @@ def _folder_splits(folder: Path, subset: str | None) -> tuple[dict[str, list[Pat
     }
     kept = set[Path]().union(*splits.values())
     left = [folder / name for name in names if folder / name not in kept]
-    if data := [path for path in left if _is_left_out(path)]:
+    kinds = {path.suffix.lower() for path in kept if _holds_data(path)}
+    if data := [path for path in left if _holds_data(path) and path.suffix.lower() in kinds]:
         logger.warning(
             "%d files of the folder `%s` belong to none of its splits %s, which `datasets` tells by names, and are "
             "not read; the first: `%s`.",
@@ -167,7 +168,7 @@ def metadata_files(folder: Path, files: list[Path]) -> list[Path]:
     return sorted({file.parent: file for file in found}.values())
 
 
-def _is_left_out(file: Path) -> bool:
+def _holds_data(file: Path) -> bool:
     return file.name not in METADATA_FILES and (is_data_file(file) or file.suffix.lower() in IMAGE_ENDINGS)
 
 
