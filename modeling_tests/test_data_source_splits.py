@@ -125,6 +125,10 @@ def test_an_image_folder_has_the_splits_of_datasets(tmp_path, caplog):
         assert texts(load_image_text(tmp_path)) == ["c0", "c1", "c2", "c3"]
 
     check()
+    for file in tmp_path.rglob("*.png"):
+        (elsewhere := tmp_path.parent / "elsewhere").mkdir(exist_ok=True)
+        (elsewhere / file.name).write_bytes(file.read_bytes())
+    assert texts(load_image_text(tmp_path, image_root=elsewhere, split="test")) == ["c4", "c5", "c6", "c7"]
     # One table for all splits, in which a row belongs to the split of its image.
     rows = [
         {"file_name": str(file.relative_to(tmp_path)), "caption": f"c{file.stem}"}

@@ -94,9 +94,9 @@ def _open_image_folder(folder: Path, files: SplitFiles, metadata: list[Path], ro
     sources = [table for file in metadata for table in open_files(file, [file])]
     prefixes = ["" if root != folder else os.path.relpath(file.parent, folder) for file in metadata]
     images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
-    if root != folder:  # the images are elsewhere
-        images = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-        images = [file for file in images if not file.name.startswith(".")]
+    if root != folder:  # The images are elsewhere, where those of other splits may be as well.
+        found = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+        images = [file for file in found if not (file.name.startswith(".") or files.others)]
     return OpenedImages(sources, prefixes, root, None, images, frozenset(map(full_path, files.others)))
 
 
