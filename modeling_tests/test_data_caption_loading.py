@@ -127,8 +127,9 @@ def test_real_captions_agree_over_forms_and_with_the_recorded_counts(shared_dir,
     # COCO's own form: one annotation per caption.
     notes = [{"image_id": row["image_id"], "caption": text} for row in rows for text in row["captions"]]
     (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": notes}))
-    long = load_captions(tmp_path / "coco.json", columns={"captions": "caption"}, image_column="image_id")
-    assert long.sha256 == table.sha256
+    for options in ({}, {"image_column": "image_id"}):  # which is what groups them if nothing is named
+        long = load_captions(tmp_path / "coco.json", columns={"captions": "caption"}, min_captions=2, **options)
+        assert long.sha256 == table.sha256
 
 
 def test_rows_of_one_image_are_merged_in_the_order_of_first_appearance():
@@ -187,12 +188,95 @@ def test_wrong_columns_are_refused_with_the_ones_that_exist(tmp_path, columns, m
         load_captions(write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "url": "u"}]), columns=columns)
 
 
+@pytest.mark.parametrize("early", [{}, {"long_caption": None}])
+@pytest.mark.parametrize("form", ["jsonl", "json", "rows", "pattern"])
+def test_column_that_begins_late_is_used_and_its_gaps_are_bad_rows(tmp_path, form, early):
+    rows = [{"caption": f"a {row}"} | early for row in range(9000)]
+    rows += [{"caption": f"a {row}", "long_caption": [f"b {row}"]} for row in range(9000, 9005)]
+    if form == "rows":
+        source = rows
+    elif form == "json":
+        source = tmp_path / "c.json"
+        source.write_text(json.dumps(rows))
+    elif form == "jsonl":
+        source = write_jsonl(tmp_path / "c.jsonl", rows)
+    else:
+        write_jsonl(tmp_path / "0.jsonl", rows[:9000])
+        write_jsonl(tmp_path / "1.jsonl", rows[9000:])
+        source = tmp_path / "*.jsonl"
+        if not early:  # which a file has to have
+            with pytest.raises(ValueError, match=r"0.jsonl` has no column \['long_caption'\]"):
+                load_captions(source)
+            return
+    with pytest.raises(ValueError, match="a caption in column `long_caption` is null"):
+        load_captions(source)
+    table = load_captions(source, on_bad_row="skip")
+    assert (len(table), table.source_names, table.report.bad_texts) == (9005, ("caption", "long_caption"), 9000)
+    assert table[9004] == ["a 9004", "b 9004"]
+    assert load_captions(source, columns="long_caption", on_bad_row="skip")[0] == ["b 9000"]
+
+
+def test_rows_of_another_type_are_named(tmp_path):
+    rows = [{"caption": value} for value in (7, None, "a", ["b", 3], {"en": "c"})]
+    table = load_captions(write_jsonl(tmp_path / "c.jsonl", rows), on_bad_row="skip")
+    assert [table[row] for row in range(len(table))] == [["a"], ["b"]]
+    told = [example.split("c.jsonl`, ")[1].split(": ")[0] for example in table.report.examples]
+    assert [line.split(":")[0] for line in told] == ["line 1", "line 2", "line 4", "line 5", "line 1"]
+
+
+NEGATIVES = ["negative_caption", "hard_negative_captions", "neg_caption", "captions_neg_caption", "Negative_Captions"]
+NEGATIVES += ["neg1_caption", "hardNegative_caption", "foil_caption", "false_caption", "hn_caption"]
+
+
+@pytest.mark.parametrize("column", NEGATIVES)
+def test_negatives_are_captions_only_if_named(column, caplog):
+    rows = [{"caption": "a cat", column: "a dog"}]
+    table = load_captions(rows)
+    assert (table.source_names, table[0]) == (("caption",), ["a cat"])
+    assert column in caplog.text
+    assert load_captions(rows, columns=["caption", column])[0] == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="no column that is known to hold captions"):
+        load_captions([{column: "a dog"}])
+    assert load_captions([{"negation_caption": "b", "shard_caption": "c"}]).num_captions == 2
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "csv.gz"])
+def test_delimiter_is_that_of_the_header(tmp_path, delimiter, mark, ending):
+    rows = [["id", "raw_caption", "long_caption"], ["1", "a; b, c | d", 'tab\t"and"\nline'], ["2", "x", "y;z"]]
+    text = mark + "".join(
+        delimiter.join(f'"{cell.replace(chr(34), chr(34) * 2)}"' for cell in row) + "\r\n" for row in rows
+    )
+    raw = text.encode()
+    (tmp_path / f"c.{ending}").write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
+    table = load_captions(tmp_path / f"c.{ending}")
+    assert table.source_names == ("raw_caption", "long_caption")
+    assert [table[0], table[1]] == [rows[1][1:], rows[2][1:]]
+
+
+def test_header_with_several_or_quoted_delimiters(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("id;caption|note\n1;a|b\n")
+    with pytest.raises(ValueError, match=r"no ',' in its first line but \[';', '\|'\]"):
+        load_captions(path)
+    path.write_text('"caption"\n"one; column, of | text"\n')
+    assert load_captions(path)[0] == ["one; column, of | text"]
+    path.write_text('"a; caption"\n"x; y"\n')
+    assert load_captions(path, columns="a; caption")[0] == ["x; y"]
+    path.write_text("id,caption;en\n1,x;y\n")
+    assert load_captions(path, columns="caption;en")[0] == ["x;y"]
+    path.write_bytes("id;l\xe9gende_caption\n1;a\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"c.csv`, line 1: is not UTF-8 \(byte 0xe9 at position 4\); save the file"):
+        load_captions(path)
+
+
 # By file name: the content, of whose three rows the second is unreadable, and where and how.
 BAD_FILES = {
     "bytes.jsonl": (b'{"captions":["a"]}\n{"captions":["\xff"]}\n{"captions":["b"]}', "line 2: the row is not UTF-8"),
     "json.jsonl": (b'{"captions":["a"]}\n\n{"captions":\n{"captions":["b"]}\n', "line 3: the row is not JSON"),
     "list.jsonl": (b'{"captions":["a"]}\n["x"]\n{"captions":["b"]}\n', "line 2: the row is a JSON list"),
-    "bytes.csv": (b"id,caption\n1,a\n2,\xe9t\xe9\n3,b\n", "line 3: the row is not UTF-8"),
+    "bytes.csv": (b"id,caption\n1,a\n2,\xe9t\xe9\n3,b\n", "line 3: the row is not UTF-8 (byte 0xe9"),
     "fields.csv": (b'id,caption\n1,a\n2,x,"y\nz"\n3,b\n', "line 3: the row has 3 fields, the header has 2"),
     "fields.tsv": (b"\xef\xbb\xbfid\tcaption\n1\ta\n2\n3\tb\n", "line 3: the row has 1 fields, the header has 2"),
 }
@@ -334,7 +418,7 @@ def test_wrong_files_are_refused(tmp_path):
 def test_later_file_without_the_column_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}])
     write_jsonl(tmp_path / "b.jsonl", [{"text": "y"}])
-    with pytest.raises(ValueError, match=r"b.jsonl` has no column \['caption'\]; it has `text`"):
+    with pytest.raises(ValueError, match=r"b.jsonl` has no column \['caption'\], .*; it has `text`"):
         load_captions(tmp_path)
 
 

@@ -80,6 +80,51 @@ def test_stream_is_the_same_over_workers_ranks_and_order(num_shards, num_workers
     assert stream.report.rows_kept == 2 * 150 * (2 + (3 if num_shards == 1 else 1))
 
 
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda stream: stream.shuffle(buffer_size=40),
+        lambda stream: stream.shuffle(seed=3, buffer_size=40).take(150),
+        lambda stream: stream.filter(lambda row: row["label"] >= 0).with_format("torch").shuffle(None, None, 40),
+        lambda stream: stream.skip(0).repeat(1).map(lambda row: row),
+        lambda stream: stream.shard(1, 0).select_columns(["anchor", "positive", "label"]),
+    ],
+)
+def test_streams_made_by_methods_keep_instruction_and_draw_by_their_epoch(derive):
+    def make():
+        stream = stream_caption_pairs(stream_of(), id_column="key", seed=4, instruction="Find it.")
+        return derive(stream)
+
+    pairs, (stream, again) = CaptionPairDataset(SOURCES, seed=4), (make(), make())
+    orders = []
+    for epoch in (0, 1, 2):
+        pairs.set_epoch(epoch)
+        for each in (stream, again):
+            each.set_epoch(epoch)
+        rows = list(stream)
+        assert by_label(rows) == {row: pairs[row] for row in range(150)}
+        orders.append([int(row["label"]) for row in rows])
+        assert [int(row["label"]) for row in again] == orders[-1]
+    assert stream.instruction == "Find it."
+    assert stream.report.rows_kept == 450
+    if "shuffle" in derive.__code__.co_names:
+        assert orders[0] != orders[1] != orders[2] != list(range(150))
+
+
+def test_shuffled_stream_resumes_in_a_later_pass():
+    def make():
+        return stream_caption_pairs(stream_of(num_shards=3), id_column="key", seed=2).shuffle(buffer_size=20)
+
+    stream = make()
+    stream.set_epoch(3)
+    whole, iterator = list(stream), iter(stream)
+    head = [next(iterator) for _ in range(64)]
+    fresh = make()
+    fresh.set_epoch(3)
+    assert head == whole[:64]
+    assert list(fresh)[64:] == whole[64:]
+
+
 def test_single_shard_without_id_is_the_same_over_ranks():
     stream = stream_caption_pairs(stream_of(), seed=4)
     pairs = CaptionPairDataset(SOURCES, seed=4)
@@ -146,6 +191,10 @@ def test_columns_are_found_without_declared_features():
     stream = stream_of(ROWS[:4]).map(lambda row: row)
     assert stream.features is None
     assert list(stream_caption_pairs(stream)) == list(pairs.to_dataset())
+    # A column that is null at first is read all the same, and its gaps are named.
+    late = stream_of([ROWS[0] | {"long_captions": None}, *ROWS[1:4]]).map(lambda row: row)
+    with pytest.raises(ValueError, match="Row 0 of the stream.* `long_captions` is null"):
+        list(stream_caption_pairs(late))
     only = stream_caption_pairs(stream_of(ROWS[2:3]), columns="long_captions", id_column="key")
     assert all(row["anchor"].startswith("long 2") for row in only)
 

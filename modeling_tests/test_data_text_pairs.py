@@ -166,3 +166,16 @@ def test_dropout_pairs_refuse_bad_lines(tmp_path):
         DropoutPairDataset(["= Title =", "short"])
     with pytest.raises(ValueError, match="has no column `line`; it has `text`"):
         DropoutPairDataset(path, column="line")
+
+
+def test_column_of_negatives_that_begins_late_is_used():
+    rows = [{"query": f"q {row}", "positive": f"p {row}"} for row in range(200)]
+    pairs = TextPairDataset([*rows, rows[0] | {"negative": "n"}], on_bad_row="skip")
+    assert (len(pairs), pairs[0]["negative"], pairs.report.too_few_texts) == (1, "n", 200)
+
+
+def test_anchor_that_is_a_list_is_a_bad_row():
+    rows = [{"query": "q", "positive": "p"}, {"query": ["x", "y"], "positive": "p"}]
+    with pytest.raises(ValueError, match="Row 1: the anchor is not a string"):
+        TextPairDataset(rows)
+    assert len(TextPairDataset(rows, on_bad_row="skip")) == 1

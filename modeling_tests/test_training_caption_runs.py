@@ -13,7 +13,7 @@ from test_training_caption_contrastive import CAPTIONS, arguments, encoder_with_
 from test_training_single_source import Stream, Texts
 from transformers import TrainerCallback
 
-from llm2clip_hf.data import CaptionPairDataset
+from llm2clip_hf.data import CaptionPairDataset, stream_caption_pairs
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
 from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
 
@@ -26,6 +26,10 @@ def training_set(kind: str):
             "captions": CaptionPairDataset(CAPTIONS, seed=3),
             "texts": Texts("text", 12, "find the text: ", negatives=True),
         }
+    if kind == "shuffled":
+        rows = datasets.Dataset.from_dict({"key": list(range(len(CAPTIONS))), "captions": CAPTIONS})
+        pairs = stream_caption_pairs(rows.to_iterable_dataset(), id_column="key", seed=3, instruction="find it: ")
+        return pairs.shuffle(buffer_size=9)
     return Stream(13)
 
 
@@ -116,6 +120,24 @@ def test_stream_trains_for_max_steps_over_its_end(llm_dir, tmp_path):  # noqa: F
     assert read[:20] == [f"a {number % 7}" for number in range(20)]
 
 
+def test_shuffled_stream_keeps_its_instruction_and_draws_anew_in_every_pass(llm_dir, tmp_path):  # noqa: F811
+    args = arguments(tmp_path, max_steps=14, save_strategy="no")  # three passes and a bit
+    trainer = CaptionContrastiveTrainer(encoder_with_random_lora(llm_dir), args, training_set("shuffled"))
+    batches = record_batches(trainer)
+    trainer.train()
+    assert all("anchor_prompt_length" in each["batch"] for each in batches)
+    read = [row for each in batches for row in each["rows"]]
+    pairs, size = CaptionPairDataset(CAPTIONS, seed=3), len(CAPTIONS)
+    orders = []
+    for epoch in range(3):
+        pairs.set_epoch(epoch)
+        drawn = read[epoch * size : (epoch + 1) * size]
+        orders.append([row["label"] for row in drawn])
+        assert sorted(orders[-1]) == list(range(size))
+        assert all(row["anchor"] == pairs[row["label"]]["anchor"] for row in drawn)
+    assert orders[0] != orders[1] != orders[2]
+
+
 # ----------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -142,6 +164,7 @@ def run(llm_dir, folder: Path, kind: str, resume: bool = False, kill: int | None
         ("pairs", 8, {"mini_batch_tokens": 60}),  # within the second epoch
         ("mixed", 5, {"gradient_accumulation_steps": 2}),  # at the end of the first
         ("stream", 4, {}),
+        ("shuffled", 8, {}),  # within the second pass
     ],
 )
 def test_killed_run_goes_on_with_the_same_weights(llm_dir, tmp_path, kind, kill, kwargs):  # noqa: F811

@@ -52,10 +52,11 @@ def load_captions(
         columns (*optional*):
             Caption columns, each of strings or of lists of strings; every column is a caption source of its own.
             A mapping names the sources: `{"dense": "longSV_captions"}`. By default all columns called `caption(s)`,
-            `*_caption(s)`, `raw`, `short` or `long`; without one, `text`, `texts` or `sentences`.
+            `*_caption(s)`, `raw`, `short` or `long`, in any row or file; without one, `text`, `texts` or `sentences`.
+            Columns that their name calls wrong captions, such as `negative_caption`, are only read if named here.
         image_column (`str`, *optional*):
             Column with the id of the image, for tables with several rows per image, such as one row per caption. Rows
-            of equal id become one image, at the place of the first.
+            of equal id become one image, at the place of the first. In COCO's annotation files, `image_id`.
         split (`str`, *optional*): split of a Hub data set, a `DatasetDict`, or a folder, which has the splits that
             `datasets` tells by the names of its files; without it `default_split`, or the only one.
         subset (`str`, *optional*): configuration of a Hub data set.
@@ -85,11 +86,11 @@ def load_captions(
     bad = BadRows(on_bad_row)
     # Step (1)
     sources = open_text_source(source, split, subset, default_split)
-    chosen = resolve_caption_columns(columns, sources[0].kinds, sources[0].name)
-    if image_column is not None and image_column not in sources[0].kinds:
-        raise ValueError(
-            f"There is no image column `{image_column}`; the table has {describe_kinds(sources[0].kinds)}."
-        )
+    kinds = kinds_of(sources)
+    chosen = resolve_caption_columns(columns, kinds, sources[0].name)
+    image_column = image_column or sources[0].image_column
+    if image_column is not None and image_column not in kinds:
+        raise ValueError(f"There is no image column `{image_column}`; the table has {describe_kinds(kinds)}.")
 
     # Steps (2) and (3)
     texts, places, groups = _read(sources, list(chosen.values()), image_column, bad)
@@ -122,11 +123,23 @@ def open_text_source(
     return open_source(source, split, subset, default_split)
 
 
+def kinds_of(sources: "list[TextSource]") -> dict[str, str]:
+    """The columns of all tables; of a column that differs, the kind in the first table where it holds texts."""
+    kinds: dict[str, str] = {}
+    for name, kind in [item for source in sources for item in source.kinds.items()]:
+        if kinds.get(name, "other") == "other":
+            kinds[name] = kind
+    return kinds
+
+
 def good_blocks(sources: "list[TextSource]", columns: Sequence[str], bad: BadRows) -> "Iterator[Block]":
     """The blocks of all tables, without their unreadable rows, which are counted."""
     for source in sources:
         if absent := [column for column in columns if column not in source.kinds]:
-            raise ValueError(f"`{source.name}` has no column {absent}; it has {describe_kinds(source.kinds)}.")
+            raise ValueError(
+                f"`{source.name}` has no column {absent}, which other files have or `columns` names; it has "
+                f"{describe_kinds(source.kinds)}."
+            )
         for block in source.blocks(columns):
             bad.report.rows_read += len(block.numbers) + len(block.broken)
             for number, problem in block.broken:

@@ -2,7 +2,8 @@
 """The streamed form of `CaptionPairDataset`: a `datasets.IterableDataset` whose draws follow its epoch."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import datasets
@@ -19,11 +20,16 @@ _WORKER_SLOTS = 256
 _COUNTERS = ("rows_read", "rows_kept", "texts_kept", "bad_rows", "bad_texts", "too_few_texts")
 
 FEATURES = {"anchor": "string", "positive": "string", "label": "int64"}
+# Methods of `IterableDataset` that give another one, which must go on drawing by epoch. The others call these.
+_DERIVING = (
+    *("map", "filter", "shard", "reshard", "skip", "take", "repeat", "with_format", "batch", "cast", "cast_column"),
+    *("select_columns", "remove_columns", "rename_columns", "rename_column"),
+)
 
 
 class CaptionPairStream(datasets.IterableDataset):
     """
-    What `stream_caption_pairs` returns.
+    What `stream_caption_pairs` returns; `shuffle` and its other methods give one with the same draws and instruction.
 
     Args:
         mapped: the stream of pairs, made by `map`.
@@ -37,6 +43,14 @@ class CaptionPairStream(datasets.IterableDataset):
         self._draw = draw
         self.instruction = instruction
 
+    def shuffle(
+        self, seed: int | None = None, generator: np.random.Generator | None = None, *args: Any, **kwargs: Any
+    ) -> "CaptionPairStream":
+        """`IterableDataset.shuffle`, by default with the seed of the draws, so that runs and processes agree."""
+        if seed is None and generator is None:
+            seed = self._draw.seed
+        return CaptionPairStream(super().shuffle(seed, generator, *args, **kwargs), self._draw, self.instruction)
+
     def set_epoch(self, epoch: int) -> None:
         """Draw the pairs (and, after `shuffle`, the order) of epoch `epoch` from the next iteration on."""
         super().set_epoch(epoch)
@@ -47,6 +61,19 @@ class CaptionPairStream(datasets.IterableDataset):
         """Counts since the stream was made, over all workers of this process and all epochs."""
         totals = self._draw.counts.sum(dim=0).tolist()
         return LoadReport(**dict(zip(_COUNTERS, totals)))
+
+
+def _keeping_draws(method: Callable[..., datasets.IterableDataset]) -> Callable[..., CaptionPairStream]:
+    @wraps(method)
+    def derive(self: CaptionPairStream, *args: Any, **kwargs: Any) -> CaptionPairStream:
+        return CaptionPairStream(method(self, *args, **kwargs), self._draw, self.instruction)
+
+    return derive
+
+
+for _name in _DERIVING:
+    if hasattr(datasets.IterableDataset, _name):
+        setattr(CaptionPairStream, _name, _keeping_draws(getattr(datasets.IterableDataset, _name)))
 
 
 class PairDraw:
@@ -73,7 +100,7 @@ class PairDraw:
     ) -> None:
         self._columns = tuple(columns)
         self._id_column, self._id_from_content = id_column, id_from_content
-        self._seed, self._sides, self._on_bad_row = seed, sides, on_bad_row
+        self.seed, self._sides, self._on_bad_row = seed, sides, on_bad_row
         BadRows(on_bad_row)  # refuses an unknown policy
         # In shared memory: workers that live on see a new epoch, and their counts arrive here.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -131,7 +158,7 @@ class PairDraw:
 
     def _pairs(self, rows: Sequence[tuple[int, list[str], list[int]]]) -> dict[str, list[Any]]:
         labels = [label for label, _, _ in rows]
-        bits = pair_bits(self._seed, int(self.epoch), np.array(labels, dtype=np.int64))
+        bits = pair_bits(self.seed, int(self.epoch), np.array(labels, dtype=np.int64))
         pairs: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": labels}
         for (_, texts, source_ids), *row_bits in zip(rows, *bits):
             anchor, positive, _ = draw_pair(texts, source_ids, self._sides, *row_bits)

@@ -2,9 +2,9 @@
 """Caption pairs from data sets that are larger than a disk: streamed, and still the same for any number of workers."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .caption_columns import resolve_caption_columns
+from .caption_columns import learn_kinds, resolve_caption_columns
 from .pair_draws import resolve_sides
 
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["stream_caption_pairs"]
 
 _ROWS_PER_BATCH = 64
+_ROWS_TO_LEARN_COLUMNS = 100
 
 
 def stream_caption_pairs(
@@ -42,7 +43,8 @@ def stream_caption_pairs(
 
     Args:
         dataset (`datasets.IterableDataset`): rows with captions, for example `load_dataset(..., streaming=True)`.
-        columns (*optional*): caption columns, as for `load_captions`.
+        columns (*optional*):
+            Caption columns, as for `load_captions`; of a stream without declared features, found in its first rows.
         id_column (`str`, *optional*):
             Column with a unique, non-negative integer or a unique string per image, such as its key or URL. Needed
             with several shards unless `id_from_content` is set.
@@ -59,8 +61,9 @@ def stream_caption_pairs(
 
     Returns:
         `datasets.IterableDataset` of `{"anchor": str, "positive": str, "label": int}` with `set_epoch(epoch)`,
-        `instruction`, and `report` (`LoadReport`). Streams made from it (`shuffle`, `split_dataset_by_node`) draw the
-        pairs of the epoch that is set on this one.
+        `instruction`, and `report` (`LoadReport`). Streams made by its methods, such as `shuffle`, have these too and
+        draw with it: the epoch set on either counts. `split_dataset_by_node` of `datasets` gives a plain stream, which
+        draws the pairs of the epoch that is set here.
 
     Raises:
         ValueError: if the columns do not fit, or the rows cannot be identified.
@@ -122,11 +125,7 @@ def _column_kinds(dataset: "datasets.IterableDataset") -> dict[str, str]:
 
     if dataset.features is not None:
         return {column.name: column_kind(column.type) for column in dataset.features.arrow_schema}
-    first: dict[str, Any] | None = next(iter(dataset.take(1)), None)
-    if first is None:
+    kinds = learn_kinds(dataset.take(_ROWS_TO_LEARN_COLUMNS), of_null="string")
+    if not kinds:
         raise ValueError("The stream has no row.")
-    kinds = {}
-    for name, value in first.items():
-        is_texts = isinstance(value, (list, tuple)) and all(isinstance(text, str) or text is None for text in value)
-        kinds[name] = "string" if isinstance(value, str) else "list" if is_texts else "other"
     return kinds

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .caption_columns import check_columns, describe_kinds
-from .caption_loading import good_blocks, open_text_source
+from .caption_loading import good_blocks, kinds_of, open_text_source
 from .load_report import BadRows, LoadReport, describe_place, text_problem
 from .pair_dataset import PairDataset
 from .sampling import random_bits
@@ -82,7 +82,7 @@ class TextPairDataset(PairDataset):
     ) -> None:
         bad = BadRows(on_bad_row)
         sources = open_text_source(source, split, subset)
-        roles = _resolve_roles(columns, sources[0])
+        roles = _resolve_roles(columns, kinds_of(sources), sources[0].name)
         self._columns, self._labels = _read_pairs(sources, roles, bad)
         super().__init__(len(self._labels), seed, instruction, has_negatives="negative" in roles)
         self.report = _finish_report(self._columns, bad, "the text pairs")
@@ -146,7 +146,7 @@ class DropoutPairDataset(PairDataset):
         if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(x, str) for x in source):
             source = {column: source}
         sources = open_text_source(source, split, subset)
-        check_columns([column], sources[0].kinds, sources[0].name)
+        check_columns([column], kinds_of(sources), sources[0].name)
         self._texts, self._labels = _read_sentences(sources, column, min_characters, bad)
         super().__init__(len(self._labels), 0, instruction, has_negatives=False)
         self.report = _finish_report({"anchor": self._texts}, bad, "the text lines")
@@ -161,14 +161,14 @@ def _choose(texts: str | Sequence[str], bits: int) -> str:
     return texts if isinstance(texts, str) else texts[bits % len(texts)]
 
 
-def _resolve_roles(columns: Mapping[str, str] | None, source: "TextSource") -> dict[str, str]:
-    where = f"`{source.name}`" if source.name else "The table"
+def _resolve_roles(columns: Mapping[str, str] | None, kinds: Mapping[str, str], name: str) -> dict[str, str]:
+    where = f"`{name}`" if name else "The table"
     if columns is None:
-        found = {role: [name for name in names if name in source.kinds] for role, names in _ROLE_NAMES.items()}
+        found = {role: [column for column in names if column in kinds] for role, names in _ROLE_NAMES.items()}
         if not found["anchor"] or not found["positive"]:
             raise ValueError(
                 f"{where} has no columns that are known to hold text pairs, such as `query` and `positive`; it has "
-                f"{describe_kinds(source.kinds)}. Name them: "
+                f"{describe_kinds(kinds)}. Name them: "
                 '`columns={"anchor": ..., "positive": ..., "negative": ...}`.'
             )
         if several := [names for names in found.values() if len(names) > 1]:
@@ -178,8 +178,8 @@ def _resolve_roles(columns: Mapping[str, str] | None, source: "TextSource") -> d
         raise ValueError(
             f'`columns` names the roles {sorted(columns)}. Expected "anchor", "positive", and "negative" for triplets.'
         )
-    check_columns(columns.values(), source.kinds, source.name)
-    if source.kinds[columns["anchor"]] != "string":
+    check_columns(columns.values(), kinds, name)
+    if kinds[columns["anchor"]] != "string":
         raise ValueError(f"The anchor column `{columns['anchor']}` of {where} holds lists. Anchors are strings.")
     return {role: columns[role] for role in _ROLE_NAMES if role in columns}
 
@@ -212,7 +212,7 @@ def _clean_row(entry: Mapping[str, Any], block: "Block", number: int, bad: BadRo
     row: dict[str, Any] = {}
     for role, value in entry.items():
         kept: dict[str, None] = {}
-        for text in value if isinstance(value, (list, tuple)) else [value]:
+        for text in value if isinstance(value, (list, tuple)) and role != "anchor" else [value]:
             problem = text_problem(text)
             if problem is None and text in seen:
                 problem = f"equals {'the anchor' if role == 'positive' else 'the anchor or a positive'}"

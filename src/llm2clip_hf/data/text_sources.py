@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
+from .caption_columns import learn_kinds
 from .caption_entries import root_column, with_entries
 from .load_report import describe_place
 from .source_splits import choose_split, is_data_file, open_named
@@ -29,7 +30,7 @@ from .text_columns import arrow_entry, arrow_kinds
 
 
 ROWS_PER_BLOCK = 8192
-_ROWS_TO_LEARN_COLUMNS = 100
+_DELIMITERS = ",;\t|"
 
 # A row that could not be read is the text that says why.
 Record = Mapping[str, Any] | str
@@ -65,11 +66,13 @@ class TextSource:
         name: for messages.
         kinds: `"string"`, `"list"` or `"other"` by column name.
         blocks: reads the named columns, block by block.
+        image_column: column with the id of the image, where the form of the file says that a row is a caption.
     """
 
     name: str
     kinds: dict[str, str]
     blocks: Callable[[Sequence[str]], Iterator[Block]]
+    image_column: str | None = None
 
 
 def open_source(
@@ -184,7 +187,9 @@ def _arrow_blocks(table: pa.Table, names: Sequence[str], name: str, start: int) 
 # ----------------------------------------------------------------------------------------------------------- records
 
 
-def _record_source(name: str, unit: str, open_records: Callable[[], Records]) -> TextSource:
+def _record_source(
+    name: str, unit: str, open_records: Callable[[], Records], *, has_fixed_columns: bool = False
+) -> TextSource:
     def read() -> Records:
         try:
             for number, record in open_records():
@@ -192,11 +197,9 @@ def _record_source(name: str, unit: str, open_records: Callable[[], Records]) ->
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"`{name}` cannot be read to its end: {error}.") from error
 
-    kinds: dict[str, str] = {}
-    for _, record in itertools.islice(read(), _ROWS_TO_LEARN_COLUMNS):
-        for key, value in {} if isinstance(record, str) else record.items():
-            if kinds.get(key, "other") == "other":
-                kinds[key] = _kind_of(value)
+    good = (record for _, record in read() if not isinstance(record, str))
+    # Rows of JSON have columns of their own, so all of them are looked at.
+    kinds = learn_kinds(itertools.islice(good, 1) if has_fixed_columns else good)
 
     def blocks(columns: Sequence[str]) -> Iterator[Block]:
         numbered = read()
@@ -207,13 +210,6 @@ def _record_source(name: str, unit: str, open_records: Callable[[], Records]) ->
             yield Block(values, name, unit, [number for number, _ in good], broken)
 
     return TextSource(name, kinds, blocks)
-
-
-def _kind_of(value: Any) -> str:
-    if isinstance(value, str):
-        return "string"
-    is_texts = isinstance(value, (list, tuple)) and all(isinstance(text, str) or text is None for text in value)
-    return "list" if is_texts else "other"
 
 
 def _checked_rows(rows: Sequence[Any]) -> Iterator[Record]:
@@ -249,11 +245,11 @@ def _read_lines(file: Path) -> TextSource:
                 except UnicodeDecodeError as error:
                     yield number, _undecodable(error)
 
-    return _record_source(str(file), "line", records)
+    return _record_source(str(file), "line", records, has_fixed_columns=True)
 
 
 def _undecodable(error: UnicodeDecodeError) -> str:
-    return f"is not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})"
+    return f"is not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start}); save the file as UTF-8"
 
 
 def _read_json_lines(file: Path) -> TextSource:
@@ -289,23 +285,27 @@ def _read_json(file: Path) -> TextSource:
         if error.msg == "Extra data":
             return _read_json_lines(file)  # `Dataset.to_json` writes JSON lines under this ending
         raise ValueError(f"`{file}` is not a JSON file: {error}.") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("annotations"), list):
-        loaded = loaded["annotations"]  # the form of COCO's caption files
+    is_coco = isinstance(loaded, dict) and isinstance(loaded.get("annotations"), list)
+    if is_coco:
+        loaded = loaded["annotations"]
     elif isinstance(loaded, dict) and "\n" not in content:
         return _read_json_lines(file)
     if not isinstance(loaded, list):
         raise ValueError(f"`{file}` holds a JSON {type(loaded).__name__}. Expected a list with one object per row.")
-    return _record_source(str(file), "row", lambda: enumerate(_checked_rows(loaded)))
+    source = _record_source(str(file), "row", lambda: enumerate(_checked_rows(loaded)))
+    if is_coco and "image_id" in source.kinds:
+        source.image_column = "image_id"
+    return source
 
 
 def _read_csv(file: Path) -> TextSource:
-    delimiter = "\t" if _format_of(file) == ".tsv" else ","
-
     def records() -> Records:
         # Undecodable bytes come as lone surrogates, which no valid file can hold, so they mark their row.
         with _open_bytes(file) as stream:
-            lines = (line.decode("utf-8", errors="surrogateescape") for line in stream)
-            reader = csv.reader(_without_mark(lines), delimiter=delimiter)
+            first = stream.readline().removeprefix(b"\xef\xbb\xbf")
+            delimiter = _delimiter_of(first, file)
+            lines = (line.decode("utf-8", errors="surrogateescape") for line in itertools.chain([first], stream))
+            reader = csv.reader(lines, delimiter=delimiter)
             try:
                 header = next(reader, [])
                 if len(set(header)) < len(header) or not header:
@@ -319,12 +319,25 @@ def _read_csv(file: Path) -> TextSource:
                 where = describe_place(str(file), "line", reader.line_num)
                 raise ValueError(f"{where} the file cannot be read as CSV from here on: {error}.") from error
 
-    return _record_source(str(file), "line", records)
+    return _record_source(str(file), "line", records, has_fixed_columns=True)
 
 
-def _without_mark(lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines):
-        yield line.removeprefix("\ufeff") if number == 0 else line
+def _delimiter_of(line: bytes, file: Path) -> str:
+    """What separates the names in the first line: what the ending says, or the one other character that can."""
+    try:
+        header = re.sub(r'"(?:[^"]|"")*"', "", line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{describe_place(str(file), 'line', 1)} {_undecodable(error)}.") from error
+    usual = "\t" if _format_of(file) == ".tsv" else ","
+    found = [character for character in _DELIMITERS if character in header]
+    if usual in found or not found:
+        return usual
+    if len(found) > 1:
+        raise ValueError(
+            f"`{file}` has no {usual!r} in its first line but {found}, so what separates its columns is not clear: "
+            f"{line.decode().strip()[:80]!r}. Separate them by {usual!r}."
+        )
+    return found[0]
 
 
 def _csv_record(header: Sequence[str], row: Sequence[str]) -> Record:
@@ -332,9 +345,9 @@ def _csv_record(header: Sequence[str], row: Sequence[str]) -> Record:
         return f"has {len(row)} fields, the header has {len(header)}"
     if not all(map(str.isascii, row)):
         try:
-            "".join(row).encode()
-        except UnicodeEncodeError:
-            return "is not UTF-8"
+            "".join(row).encode("utf-8", errors="surrogateescape").decode("utf-8")
+        except UnicodeDecodeError as error:
+            return _undecodable(error)
     return dict(zip(header, row))
 
 
