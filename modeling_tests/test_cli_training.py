@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from shard_files import CAPTION_FIELDS, write_shards
 from test_training_clip_modes import clip_text_tower
 from tiny_data import write_training_files
@@ -275,6 +276,145 @@ def test_standard_output_holds_the_result_alone(folder: Path, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert captured.out == f"written   {folder / 'quiet'}\n"
     assert "'loss'" in captured.err
+
+
+def unfinished(folder: Path, marker: str) -> None:
+    """As a kill between the last checkpoint and the saving of the model leaves it."""
+    (folder / marker).unlink()
+    assert list(folder.glob("checkpoint-*"))
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    first, second = (load_file(path / "model.safetensors") for path in (one, two))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def stage1(folder: Path, tmp_path: Path) -> list[object]:
+    """A stage-1 run, killed after its last checkpoint."""
+    shutil.copytree(folder / "llm", tmp_path / "llm")
+    shutil.copy(folder / "captions.jsonl", tmp_path / "captions.jsonl")
+    argv = [
+        "train-captions", "--llm", tmp_path / "llm", "--captions", tmp_path / "captions.jsonl", "--num_test_images", 0,
+        "--output_dir", tmp_path / "cc", "--max_steps", 3, "--save_steps", 2, "--warmup_steps", 0, "--lora_r", 4,
+        *COMMON,
+    ]  # fmt: skip
+    run(*argv)
+    shutil.copytree(tmp_path / "cc", tmp_path / "whole")
+    unfinished(tmp_path / "cc", "modules.json")
+    shutil.rmtree(tmp_path / "cc" / "checkpoint-3")
+    return argv
+
+
+def test_rerun_after_a_kill_continues_the_same_run(stage1: list[object], tmp_path: Path) -> None:
+    recorded = json.loads((tmp_path / "cc" / "run.json").read_text())
+    assert (recorded["learning_rate"], recorded["lora_r"], recorded["pairs_per_batch"]) == (2e-4, 4, 8)
+    assert recorded["source captions"]["sha256"] == load_captions(tmp_path / "captions.jsonl").sha256
+    # What does not change the course of a run may change, and files may have moved.
+    shutil.move(tmp_path / "llm", tmp_path / "elsewhere")
+    changed = [tmp_path / "elsewhere" if value == tmp_path / "llm" else value for value in stage1]
+    state = tmp_path / "cc" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"log_history": [{"step": 1, "mark": 5}]}))
+    run(*changed, "--logging_steps", 1, "--report_to", "none")
+    assert json.loads((tmp_path / "cc" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"][0]["mark"]
+    assert same_weights(tmp_path / "cc", tmp_path / "whole")
+    unfinished(tmp_path / "cc", "modules.json")
+    run(*changed, "--mini_batch_size", 4)
+    unfinished(tmp_path / "cc", "modules.json")
+    run(*changed, "--resume_from_checkpoint", "none")  # from the beginning
+    state = tmp_path / "cc" / "checkpoint-3" / "trainer_state.json"
+    assert not any("mark" in entry for entry in json.loads(state.read_text())["log_history"])
+
+
+OTHER_RUNS = {
+    "learning_rate": ["--learning_rate", "0.001"],
+    "max_steps": ["--max_steps", "5"],
+    "seed": ["--seed", "7"],
+    "lora_r": ["--lora_r", "2"],
+    "template": ["--template", "none"],
+    "scale": ["--scale", "20"],
+    "mntp_steps": ["--mntp_steps", "1"],
+    "pairs_per_batch": ["--per_device_train_batch_size", "4"],
+    "source captions": ["--hard_negatives"],
+}
+
+
+def test_folder_of_another_run_is_refused(
+    stage1: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*options: object) -> str:
+        assert cli.main([str(value) for value in (*stage1, *options)]) == 1
+        return capsys.readouterr().err
+
+    for name, options in OTHER_RUNS.items():
+        told = refused(*options)
+        assert f"holds checkpoints of another run: `{name}` was " in told, told
+        assert "Choose another `--output_dir`" in told
+        assert "`learning_rate`" not in told or name == "learning_rate"
+    assert "of another run: `seed` was 42 and is 7" in refused("--seed", 7, "--resume_from_checkpoint", "last")
+    assert "of another run: `seed`" in refused("--seed", 7, "--check")
+
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, tmp_path / "llm" / "model.safetensors", {"format": "pt"})
+    assert "of another run: `llm` was" in refused()
+    save_file(weights, tmp_path / "llm" / "model.safetensors", {"format": "pt"})
+    lines = (tmp_path / "captions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "captions.jsonl").write_text("".join([*lines[1:], lines[0]]))
+    assert "of another run: `source captions` was" in refused()
+    (tmp_path / "captions.jsonl").write_text("".join(lines))
+
+    (tmp_path / "cc" / "run.json").unlink()
+    assert "left no `run.json`" in refused()
+    run(*stage1, "--resume_from_checkpoint", "last")
+    assert same_weights(tmp_path / "cc", tmp_path / "whole")
+
+
+def test_mntp_of_another_run_is_never_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "train-captions", "--llm", folder / "llm", "--captions", folder / "captions.jsonl", "--num_test_images", 0,
+        "--output_dir", tmp_path / "cc", "--max_steps", 1, "--mntp_steps", 1, "--lora_r", 4, *COMMON,
+    ]  # fmt: skip
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise ValueError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llm2clip_hf.training.build_caption_encoder", killed)
+        assert cli.main([str(value) for value in argv]) == 1
+    capsys.readouterr()
+    assert (tmp_path / "cc" / "mntp" / "config.json").is_file()
+    for options in (["--mntp_steps", "2"], ["--seed", "3"]):
+        assert cli.main([str(value) for value in (*argv, *options)]) == 1
+        assert f"of another run: `{options[0][2:]}` was" in capsys.readouterr().err
+    monkeypatch.setattr("llm2clip_hf.training.MNTPTrainer", killed)  # which this run has behind it
+    run(*argv)
+
+
+def test_stage_2_knows_its_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "llm", "--data",
+        folder / "train.parquet", "--projection_dim", 20, "--output_dir", tmp_path / "clip", "--max_steps", 3,
+        "--save_steps", 2, *COMMON,
+    ]  # fmt: skip
+    run(*argv)
+    shutil.copytree(tmp_path / "clip", tmp_path / "whole")
+    unfinished(tmp_path / "clip", "config.json")
+    shutil.rmtree(tmp_path / "clip" / "checkpoint-3")
+    for name, options in {
+        "vision_layer_decay": ["--vision_layer_decay", 0.5],
+        "projection_dim": ["--projection_dim", 16],
+        "text_model": ["--text_model", folder / "vision"],
+        "data": ["--caption_columns", "raw_caption"],
+        "caption_weights": ["--caption_weights", "raw_caption=1", "dense_caption=0"],
+        "pairs_per_step": ["--gradient_accumulation_steps", 2],
+    }.items():
+        assert cli.main([str(value) for value in (*argv, *options)]) == 1
+        assert f"of another run: `{name}` was" in capsys.readouterr().err
+    run(*argv, "--per_device_eval_batch_size", 4)
+    assert same_weights(tmp_path / "clip", tmp_path / "whole")
 
 
 def test_splits_are_those_of_the_options(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,18 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training verbs share: where to resume, what not to overwrite, and the record of a run."""
+"""What the training verbs share: which run a folder holds, where to resume, what not to overwrite, the results."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 
 RESULTS_FILE = "results.json"
+RUN_FILE = "run.json"
+
+_MODEL_OPTIONS = ("llm", "model", "vision_model", "text_model", "clip_text_model")
+# Options that say where data are, for which their digests stand, and those that leave the course of a run as it is.
+_NOT_IDENTITY = re.compile(
+    "check|data|captions|sources|(caption|image|key)_(columns?|root)|split|subset|hard_negatives|instruction|"
+    "num_test_images|(test|eval|zero_shot|early_stopping)_.*|on_bad_.*|store|max_tokens_per_batch|rows_per_shard|"
+    "device|trust_remote_code|attn_implementation|adapter_only|text_weights"
+)
+_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs", "max_steps", "seed"),
+    *("data_seed", "label_smoothing_factor", "neftune_noise_alpha"),
+)
+_SPEED = ("mini_batch_size", "mini_batch_tokens", "encoder_chunk_size")
+_BLOCK, _BLOCKS = 1 << 16, 256
 
 
 def logs_to_stderr() -> contextlib.AbstractContextManager[Any]:
@@ -27,13 +46,19 @@ def resume_point(args: Any) -> Any:
         return None
     if given not in ("last", "true", "True", "auto"):
         return given
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = str(args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    checkpoint = last_checkpoint(folder)
     if checkpoint is None and given != "auto":
         raise ValueError(f"`{folder}` holds no checkpoint to resume from. Leave `--resume_from_checkpoint` out.")
     return checkpoint
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint of the highest step in a folder, which may be absent."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last: str | None = get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
+    return last
 
 
 def refuse_finished(output_dir: Any, marker: str, resume: Any) -> None:
@@ -42,6 +67,124 @@ def refuse_finished(output_dir: Any, marker: str, resume: Any) -> None:
         raise ValueError(
             f"`{output_dir}` already holds a finished model. Choose another `--output_dir`, or delete the folder."
         )
+
+
+def run_identity(verb: str, options: Any, args: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What determines the course of a run, as JSON: models, data, options of the verb, settings of the training.
+
+    Args:
+        verb (`str`): The verb.
+        options: Its options; those that name a model count by its files, or its commit.
+        args (`TrainingArguments`): What they say of the optimization, and the fields that this package adds.
+        data (`dict`): Digests of what is trained on, and the size of the batch.
+
+    Returns:
+        `dict`: values by the name of the option.
+    """
+    from transformers import TrainingArguments
+
+    own = {field.name: getattr(options, field.name) for field in fields(options)}
+    identity: dict[str, Any] = {name: value for name, value in own.items() if not _NOT_IDENTITY.fullmatch(name)}
+    identity |= {name: _model_identity(own[name]) for name in _MODEL_OPTIONS if own.get(name) is not None}
+    added = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)} - {*_SPEED}
+    identity |= {name: getattr(args, name) for name in (*_TRAINING, *sorted(added)) if hasattr(args, name)}
+    result: dict[str, Any] = json.loads(json.dumps({"verb": verb, **data, **identity}, default=str))
+    return result
+
+
+def table_identity(table: Any) -> dict[str, Any]:
+    """Images with captions by digests of captions and keys; nothing without a table, as shards count by their names."""
+    if table is None:
+        return {}
+    found = {"data": table.captions.sha256, "images": len(table)}
+    if table.keys is not None:
+        found["keys"] = hashlib.sha256("\0".join(table.keys).encode()).hexdigest()
+    return found
+
+
+def claim_folder(args: Any, identity: Mapping[str, Any], resume: Any, *, write: bool = True) -> Any:
+    """
+    Where a run in this folder begins; a folder with checkpoints of another run is refused.
+
+    Args:
+        args (`TrainingArguments`): With the folder, and whether this process writes.
+        identity (`dict`): `run_identity` of the run, written into the folder before anything else.
+        resume (`str`, *optional*): The checkpoint that was asked for.
+        write (`bool`): Whether to write; `--check` does not.
+
+    Returns:
+        `str` or `None`: `resume`; where nothing was asked for, the last checkpoint of the same run.
+
+    Raises:
+        ValueError: if the folder holds another run; the message names what differs.
+    """
+    folder = Path(str(args.output_dir))
+    file, asked = folder / RUN_FILE, args.resume_from_checkpoint
+    if any(folder.glob("checkpoint-*")) or (folder / "mntp").exists():
+        remedy = (
+            f"Choose another `--output_dir` or delete the folder. To go on from its weights all the same, add "
+            f"`--resume_from_checkpoint {folder}/checkpoint-N` to the other folder."
+        )
+        is_named = asked != "auto" and resume is not None and Path(resume).resolve().parent == folder.resolve()
+        if not file.is_file() and not is_named:
+            raise ValueError(
+                f"`{folder}` holds checkpoints of a run that left no `{RUN_FILE}`, so it may be another one. If it is "
+                f"this one, give `--resume_from_checkpoint last`. {remedy}"
+            )
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if changed := [name for name in before if _content(before[name]) != _content(identity.get(name))]:
+            told = ", ".join(
+                f"`{name}` was {_told(before[name])} and is {_told(identity.get(name))}" for name in changed
+            )
+            raise ValueError(f"`{folder}` holds checkpoints of another run: {told}. {remedy}")
+        if asked in (None, ""):
+            resume = last_checkpoint(folder)
+            if resume is not None and args.should_save:
+                print(f"continues from {resume}", file=sys.stderr)
+    if write and args.should_save:
+        from llm2clip_hf.data.atomic import write_json_atomically
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(file, dict(identity))
+    return resume
+
+
+def digest_of_files(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 of the names, sizes and contents of files; of more than 16 MiB, of 256 blocks spread over the file."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _model_identity(name: str) -> dict[str, Any]:
+    folder = Path(name)
+    if folder.is_dir():
+        kinds = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "[0-9]_*/config.json")
+        files = {file for kind in kinds for file in folder.glob(kind)}
+        return {"name": name, "sha256": digest_of_files(files - {folder / RESULTS_FILE, folder / RUN_FILE}, folder)}
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return {"name": name, "commit": extract_commit_hash(cached_file(name, "config.json"), None)}
+    except OSError:  # which loading the model tells in its words
+        return {"name": name}
+
+
+def _content(value: Any) -> Any:
+    """A model by what its files hold, wherever they are."""
+    return value["sha256"] if isinstance(value, dict) and {"name", "sha256"} <= value.keys() else value
+
+
+def _told(value: Any) -> str:
+    is_model = _content(value) is not value
+    return f"{value['name']} (sha256 {value['sha256'][:12]})" if is_model else str(value)
 
 
 def write_results(output_dir: Any, results: Mapping[str, Any]) -> Path:

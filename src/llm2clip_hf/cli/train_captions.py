@@ -3,11 +3,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import parse_options
 from .processes import is_main_process
-from .results import logs_to_stderr, refuse_finished, resume_point, write_results
+from .results import (
+    claim_folder,
+    digest_of_files,
+    last_checkpoint,
+    logs_to_stderr,
+    refuse_finished,
+    resume_point,
+    run_identity,
+    write_results,
+)
 
 
 if TYPE_CHECKING:
@@ -139,6 +149,8 @@ def run(argv: Sequence[str]) -> int:
     resume = resume_point(args)
     refuse_finished(args.output_dir, "modules.json", resume)
     train, test = load_sources(options, args.seed)
+    identity = run_identity("train-captions", options, args, data_identity(options, args, train))
+    resume = claim_folder(args, identity, resume, write=not options.check)
     if options.check:
         print_plan(options, args, train, test)
         return 0
@@ -230,6 +242,28 @@ def other_source(kind: str, settings: dict[str, Any], seed: int) -> Any:
     return TextPairDataset(path, seed=seed, **settings) if kind == "pairs" else DropoutPairDataset(path, **settings)
 
 
+def data_identity(
+    options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments", train: dict[str, Any]
+) -> dict[str, Any]:
+    """What is trained on, by digests, and how many pairs a batch has."""
+    from llm2clip_hf.data import CaptionPairDataset
+
+    found: dict[str, Any] = {
+        "pairs_per_batch": args.per_device_train_batch_size * args.world_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+    }
+    for name, entry in (options.sources or {}).items():
+        path, source = Path(str(entry["path"])), train[name]
+        if isinstance(source, CaptionPairDataset):
+            settings = {key: entry.get(key) for key in PAIR_SETTINGS} | {"sha256": source.table.sha256}
+        else:
+            settings = {key: value for key, value in entry.items() if key not in ("path", "on_bad_row")}
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            settings |= {"rows": len(source), "sha256": digest_of_files(files, path.parent) if files else str(path)}
+        found[f"source {name}"] = {key: value for key, value in settings.items() if value not in (None, False)}
+    return found
+
+
 def print_plan(
     options: TrainCaptionsOptions,
     args: "CaptionContrastiveTrainingArguments",
@@ -313,8 +347,6 @@ def pretrained_with_mntp(
     options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments", train: dict[str, Any]
 ) -> str:
     """The LLM after masked next token prediction on the captions; its folder."""
-    from pathlib import Path
-
     from torch.utils.data import ConcatDataset
 
     from llm2clip_hf.data import CaptionPairDataset
@@ -335,7 +367,7 @@ def pretrained_with_mntp(
         model_kwargs={key: value for key, value in kwargs.items() if value is not None},
     )
     with logs_to_stderr():
-        trainer.train()
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return str(folder)
