@@ -2,20 +2,36 @@
 """The documentation keeps up with the code: its Python, its command lines, its links, and how docstrings are shown."""
 
 import ast
+import contextlib
 import importlib
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import evaluation_data
+import original_checkpoints
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tiny_models
+import torch
 import yaml
+from safetensors.torch import save_file
+from shard_files import image_bytes, write_tar
+from tiny_data import write_training_files
+from transformers import AutoModel
 from verb_parsing import Parsed, stop_after_parsing
 
+from llm2clip_hf.cli import main as cli
 from llm2clip_hf.cli.main import VERBS
+from llm2clip_hf.demo import app
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,17 +62,27 @@ def python_blocks() -> Iterator[Any]:
 def command_lines() -> Iterator[Any]:
     """Arguments of every call of the command, in blocks and between backticks."""
     for path in PAGES:
-        lines = "\n".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
         inline = [match.replace("\n", " ") for match in re.findall(r"`(llm2clip [^`]+)`", prose(path))]
-        for line in [*lines, *inline]:
-            words = shlex.split(line, comments=True)
-            for name in ("llm2clip", "llm2clip_hf"):
-                start = words.index(name) + 1 if name in words else 0
-                is_call = start == 1 or (start > 1 and words[start - 2] == "-m")
-                if is_call and "VERB" not in words:
-                    yield pytest.param(
-                        words[start:], line in inline, id=f"{path.stem}: {' '.join(words[start:])}"[:90]
-                    )
+        for lines, is_inline in (("\n".join(blocks(path, "bash")), False), ("\n".join(inline), True)):
+            for words in calls(lines):
+                yield pytest.param(words, is_inline, id=f"{path.stem}: {' '.join(words)}"[:90])
+
+
+def help_lines() -> Iterator[Any]:
+    """Arguments of the calls that the help texts show."""
+    for verb, (module, *_) in VERBS.items():
+        for words in calls(importlib.import_module(f"llm2clip_hf.cli.{module}").EXAMPLES):
+            yield pytest.param(words, False, id=f"{verb} --help: {' '.join(words)}"[:90])
+
+
+def calls(text: str) -> Iterator[list[str]]:
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True) if "llm2clip" in line else []
+        for name in ("llm2clip", "llm2clip_hf"):
+            start = words.index(name) + 1 if name in words else 0
+            is_call = start == 1 or (start > 1 and words[start - 2] == "-m")
+            if is_call and "VERB" not in words:
+                yield words[start:]
 
 
 @pytest.mark.parametrize("block", list(python_blocks()))
@@ -68,7 +94,7 @@ def test_python_compiles_and_what_it_imports_exists(block: str) -> None:
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
-@pytest.mark.parametrize(("words", "inline"), list(command_lines()))
+@pytest.mark.parametrize(("words", "inline"), [*command_lines(), *help_lines()])
 def test_command_lines_parse(
     words: list[str],
     inline: bool,
@@ -88,6 +114,202 @@ def test_command_lines_parse(
         # A sentence may name a verb, or one of its options, without all that it needs.
         told = capsys.readouterr().err
         assert inline and re.search(r"missing --|arguments are required", told), told
+
+
+# ------------------------------------------------------------------- the commands, on small stand-ins of their files
+
+# What makes a run small; all else is as the page says.
+TRAINING = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "True", "--report_to", "none"]
+SMALL = {
+    "train-captions": [*TRAINING, "--num_test_images", "4"],
+    "train-clip": TRAINING,
+    "embed-captions": ["--device", "cpu"],
+    "evaluate": ["--device", "cpu", "--max_images", "4"],
+}
+
+
+def run_small(*words: str) -> None:
+    more = [] if "--show" in words else SMALL.get(words[0], [])
+    if words[1] == "open_clip_pytorch_model.bin":
+        more = ["--text-model", "llm"]  # an adaptor of that width, where it is new
+    assert cli.main([*words, *more]) == 0, words
+
+
+def original_model(vision: str, projection: str) -> Any:
+    config = tiny_models.vision_config(vision).to_dict()
+    return original_checkpoints.model(config, projection, llm_hidden_size=tiny_models.TEXT_WIDTH)
+
+
+def original_folder(folder: Path) -> None:
+    """A vision side as the authors' repositories hold it."""
+    original = original_model("clip", "linear")
+    folder.mkdir(parents=True)
+    weights = original_checkpoints.transformers_clip(original)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    config = {
+        "architectures": ["LLM2CLIPModel"],
+        "auto_map": {"AutoModel": "modeling_clip.LLM2CLIPModel"},
+        "model_type": "clip",
+        "projection_dim": original.config.projection_dim,
+        "text_config": {"model_type": "clip_text_model"},
+        "vision_config": original.config.vision_config.to_dict(),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def benchmark(path: Path, count: int, captions: int) -> None:
+    """As many rows as a benchmark must have, all of a few images."""
+    path.parent.mkdir(exist_ok=True)
+    images = [{"bytes": image_bytes(number), "path": None} for number in range(3)]
+    texts = [[f"a photo {row} {k}" for k in range(captions)] for row in range(count)]
+    pq.write_table(pa.table({"image": [images[row % 3] for row in range(count)], "captions": texts}), path)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the commands of the pages name, models of the Hub as folders of that name."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    write_training_files(folder)
+    for name in ("meta-llama/Llama-3.2-1B-Instruct", "path/to/its/LLM"):
+        shutil.copytree(folder / "llm", folder / name)
+    for name in ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14"):
+        for part in evaluation_data.clip():
+            part.save_pretrained(folder / name)
+    AutoModel.from_pretrained(folder / "llm").save_pretrained(
+        folder / "microsoft" / "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
+    )
+    tiny_models.llama3_tokenizer().save_pretrained(folder / "microsoft" / "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned")
+    original_folder(folder / "microsoft" / "LLM2CLIP-Openai-L-14-336")
+    torch.save(original_checkpoints.eva(original_model("eva02", "linear_bias")), folder / "LLM2CLIP-EVA02-L-14-336.pt")
+    tower = original_checkpoints.open_clip(original_model("clip", "linear"))
+    tower = {name: value for name, value in tower.items() if not name.startswith("text.")}
+    torch.save(tower, folder / "open_clip_pytorch_model.bin")
+    sizes = {"layers": 2, "head_width": 8, "image_size": tiny_models.IMAGE_SIZE}
+    settings = {"model_cfg": {"embed_dim": 22, "quick_gelu": True, "vision_cfg": sizes}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+
+    (folder / "train.parquet").rename(folder / "pairs.parquet")
+    shutil.copy(folder / "pairs.parquet", folder / "test.parquet")
+    for split in ("train", "validation", "test"):
+        (folder / "org" / "name").mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "pairs.parquet", folder / "org" / "name" / f"{split}.parquet")
+    evaluation_data.write_image_folder(folder / "photos")
+    (folder / "cc3m").mkdir()
+    for number in range(288):
+        record = json.dumps({"longSV_captions": [f"a long caption {number}"]}).encode()
+        contents = {"png": image_bytes(number), "txt": f"a caption {number}".encode(), "json": record}
+        write_tar(folder / "cc3m" / f"{number:05d}.tar", [(f"{number}.{end}", each) for end, each in contents.items()])
+    evaluation_data.write_parquet(folder / "flowers.parquet", {"label_name": ["x", "y", "x"]}, folder / "source")
+    emoji = {"names": [["red", "rot"], ["green", "gruen"], ["blue", "blau"]], "split": ["test"] * 3}
+    emoji["languages"] = [["en", "de"]] * 3
+    (folder / "flowers").mkdir()
+    shutil.copy(folder / "flowers.parquet", folder / "flowers" / "test.parquet")
+    columns = {"raw_caption": [f"a {k}" for k in range(20)], "longSV_captions": [f"a long {k}" for k in range(20)]}
+    pq.write_table(pa.table(columns), folder / "cc3m.parquet")
+    rows = [{"query": f"what is {k}?", "positive": f"a {k}"} for k in range(9)]
+    (folder / "nq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "wikitext.txt").write_text("".join(f"The number of this long line is {k}.\n" for k in range(9)))
+    evaluation_data.write_parquet(folder / "emoji.parquet", emoji, folder / "source")
+    for root in ("benchmarks", "data"):
+        for name, *counts in (("flickr30k", 1000, 5), ("coco", 5000, 5), ("urban1k", 1000, 1)):
+            benchmark(folder / root / f"{name}.parquet", *counts)
+    (folder / "stage2.yaml").write_text(
+        "vision_model: openai/clip-vit-large-patch14-336\ntext_model: llm-cc\ndata: pairs.parquet\n"
+        "output_dir: llm2clip\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        llm = "meta-llama/Llama-3.2-1B-Instruct"
+        captions = "photos/metadata.jsonl"
+        run_small("train-captions", "--llm", llm, "--captions", "captions.jsonl", "--output_dir", "llm-cc")
+        run_small("train-clip", "--config", "stage2.yaml")
+        run_small("embed-captions", "--llm", "llm-cc", "--captions", captions, "--output_dir", "photos-embeddings")
+        words = ["--model", "llm2clip", "--tasks", "photos/", "--output_dir", "results/llm2clip", "--device", "cpu"]
+        assert cli.main(["evaluate", *words]) == 0  # of all images: a card takes no other results
+    shutil.copy(folder / "results" / "llm2clip" / "results.json", folder / "results.json")
+    return folder
+
+
+def output_of(words: list[str]) -> str | None:
+    if words[0] == "convert":
+        return words[2]
+    if "--config" in words:
+        return "llm2clip"
+    return words[words.index("--output_dir") + 1] if "--output_dir" in words else None
+
+
+# In the text too, where a sentence gives more than the name of a verb.
+RUN = [pytest.param(case.values[0], id=case.id) for case in command_lines() if len(case.values[0]) > 1]
+
+
+@pytest.fixture
+def workplace(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with links to all stand-ins."""
+    for entry in stand_ins.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", RUN)
+def test_command_lines_run(words: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = output_of(words)
+    if output is not None:
+        (workplace / output.split("/")[0]).unlink(missing_ok=True)
+    if words[0] == "demo":
+        # A page in the browser, of what `make demo` has trained.
+        monkeypatch.setattr(app, "import_gradio", lambda: None)
+        monkeypatch.setattr(app, "launch_app", lambda index, **address: None)
+        if "--model" not in words:
+            monkeypatch.setattr(app, "load_index", lambda *args, **kwargs: None)
+    if "FOLDER" in words:
+        shutil.copytree("photos-embeddings" if "--verify" in words else "llm2clip", "FOLDER")
+    run_small(*words)
+    if output is not None:
+        assert Path(output).is_dir() == ("--check" not in words)
+
+
+def test_config_files_run(workplace: Path) -> None:
+    for path in PAGES:
+        for block in blocks(path, "yaml"):
+            (workplace / "page.yaml").write_text(block)
+            if "sources" in yaml.safe_load(block):
+                (workplace / "llm-cc").unlink()
+                run_small("train-captions", "--config", "page.yaml", "--check")
+                run_small("train-captions", "--config", "page.yaml")
+            else:
+                run_small("evaluate", "--model", "llm2clip", "--tasks", "page.yaml")
+    assert (workplace / "llm-cc" / "results.json").is_file()
+
+
+def test_forms_of_captions_are_read_as_the_page_says(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image_id": row // 2, "id": row, "caption": f"a photo {row}"} for row in range(40)]
+    (workplace / "captions_val2017.json").write_text(json.dumps({"images": [], "annotations": rows}))
+    (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(workplace / "saved")
+    by_image = ["--image_column", "image_id"]
+    forms = [["captions_val2017.json"], ["rows.jsonl", *by_image], ["saved", "--split", "train", *by_image]]
+    text = (ROOT / "docs" / "own_data.md").read_text()
+    for words in ("captions_val2017.json", "--image_column image_id", "--captions org/name --split train"):
+        assert f"`{words}`" in text
+    for number, form in enumerate(forms):
+        run_small("embed-captions", "--llm", "llm-cc", "--captions", *form, "--output_dir", f"store{number}")
+        assert "captions  40 of 20 images" in capsys.readouterr().out
+        run_small("train-captions", "--llm", "llm", "--captions", *form, "--output_dir", "out", "--check")
+        assert "captions: 16 rows" in capsys.readouterr().out
+
+
+def test_options_in_prose_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        for option in ("--help", "--help-all"):
+            with contextlib.suppress(SystemExit):  # some verbs have `--help` alone
+                cli.main([verb, option])
+    printed = capsys.readouterr().out
+    known = set(re.findall(r"--[a-z][\w-]*", printed)) | {"--num_processes"}  # of `accelerate launch`
+    for path in PAGES:
+        if not path.stem.startswith("coming_from"):  # which names options of others
+            code = " ".join(re.findall(r"`([^`]+)`", prose(path)))
+            assert set(re.findall(r"--[a-z][\w-]*", code)) <= known, path
 
 
 def test_unknown_options_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
