@@ -94,7 +94,7 @@ def run_identity(verb: str, options: Any, args: Any, data: Mapping[str, Any]) ->
 
 
 def table_identity(table: Any) -> dict[str, Any]:
-    """Images with captions by digests of captions and keys; nothing without a table, as shards count by their names."""
+    """Images with captions by digests of captions and keys; nothing for shards, which count by their names."""
     if table is None:
         return {}
     found = {"data": table.captions.sha256, "images": len(table)}
@@ -148,6 +148,11 @@ def claim_folder(args: Any, identity: Mapping[str, Any], resume: Any, *, write: 
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomically(file, dict(identity))
     return resume
+
+
+def claim_run(verb: str, options: Any, args: Any, data: Mapping[str, Any], resume: Any) -> Any:
+    """`claim_folder` for the `run_identity` of these arguments; with `--check`, nothing is written."""
+    return claim_folder(args, run_identity(verb, options, args, data), resume, write=not options.check)
 
 
 def digest_of_files(files: Iterable[Path], root: Path) -> str:

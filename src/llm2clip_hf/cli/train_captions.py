@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from .options import parse_options
 from .processes import is_main_process
 from .results import (
-    claim_folder,
+    claim_run,
     digest_of_files,
     last_checkpoint,
     logs_to_stderr,
     refuse_finished,
     resume_point,
-    run_identity,
     write_results,
 )
 
@@ -149,8 +148,7 @@ def run(argv: Sequence[str]) -> int:
     resume = resume_point(args)
     refuse_finished(args.output_dir, "modules.json", resume)
     train, test = load_sources(options, args.seed)
-    identity = run_identity("train-captions", options, args, data_identity(options, args, train))
-    resume = claim_folder(args, identity, resume, write=not options.check)
+    resume = claim_run("train-captions", options, args, data_identity(options, args, train), resume)
     if options.check:
         print_plan(options, args, train, test)
         return 0

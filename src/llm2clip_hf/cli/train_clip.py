@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .options import named_values, parse_options
 from .processes import is_main_process
-from .results import (
-    claim_folder,
-    logs_to_stderr,
-    refuse_finished,
-    resume_point,
-    run_identity,
-    table_identity,
-    write_results,
-)
+from .results import claim_run, logs_to_stderr, refuse_finished, resume_point, table_identity, write_results
 from .store_check import check_finished_stores
 
 
@@ -177,9 +169,7 @@ def run(argv: Sequence[str]) -> int:
     check_choices(options, args)
     table, test = load_tables(options)
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    data = {"pairs_per_step": pairs, **table_identity(table)}
-    identity = run_identity("train-clip", options, args, data)
-    resume = claim_folder(args, identity, resume, write=not options.check)
+    resume = claim_run("train-clip", options, args, {"pairs_per_step": pairs, **table_identity(table)}, resume)
     if options.check:
         print_plan(options, args, table, test)
         return 0
