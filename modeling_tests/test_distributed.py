@@ -29,7 +29,7 @@ def gather(sizes):
     rows = numbers(sum(sizes), 3).split(sizes)
     own = rows[rank].clone().requires_grad_()
     gathered = distributed.all_gather(own)
-    assert distributed.all_gather_sizes(len(own), own.device) == sizes
+    assert distributed.all_gather_sizes(len(own), own.device, alike={"own": own}) == sizes
     torch.testing.assert_close(gathered, torch.cat(rows), rtol=0, atol=0)
     # Each rank weighs all rows in its own way; a row's gradient is the sum over ranks.
     weights = [numbers(sum(sizes), 3, seed=7 + other) for other in range(len(sizes))]
@@ -40,6 +40,15 @@ def gather(sizes):
 @pytest.mark.parametrize("sizes", [[2, 2], [3, 1, 2], [1, 4, 4, 2]])
 def test_all_gather_with_gradient_of_equal_and_unequal_rows(sizes):
     run_ranks(len(sizes), gather, sizes)
+
+
+def gather_of_two_dtypes():
+    with pytest.raises(ValueError, match="process 0 has torch.float32 of width 3 and process 1 has torch.float16"):
+        distributed.all_gather(torch.ones(2, 3, dtype=torch.float16 if distributed.rank() else torch.float32))
+
+
+def test_all_gather_of_two_dtypes_is_refused():
+    run_ranks(2, gather_of_two_dtypes)
 
 
 def reductions():

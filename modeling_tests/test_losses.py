@@ -151,10 +151,10 @@ def count_traffic():
 
 def test_only_texts_travel_and_the_ring_holds_one_block():
     for found in run_ranks(2, count_traffic):
-        # One size, one block of texts out, one gradient back: images stay where they are.
-        assert found[False] == {"gather": [1, 64], "scatter": [128], "ring": []}
+        # Size and dtypes, one block of texts out, one gradient back: images stay where they are.
+        assert found[False] == {"gather": [5, 64], "scatter": [128], "ring": []}
         # Texts once forward and once backward, their gradient twice; nothing is as large as all texts.
-        assert found[True]["gather"] == [1]
+        assert found[True]["gather"] == [5]
         assert found[True]["scatter"] == []
         assert found[True]["ring"] == [64] * 4
 
@@ -181,6 +181,40 @@ def half_precision_with_autocast():
 
 def test_half_precision_and_autocast_keep_fp32_logits():
     run_ranks(2, half_precision_with_autocast)
+
+
+def ranks_that_differ():
+    """The error of each way in which this rank's input can be unlike the other's."""
+    rank, width = distributed.rank(), 4
+    x, scale, ids = F.normalize(torch.randn(3 + rank, width), dim=1), torch.tensor(5.0), torch.arange(3 + rank)
+    narrow = F.normalize(torch.randn(3 + rank, width - rank), dim=1)
+    half = x.bfloat16() if rank else x
+    inputs = {
+        "dtype": (half, half, None),
+        "width": (narrow, narrow, None),
+        "no ids": (x, x, ids if rank else None),
+        "dtype of ids": (x, x, ids.int() if rank else ids),
+    }
+    found = {}
+    for name, (images, texts, group_ids) in inputs.items():
+        for ring in (False, True):
+            with pytest.raises(ValueError, match="on all processes") as error:
+                ContrastiveLoss(ring=ring)(images, texts, scale, group_ids=group_ids)
+            found[name, ring] = str(error.value)
+    # One promoted dtype on each rank is one dtype.
+    mixed = (x.bfloat16(), x) if rank else (x, x.bfloat16())
+    assert ContrastiveLoss()(*mixed, scale).isfinite()
+    return found
+
+
+def test_ranks_that_differ_get_the_same_error():
+    first, second = run_ranks(2, ranks_that_differ)
+    assert first == second
+    assert "process 0 has torch.float32 of width 4 and process 1 has torch.bfloat16" in first["dtype", False]
+    assert "torch.float32 of width 4 and process 1 has torch.float32 of width 3" in first["width", True]
+    assert "`group_ids`" in first["no ids", False]
+    assert "has none and process 1 has torch.int64" in first["no ids", False]
+    assert "torch.int64 of width 1 and process 1 has torch.int32" in first["dtype of ids", True]
 
 
 def without_gathering():

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 from llm2clip_hf.ops import contrastive as public
 from llm2clip_hf.ops import contrastive_loss, registration, sigmoid_loss
@@ -283,6 +283,35 @@ def test_double_backward_is_refused():
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="Second derivatives"):
             grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x", "y", "scale", "bias", "weights"])
+def test_forward_mode_is_refused(name):
+    x, y = (each.detach() for each in embeds(3, 3, 2))
+    inputs = {"x": x, "y": y, "scale": torch.tensor(2.0), "bias": torch.tensor(-1.0), "weights": torch.ones(3)}
+
+    def softmax(value):
+        given = inputs | {name: value}
+        return contrastive_loss(given["x"], given["y"], given["scale"], weights=given["weights"], label_smoothing=0.1)
+
+    def sigmoid(value):
+        given = inputs | {name: value}
+        return sigmoid_loss(given["x"], given["y"], given["scale"], given["bias"], weights=given["weights"])
+
+    def rows(value):
+        given = inputs | {name: value}
+        return sigmoid_loss(given["x"], given["y"], given["scale"], given["bias"], reduction="none")
+
+    tangent = torch.ones_like(inputs[name])
+    for loss in {"bias": (sigmoid, rows), "weights": (softmax, sigmoid)}.get(name, (softmax, sigmoid, rows)):
+        with pytest.raises(NotImplementedError, match="Forward-mode derivatives"):
+            torch.func.jvp(loss, (inputs[name],), (tangent,))
+        with pytest.raises(NotImplementedError, match="Forward-mode derivatives"):
+            torch.func.jacfwd(loss)(inputs[name])
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match="Forward-mode derivatives"):
+                loss(forward_ad.make_dual(inputs[name].clone().requires_grad_(), tangent))
+            assert loss(inputs[name]).isfinite().all()  # nothing is derived
 
 
 def test_torch_path_works_without_triton():

@@ -5,7 +5,7 @@ Everything works without `torch.distributed` being initialised and then behaves 
 default group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,14 +54,55 @@ def _reduce_scatter_into(output: Tensor, tensor: Tensor, group: Group) -> None:
     collective(output, tensor, group=group)
 
 
-def all_gather_sizes(size: int, device: torch.device, group: Group = None) -> list[int]:
-    """`size` of every rank of `group`, in rank order. Waits for the device."""
+# Equal on all ranks, which run one torch.
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+
+
+def all_gather_sizes(
+    size: int, device: torch.device, group: Group = None, *, alike: Mapping[str, Tensor | None] | None = None
+) -> list[int]:
+    """
+    `size` of every rank of `group`, in rank order, in one exchange. Waits for the device.
+
+    Args:
+        size (`int`): A number of this rank.
+        device (`torch.device`): Where the exchange takes place.
+        group (*optional*): Process group; the default group when None.
+        alike (mapping from `str` to `torch.Tensor` or `None`, *optional*):
+            Tensors by name whose dtype and trailing sizes must be those of all ranks; `None` where a rank has none.
+
+    Returns:
+        `list[int]`: the sizes.
+
+    Raises:
+        ValueError: on every rank, if the ranks differ in a tensor of `alike`; other bytes would be taken for numbers.
+    """
     count = world_size(group)
     if count == 1:
         return [size]
-    sizes = torch.empty(count, dtype=torch.int64, device=device)
-    _gather_into(sizes, torch.tensor([size], dtype=torch.int64, device=device), group)
-    return [int(each) for each in sizes.tolist()]
+    alike = alike or {}
+    own = [size, *(number for tensor in alike.values() for number in _layout(tensor))]
+    gathered = torch.empty(count * len(own), dtype=torch.int64, device=device)
+    _gather_into(gathered, torch.tensor(own, dtype=torch.int64, device=device), group)
+    sizes, *layouts = gathered.view(count, -1).t().tolist()
+    for name, found in zip(alike, zip(layouts[::2], layouts[1::2])):
+        kinds = list(zip(*found))
+        other = next((position for position, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"`{name}` must be alike on all processes, but process 0 has {_layout_text(*kinds[0])} and process "
+                f"{other} has {_layout_text(*kinds[other])}. Give every process the same, e.g. with `.float()`."
+            )
+    return [int(each) for each in sizes]
+
+
+def _layout(tensor: Tensor | None) -> tuple[int, int]:
+    """Dtype and elements per row as numbers; -1 for no tensor."""
+    return (-1, -1) if tensor is None else (_DTYPES.index(tensor.dtype), tensor.shape[1:].numel())
+
+
+def _layout_text(dtype: int, width: int) -> str:
+    return "none" if dtype < 0 else f"{_DTYPES[dtype]} of width {width}"
 
 
 class _AllGather(torch.autograd.Function):
@@ -102,6 +143,9 @@ def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = No
     Returns:
         `torch.Tensor` of shape `(sum of sizes, ...)`; `tensor` itself when there is one process.
 
+    Raises:
+        ValueError: on every rank, if the ranks differ in dtype or width and `sizes` is not given.
+
     Example:
 
     >>> all_gather(torch.ones(2, 3)).shape
@@ -110,7 +154,7 @@ def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = No
     if world_size(group) == 1:
         return tensor
     if sizes is None:
-        sizes = all_gather_sizes(tensor.shape[0], tensor.device, group)
+        sizes = all_gather_sizes(tensor.shape[0], tensor.device, group, alike={"tensor": tensor})
     longest = max(sizes)
     if tensor.shape[0] < longest:
         padding = tensor.new_zeros((longest - tensor.shape[0], *tensor.shape[1:]))

@@ -26,6 +26,7 @@ from .ops.contrastive import (
     count_equal,
     dense_ids,
     prepare,
+    refuse_forward_mode,
     weighted_sigmoid_sum,
 )
 
@@ -68,7 +69,9 @@ class ContrastiveLoss(nn.Module):
         `torch.Tensor` of shape `()`, float32 (float64 for float64 embeddings), in nats.
 
     Raises:
-        ValueError: for unknown options, unpaired embeddings, or a `logit_bias` that is missing or not used.
+        ValueError: for unknown options, unpaired embeddings, or a `logit_bias` that is missing or not used; on every
+            rank, if the ranks differ in the dtype or width of embeddings or in having `group_ids`.
+        NotImplementedError: in forward-mode differentiation.
 
     Example:
 
@@ -146,7 +149,8 @@ class ContrastiveLoss(nn.Module):
             image_embeds, text_embeds, logit_scale, group_ids=group_ids, implementation=self.implementation
         )
         x, y, scale, group = batch.x, batch.y, batch.scale, self.process_group
-        sizes = distributed.all_gather_sizes(len(x), x.device, group)
+        alike = {"image_embeds and text_embeds": x, "group_ids": group_ids}
+        sizes = distributed.all_gather_sizes(len(x), x.device, group, alike=alike)
         position, count, total = distributed.rank(group), len(sizes), sum(sizes)
         start = sum(sizes[:position])
         own = slice(start, start + len(x))
@@ -156,6 +160,7 @@ class ContrastiveLoss(nn.Module):
         layout = _Layout(row_ids, ids, start, self.same_group == "ignore", use_triton, sizes, group)
         y_all = None if self.ring else distributed.all_gather(y, group, sizes)
         if logit_bias is not None:
+            refuse_forward_mode(logit_bias)
             bias = logit_bias.reshape(()).to(scale.dtype)
             if y_all is None:
                 row_losses: Tensor = _RingSigmoid.apply(x, y, scale, bias, layout)

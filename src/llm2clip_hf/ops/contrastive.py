@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import registration
 
@@ -90,6 +91,7 @@ def contrastive_loss(
     Raises:
         ValueError: if shapes, dtypes, devices or options do not fit, naming the argument.
         ImportError: if `implementation="triton"` and triton is not installed.
+        NotImplementedError: in forward-mode differentiation (`torch.func.jvp`, `jacfwd`); backward is there.
 
     Memory: O((N + M) D) and a constant workspace. Work: 8 N M D, forward and backward. Source: the loss of stage 2,
     paper section 3.2 (CLIP's loss, https://huggingface.co/papers/2103.00020).
@@ -183,6 +185,7 @@ def sigmoid_loss(
     Raises:
         ValueError: if shapes, dtypes, devices or options do not fit, naming the argument.
         ImportError: if `implementation="triton"` and triton is not installed.
+        NotImplementedError: in forward-mode differentiation (`torch.func.jvp`, `jacfwd`); backward is there.
 
     Memory: O((N + M) D) and a constant workspace. Work: 6 N M D, forward and backward (8 N M D for
     `reduction="none"`). Source: SigLIP, https://huggingface.co/papers/2303.15343, equation 1.
@@ -196,6 +199,7 @@ def sigmoid_loss(
     _check_options(reduction, 0.0, same_group, group_ids)
     batch = prepare(image_embeds, text_embeds, logit_scale, row_offset, weights, group_ids, implementation)
     x, y, scale = batch.x, batch.y, batch.scale
+    refuse_forward_mode(logit_bias)
     bias = _scalar(logit_bias, "logit_bias", x, scale.dtype)
     row_ids = None if batch.ids is None else batch.ids[row_offset : row_offset + x.shape[0]]
     pairs = (row_ids, batch.ids, row_offset, same_group == "ignore", batch.use_triton, check_finite)
@@ -230,6 +234,7 @@ def prepare(
 ) -> Batch:
     """Check the arguments that both losses share and bring them into the form of the primitives."""
     check_features(image_embeds, text_embeds)
+    refuse_forward_mode(image_embeds, text_embeds, logit_scale, weights)
     n, m = image_embeds.shape[0], text_embeds.shape[0]
     if row_offset < 0 or row_offset + n > m:
         raise ValueError(
@@ -283,6 +288,17 @@ def weighted_sigmoid_sum(
     if grad and (scale.requires_grad or bias.requires_grad) and not need_y:
         need_x = True
     return registration.sigmoid_sum(x, y, scale, bias, weights, *pairs, need_x, need_y)[0]
+
+
+def refuse_forward_mode(*inputs: Tensor | float | None) -> None:
+    """Raise `NotImplementedError` for a tangent: the operators would pass it over, and the derivative be 0."""
+    if forward_ad._current_level < 0:  # outside of forward mode
+        return
+    if any(isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None for each in inputs):
+        raise NotImplementedError(
+            "Forward-mode derivatives of `contrastive_loss` and `sigmoid_loss` are not implemented. Use `backward()` or"
+            " `torch.autograd.grad`, or write the loss with dense logits, e.g. `torch.nn.functional.cross_entropy`."
+        )
 
 
 def check_features(image_embeds: Tensor, text_embeds: Tensor) -> None:
