@@ -57,10 +57,12 @@ def every_variant_under_ddp(sizes):
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     images, texts = batch(sizes)
     ids = IDS[: sum(sizes)]
-    for loss_type in ("softmax", "sigmoid"):
+    for loss_type, smoothing in (("softmax", 0.0), ("softmax", 0.2), ("sigmoid", 0.0)):
         for same_group in (None, "positive", "ignore"):
+            if smoothing and same_group == "ignore":
+                continue  # refused
             for ring in (False, True):
-                options = {"same_group": same_group or "positive"}
+                options = {"same_group": same_group or "positive", "label_smoothing": smoothing}
                 whole = loss_and_gradients(
                     Towers(),
                     ContrastiveLoss(loss_type, gather_across_devices=False, **options),
@@ -251,6 +253,7 @@ def test_one_process_equals_the_operators():
         ({"loss_type": "hinge"}, "`loss_type` must be .*'hinge'"),
         ({"implementation": "cuda"}, "`implementation` must be .*'cuda'"),
         ({"same_group": "drop"}, "`same_group` must be .*'drop'"),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "`label_smoothing` \\(0.1\\) has no effect on the sigmoid"),
         ({"ring": True, "gather_across_devices": False}, "`ring=True` has no effect"),
     ],
 )

@@ -22,6 +22,7 @@ from .ops import contrastive_loss, registration, sigmoid_loss
 from .ops.contrastive import (
     Implementation,
     SameGroup,
+    check_options,
     choose_triton,
     count_equal,
     dense_ids,
@@ -55,6 +56,8 @@ class ContrastiveLoss(nn.Module):
             Pass the texts around a ring instead of gathering them: O(n D) memory per rank instead of O(N D).
         same_group (`str`, *optional*, defaults to `"positive"`):
             What `group_ids` mean: `"positive"` or `"ignore"`, as in `contrastive_loss`.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of the target that is spread over all columns, in [0, 1], as in `contrastive_loss`; softmax only.
         process_group (*optional*):
             `torch.distributed` group over which to gather; the default group when None.
 
@@ -89,6 +92,7 @@ class ContrastiveLoss(nn.Module):
         *,
         ring: bool = False,
         same_group: SameGroup = "positive",
+        label_smoothing: float = 0.0,
         process_group: Any = None,
     ) -> None:
         super().__init__()
@@ -100,11 +104,17 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(f'`same_group` must be "positive" or "ignore", got {same_group!r}.')
         if ring and not gather_across_devices:
             raise ValueError("`ring=True` has no effect with `gather_across_devices=False`. Drop one of the two.")
+        if label_smoothing and loss_type == "sigmoid":
+            raise ValueError(
+                f"`label_smoothing` ({label_smoothing}) has no effect on the sigmoid loss. Leave it out, or use "
+                '`loss_type="softmax"`.'
+            )
         self.loss_type = loss_type
         self.gather_across_devices = gather_across_devices
         self.implementation: Implementation = implementation
         self.ring = ring
         self.same_group: SameGroup = same_group
+        self.label_smoothing = label_smoothing
         self.process_group = process_group
 
     def extra_repr(self) -> str:
@@ -132,7 +142,9 @@ class ContrastiveLoss(nn.Module):
         if not self.gather_across_devices or distributed.world_size(self.process_group) == 1:
             groups = {"group_ids": group_ids, "same_group": self.same_group, "implementation": self.implementation}
             if logit_bias is None:
-                return contrastive_loss(image_embeds, text_embeds, logit_scale, **groups)  # type: ignore[arg-type]
+                return contrastive_loss(
+                    image_embeds, text_embeds, logit_scale, label_smoothing=self.label_smoothing, **groups  # type: ignore[arg-type]
+                )
             return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, **groups)  # type: ignore[arg-type]
         with torch.autocast(device_type=image_embeds.device.type, enabled=False):
             return self._across_ranks(image_embeds, text_embeds, logit_scale, logit_bias, group_ids)
@@ -145,6 +157,7 @@ class ContrastiveLoss(nn.Module):
         logit_bias: Tensor | None,
         group_ids: Tensor | None,
     ) -> Tensor:
+        check_options("mean", self.label_smoothing, self.same_group, group_ids)
         batch = prepare(
             image_embeds, text_embeds, logit_scale, group_ids=group_ids, implementation=self.implementation
         )
@@ -178,6 +191,12 @@ class ContrastiveLoss(nn.Module):
             col_pos = distributed.all_reduce_sum(col_pos, group)[own] / counts
         else:
             col_pos = col_pos[own]
+        if self.label_smoothing:
+            wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
+            row_mean = scale * (wide_x @ (distributed.all_reduce_sum(wide_y.sum(0), group) / total))
+            col_mean = scale * (wide_y @ (distributed.all_reduce_sum(wide_x.sum(0), group) / total))
+            row_pos = torch.lerp(row_pos, row_mean, self.label_smoothing)
+            col_pos = torch.lerp(col_pos, col_mean, self.label_smoothing)
         return 0.5 * ((row_lse - row_pos).sum() + (col_lse - col_pos).sum()) * (count / total)
 
 

@@ -102,7 +102,7 @@ def contrastive_loss(
     >>> contrastive_loss(x, x, torch.tensor(10.0)).item() < 1e-3
     True
     """
-    _check_options(reduction, label_smoothing, same_group, group_ids)
+    check_options(reduction, label_smoothing, same_group, group_ids)
     batch = prepare(image_embeds, text_embeds, logit_scale, row_offset, weights, group_ids, implementation)
     x, y, scale = batch.x, batch.y, batch.scale
     stop = row_offset + x.shape[0]
@@ -196,7 +196,7 @@ def sigmoid_loss(
     >>> round(sigmoid_loss(x, x, 10.0, -5.0).item(), 4)
     0.0269
     """
-    _check_options(reduction, 0.0, same_group, group_ids)
+    check_options(reduction, 0.0, same_group, group_ids)
     batch = prepare(image_embeds, text_embeds, logit_scale, row_offset, weights, group_ids, implementation)
     x, y, scale = batch.x, batch.y, batch.scale
     refuse_forward_mode(logit_bias)
@@ -373,7 +373,8 @@ def _check_vector(vector: Tensor, name: str, length: int, each: str, device: tor
         raise ValueError(f"`{name}` ({vector.device}) and the embeddings ({device}) must be on one device. Move it.")
 
 
-def _check_options(reduction: str, label_smoothing: float, same_group: str, group_ids: Tensor | None) -> None:
+def check_options(reduction: str, label_smoothing: float, same_group: str, group_ids: Tensor | None) -> None:
+    """Raise `ValueError` for options that are unknown, out of range or at odds with one another."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.')
     if same_group not in ("positive", "ignore"):

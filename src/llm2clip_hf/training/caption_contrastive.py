@@ -17,11 +17,11 @@ from .adapters import ADAPTER_WEIGHTS, has_adapters, load_adapter_weights
 from .callbacks import EpochCallback
 from .caption_encoder import CaptionEncoder
 from .caption_loss import CaptionContrastiveLoss
-from .caption_sources import INSTRUCTION, CaptionCollator, SourceRows, StreamRows, is_map_style, ordered_columns
+from .caption_sources import INSTRUCTION, LABEL, CaptionCollator, SourceRows, StreamRows, is_map_style, ordered_columns
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .checkpoints import AtomicCheckpointTrainer
 from .hub_publishing import PublishingEncoderTrainer
-from .run_checks import check_float32_weights, check_whole_weights
+from .run_checks import UNUSED_ARGUMENTS, check_float32_weights, check_whole_weights, refuse_arguments
 from .single_source import EvaluationBatchSampler, SingleSourceBatchSampler
 
 
@@ -33,6 +33,12 @@ _BATCH_OPTIONS = {
     "batch_sampler": "batch_sampler",
     "multi_dataset_batch_sampler": "proportional",
     "train_sampling_strategy": "random",
+}
+_NO_METRICS = "The evaluation gives the loss. Give an `evaluator` for metrics"
+_UNUSED_ARGUMENTS = {
+    **UNUSED_ARGUMENTS,
+    "compute_metrics": _NO_METRICS,
+    "preprocess_logits_for_metrics": _NO_METRICS,
 }
 
 
@@ -92,6 +98,13 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             raise ValueError(
                 f"`model` must be a CaptionEncoder, got {type(model).__name__}. Make one with `build_caption_encoder`."
             )
+        refuse_arguments(kwargs, _UNUSED_ARGUMENTS)
+        given = kwargs.get("processing_class")
+        if given is not None and given is not model.tokenizer:
+            raise ValueError(
+                "`processing_class` has no effect: the encoder has a tokenizer of its own. Leave it out, or build the "
+                "encoder from a folder with that tokenizer."
+            )
         self._rows, self._stream = _open_training_set(train_dataset)
         self._sampler: SingleSourceBatchSampler | None = None
         self._evaluation_loaders: dict[str, torch.utils.data.DataLoader] = {}
@@ -122,6 +135,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
                 raise ValueError("Sources have instructions and `prompts` is set. Leave one of them out.")
             if not isinstance(self.data_collator, CaptionCollator):
                 raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
+        if self.args.prompts and not hasattr(self.data_collator, "prompts"):
+            raise ValueError("`prompts` is set, which a `data_collator` of your own leaves out. Leave out one of them.")
 
     def _check_batches(self) -> None:
         if self._stream is not None and self.args.max_steps < 1:
@@ -201,6 +216,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             "pin_memory": self.args.dataloader_pin_memory,
             "persistent_workers": self.args.dataloader_persistent_workers,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "multiprocessing_context": getattr(self.args, "dataloader_multiprocessing_context", None),
+            "in_order": getattr(self.args, "dataloader_in_order", True),
         }
 
     def _check_sizes(self, sampler: SingleSourceBatchSampler) -> None:
@@ -295,6 +312,29 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         except FloatingPointError as error:
             where = f"Step {self.state.global_step + 1}" if model.training else "Evaluation"
             raise FloatingPointError(f"{where}: {error} {self._advice()}") from error
+
+    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+        """
+        The columns of a batch, and its labels.
+
+        Args:
+            inputs (`dict`): The batch.
+
+        Returns:
+            `tuple`: the features of each column, and the labels or `None`.
+
+        Raises:
+            ValueError: for entries that belong to no column.
+        """
+        features, labels = super().collect_features(inputs)
+        used = {id(value) for column in features for value in column.values()}
+        extra = [name for name in inputs if name not in (LABEL, "return_loss") and id(inputs[name]) not in used]
+        if extra:
+            raise ValueError(
+                f"The batch has {extra}, which belong to no column of tokens (`<column>_input_ids`). Leave them out in "
+                "the data collator."
+            )
+        return features, labels
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One step; stops the run at a loss that is not finite, before it reaches the weights."""

@@ -7,7 +7,25 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from .caption_loss import check_options
 from .precision import gpu_supports_bf16
+from .run_checks import refuse_options
 
+
+_NO_METRICS = "the evaluation gives the loss, and an `evaluator` everything else"
+# Options of the base classes that have no effect in stage 1, and why.
+UNUSED_OPTIONS = {
+    "label_smoothing_factor": "the loss has no smoothed targets",
+    "label_names": "labels are the column `label`",
+    "use_liger_kernel": "its kernels are for the losses of causal language models",
+    "liger_kernel_config": "its kernels are for the losses of causal language models",
+    "use_cache": "nothing is generated",
+    "neftune_noise_alpha": "it reaches a language model with its head only",
+    "include_num_input_tokens_seen": "a batch has tokens in several columns",
+    "length_column_name": "`mini_batch_tokens` groups rows by length",
+    "router_mapping": "the encoder has no `Router`",
+    "eval_do_concat_batches": _NO_METRICS,
+    "batch_eval_metrics": _NO_METRICS,
+    "include_for_metrics": _NO_METRICS,
+}
 
 @dataclass
 class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
@@ -69,6 +87,7 @@ class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
         self._recompute_activations_by_default()
         super().__post_init__()
+        refuse_options(self, UNUSED_OPTIONS)
         self._check_recomputation()
 
     def _recompute_activations_by_default(self) -> None:

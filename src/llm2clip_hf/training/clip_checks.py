@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be wrong with a model, its data and its arguments, found before the first step of stage 2."""
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any, Literal, cast
@@ -21,6 +22,8 @@ from .trained_parts import has_llm, is_llm2clip
 
 logger = logging.getLogger(__name__)
 
+# Entries of a batch that name its rows and do not enter the model.
+ROW_NAMES = ("key", "index")
 _OWN_REMEDY = (
     "Embed the captions with the LLM and processor of this model, or build the model with the `text_prefix_length` "
     "and `text_pooling` of the store."
@@ -143,10 +146,10 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
 
 def check_batch(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArguments) -> None:
     """
-    Checks that the first batch holds what the text mode and the integration need.
+    Checks that a batch holds what the text mode and the integration need, and nothing that would be passed over.
 
     Raises:
-        ValueError: naming the missing entry and where it comes from.
+        ValueError: naming the entry that is missing or has no use, and where it comes from.
     """
     if "pixel_values" not in batch:
         raise ValueError(f"The batch has no `pixel_values`, only {sorted(batch)}. Check the data collator.")
@@ -175,4 +178,31 @@ def check_batch(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArgumen
         raise ValueError(
             f"`integration={args.integration!r}` needs `{CLIP_TEXT_NAMES[0]}`, the tokens of CLIP's own text encoder, "
             f"in every batch, got {sorted(batch)}. Use `ClipTextCollator` as data collator."
+        )
+    _refuse_extra_entries(model, batch, args)
+
+
+def _refuse_extra_entries(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArguments) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = {
+        name
+        for name, parameter in inspect.signature(type(base).forward).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    if "llm_embeds" in batch:
+        known -= {"attention_mask", "position_ids"}
+    if args.integration != "replace":
+        known |= set(CLIP_TEXT_NAMES)
+    extra = sorted(set(batch) - known - set(ROW_NAMES))
+    # The names that a `forward` of `*args, **kwargs` takes are not known.
+    if extra and "pixel_values" in known:
+        raise ValueError(
+            f"The batch has {extra}, which {type(base).__name__} takes no notice of in this training. Leave them out "
+            "in the data collator."
+        )
+    plain = sorted(name for name in set(batch) - set(ROW_NAMES) if not isinstance(batch[name], torch.Tensor))
+    if plain:
+        raise ValueError(
+            f"Entries {plain} of the batch are no tensors with a row per pair, e.g. `{plain[0]}` is "
+            f"{type(batch[plain[0]]).__name__}. Leave them out in the data collator, or make tensors of them."
         )

@@ -17,6 +17,7 @@ from .callbacks import EpochCallback, LogitScaleClamp
 from .chunking import CLIP_TEXT_NAMES, chunked_forward, split_rows
 from .clip_checkpoints import ClipCheckpointTrainer
 from .clip_checks import (
+    ROW_NAMES,
     check_batch,
     check_contrastive_batch,
     check_stores,
@@ -28,6 +29,7 @@ from .clip_loading import ClipLoadingTrainer
 from .clip_training_args import LLM2CLIPTrainingArguments
 from .hub_publishing import PublishingClipTrainer
 from .optimizer_groups import build_optimizer_groups
+from .run_checks import check_data_parallel, check_metric_options, refuse_arguments
 from .sharding import ready_for_fsdp2, register_feature_methods, whole_parameter
 from .streams import shards_itself
 from .trained_parts import frozen_towers, has_llm, prepare_trained_parts
@@ -37,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LOGIT_SCALE = 100.0  # CLIP's, for models whose config names none
 MICRO_BATCHES = "micro_batches"  # entry of an input that holds all batches of one optimizer step
-# Entries of a batch that name its rows and do not enter the model.
-_ROW_NAMES = ("key", "index")
 
 Evaluator = Callable[[Any, Any], Mapping[str, float]]
 
@@ -110,12 +110,9 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
         clip_text_model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("model_init") is not None or not isinstance(model, nn.Module):
-            raise ValueError(
-                "`model` is missing, or `model_init` is given. The trainer freezes and extends one given model, so "
-                "there is neither `model_init` nor `hyperparameter_search`. Build the model, pass it as `model`, and "
-                "make a trainer for each set of hyperparameters."
-            )
+        refuse_arguments(kwargs)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"`model` must be the model to train, got {type(model).__name__}. Build it and pass it.")
         if not isinstance(args, LLM2CLIPTrainingArguments):
             raise ValueError(f"`args` must be LLM2CLIPTrainingArguments, got {type(args).__name__}.")
         if args.n_gpu > 1:
@@ -123,13 +120,15 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
                 f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "
                 "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        check_metric_options(args, compute_metrics)
         prepare_trained_parts(model, args)
         clip_text.attach_clip_text_model(model, clip_text_model, args.integration)
         check_trainable(model, args)
         check_contrastive_batch(args)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_stores(model, dataset, processing_class)
-        self.contrastive_loss = ContrastiveLoss(loss_type=resolve_loss_type(model, args.loss_type))
+        loss_type = resolve_loss_type(model, args.loss_type)
+        self.contrastive_loss = ContrastiveLoss(loss_type, label_smoothing=args.label_smoothing_factor)
         if self.contrastive_loss.loss_type == "softmax" and getattr(model, "logit_bias", None) is not None:
             cast(nn.Parameter, model.logit_bias).requires_grad_(False)  # has no part in the softmax loss
         self.evaluators = dict(evaluators or {})
@@ -143,11 +142,11 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             compute_metrics=compute_metrics or retrieval_of_pairs,
             **kwargs,
         )
+        check_data_parallel(self)
         # Kept from Trainer, which would write the tokenizer's special tokens into the config of the text tower: with
         # another end-of-text id, a reloaded `CLIPModel` pools another position than the trained one.
         self.processor = processing_class
         self._held_batches: list[dict[str, Any]] = []
-        self._first_batch_checked = False
         max_scale = getattr(getattr(model, "config", None), "max_logit_scale", None) or DEFAULT_MAX_LOGIT_SCALE
         self.add_callback(LogitScaleClamp(max_scale))
         if hasattr(train_dataset, "set_epoch") and (has_length(train_dataset) or not shards_itself(train_dataset)):
@@ -192,14 +191,13 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
 
     def _embed(self, model: nn.Module, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         core = self.accelerator.unwrap_model(model)
-        if not self._first_batch_checked:
-            check_batch(core, batches[0], self.args)
-            self._first_batch_checked = True
+        for batch in batches:
+            check_batch(core, batch, self.args)
         for tower in frozen_towers(core):
             tower.eval()  # after `model.train()`, which is called for every step
         chunks = []
         for batch in batches:
-            features = {name: value for name, value in batch.items() if name not in _ROW_NAMES}
+            features = {name: value for name, value in batch.items() if name not in ROW_NAMES}
             rows = len(features["pixel_values"])
             size = min(self.args.encoder_chunk_size or rows, rows)
             if "input_ids" in features and has_llm(core) and self.args.train_text != "lora":
@@ -223,7 +221,8 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
     @staticmethod
     def _with_llm_embeds(model: Any, features: dict[str, Any], chunk_size: int) -> dict[str, Any]:
         """Runs the frozen LLM once, outside the graph: in its own dtype, as for stored embeddings."""
-        text = {name: value for name, value in features.items() if name in ("input_ids", "attention_mask")}
+        names = ("input_ids", "attention_mask", "position_ids")
+        text = {name: value for name, value in features.items() if name in names}
         with torch.no_grad():
             chunks = [model.get_llm_embeds(**rows) for rows in split_rows(text, chunk_size)]
         return {name: value for name, value in features.items() if name not in text} | {
@@ -382,7 +381,7 @@ def row_names(batches: list[dict[str, Any]]) -> list[Any]:
     """Names of the rows of some batches: their `key` or `index`, else their position."""
     names: list[Any] = []
     for batch in batches:
-        given: Any = next((batch[name] for name in _ROW_NAMES if name in batch), None)
+        given: Any = next((batch[name] for name in ROW_NAMES if name in batch), None)
         if given is None:
             given = range(len(names), len(names) + len(batch["pixel_values"]))
         names.extend(given.tolist() if isinstance(given, torch.Tensor) else list(given))

@@ -7,12 +7,23 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .precision import gpu_supports_bf16
+from .run_checks import refuse_options
 
 
 LOSS_TYPES = ("softmax", "sigmoid")
 TRAIN_VISION = ("full", "lora", "projection", "frozen")
 TRAIN_TEXT = ("adapter", "lora", "frozen")
 INTEGRATIONS = ("replace", "both", "aligned", "concatenated")
+# Options of `TrainingArguments` that have no effect in stage 2, and why.
+UNUSED_OPTIONS = {
+    "label_names": "batches hold no labels",
+    "use_liger_kernel": "its kernels are for the losses and layers of causal language models",
+    "liger_kernel_config": "its kernels are for the losses and layers of causal language models",
+    "use_cache": "nothing is generated",
+    "include_num_input_tokens_seen": "what enters the model are images, and mostly no tokens",
+    "length_column_name": "rows are not grouped by length",
+    "optim_target_modules": "the optimizers that it is for make parameter groups of their own",
+}
 
 
 @dataclass
@@ -54,6 +65,9 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             `"both"` (a second loss between images and the trainer's `clip_text_model`), `"aligned"` (and a third
             between that and the LLM) or `"concatenated"` (and a fourth between images and a trained linear head over
             the concatenated embeddings of both; the paper names this head without saying what it is).
+
+    `label_smoothing_factor` of `TrainingArguments` smooths the targets of the softmax loss. What has no effect, such as
+    `label_names`, is refused.
 
     Locked-image tuning is `train_vision="projection"`: a frozen tower under a trained projection, text adaptor and
     logit scale. The logit scale is always trained, and so is the logit bias with the sigmoid loss; the softmax loss,
@@ -181,6 +195,16 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
         super().__post_init__()
+        refuse_options(self, UNUSED_OPTIONS)
+        if self.train_text != "lora":
+            refuse_options(self, {"neftune_noise_alpha": "the LLM is not trained with `train_text` other than 'lora'"})
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy` must be 'random' or 'sequential', got {self.train_sampling_strategy!r}: "
+                "images have no lengths to group or balance by."
+            )
+        if not 0.0 <= self.label_smoothing_factor <= 1.0:
+            raise ValueError(f"`label_smoothing_factor` must lie in [0, 1], got {self.label_smoothing_factor}.")
         loading: Any = self.accelerator_config
         if loading.dispatch_batches is None:
             # Streams: each process reads its own shards. The default would decode everything on the first one.

@@ -33,12 +33,25 @@ from .encoder_card import mntp_card
 from .encoder_files import written_folder
 from .mntp_data import IGNORED, MaskedTextCollator, MaskedTexts
 from .precision import gpu_supports_bf16
-from .run_checks import check_float32_weights, check_whole_weights
+from .run_checks import (
+    check_float32_weights,
+    check_metric_options,
+    check_whole_weights,
+    refuse_arguments,
+    refuse_options,
+)
 
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER_FOLDER = "adapter"
+# Options of `TrainingArguments` that have no effect here, and why.
+UNUSED_OPTIONS = {
+    "label_names": "the masked tokens are the labels",
+    "use_cache": "nothing is generated",
+    "length_column_name": "the texts have no columns",
+    "remove_unused_columns": "the texts have no columns",
+}
 
 
 @dataclass
@@ -88,6 +101,9 @@ class MNTPTrainingArguments(TrainingArguments):
         if all(getattr(self, name) is None for name in names):
             setattr(self, names[0], True)
         super().__post_init__()
+        refuse_options(self, UNUSED_OPTIONS)
+        if not 0.0 <= self.label_smoothing_factor <= 1.0:
+            raise ValueError(f"`label_smoothing_factor` must lie in [0, 1], got {self.label_smoothing_factor}.")
 
 
 class MNTPTrainer(AtomicCheckpointTrainer):
@@ -142,7 +158,9 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_arguments(kwargs)
         args = args or MNTPTrainingArguments("mntp")
+        check_metric_options(args, kwargs.get("compute_metrics"))
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `accelerate launch`."
@@ -153,7 +171,10 @@ class MNTPTrainer(AtomicCheckpointTrainer):
             revision = (model_kwargs or {}).get("revision") or "main"
             processing_class = AutoTokenizer.from_pretrained(model, revision=revision)
         llm = _load_model(model, dict(model_kwargs or {}))
-        if lora is not None and not has_adapters(llm):
+        if has_adapters(llm):
+            if lora not in (None, "default"):
+                raise ValueError("`lora` has no effect on a model that has adapters already. Leave one of them out.")
+        elif lora is not None:
             add_lora(llm, lora_config({} if lora == "default" else lora))
         if train_dataset is not None:
             remedy = "Load the model with `model_kwargs={'dtype': torch.float32}`"
@@ -198,7 +219,10 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         masked = targets != IGNORED  # the state at i - 1 predicts token i
         with _head_at(self.accelerator.unwrap_model(model), masked):
             outputs = model(**inputs, use_cache=False)
-        total = F.cross_entropy(outputs.logits.float(), targets[masked], reduction="sum")
+        smoothing = self.args.label_smoothing_factor
+        total = F.cross_entropy(
+            outputs.logits.float(), targets[masked], reduction="sum", label_smoothing=smoothing
+        )
         count = masked.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         # A batch of very short texts may have no mask at all.
         loss = total / count.to(total.device).clamp(min=1)
@@ -274,6 +298,8 @@ def _load_model(model: str | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrai
                 "its head: start from the LLM, not from a caption encoder."
             )
     else:
+        if kwargs:
+            raise ValueError(f"`model_kwargs` ({sorted(kwargs)}) are for loading, and `model` is loaded already.")
         llm = model
     if llm.get_output_embeddings() is None:
         raise ValueError(f"{type(llm).__name__} has no LM head. Load it with `AutoModelForCausalLM`.")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would let a run end in nothing, found before its first step."""
+"""What would let a run end in nothing, or pass over what the user asked for, found before its first step."""
 
+from collections.abc import Mapping
+from dataclasses import MISSING
 from typing import Any
 
 from torch import nn
@@ -33,14 +35,15 @@ def check_float32_weights(model: nn.Module, learning_rate: float, remedy: str) -
 def check_whole_weights(trainer: Any) -> None:
     """
     Checks that every process holds all weights, which merging LoRA, evaluators and the recomputation of mini-batches
-    take for granted.
+    take for granted, and a batch of its own.
 
     Args:
         trainer (`Trainer`): The trainer, after its initialisation.
 
     Raises:
-        ValueError: under FSDP and under stage 3 of DeepSpeed.
+        ValueError: under FSDP, under stage 3 of DeepSpeed, and as of `check_data_parallel`.
     """
+    check_data_parallel(trainer)
     deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
         found = "FSDP"
@@ -54,3 +57,93 @@ def check_whole_weights(trainer: Any) -> None:
         "LLM that is too large for one GPU is trained with LoRA on `quantization='4bit'` (see "
         "`build_caption_encoder`)."
     )
+
+
+# Arguments of `Trainer` that change how it makes what our trainers are given, or make themselves.
+UNUSED_ARGUMENTS = {
+    "model_init": "The trainer prepares one given model, so there is neither `model_init` nor "
+    "`hyperparameter_search`. Make a trainer for each set of hyperparameters",
+    "compute_loss_func": "The trainer computes its own loss. Override `compute_loss` in a subclass",
+}
+# Options of evaluation that say what `compute_metrics` gets.
+_METRIC_OPTIONS = ("eval_do_concat_batches", "batch_eval_metrics", "include_for_metrics")
+
+
+def refuse_arguments(given: Mapping[str, Any], unused: Mapping[str, str] = UNUSED_ARGUMENTS) -> None:
+    """
+    Refuses keyword arguments that a trainer would pass over.
+
+    Args:
+        given (`dict`): Keyword arguments of the trainer.
+        unused (mapping from `str` to `str`, *optional*): Names of such arguments, with the reason and a remedy.
+
+    Raises:
+        ValueError: naming the first that is given.
+    """
+    for name, reason in unused.items():
+        if given.get(name) is not None:
+            raise ValueError(f"`{name}` has no effect here. {reason}, and leave `{name}` out.")
+
+
+def refuse_options(args: Any, unused: Mapping[str, str]) -> None:
+    """
+    Refuses training arguments that a trainer would pass over.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+        unused (mapping from `str` to `str`):
+            Names of options and the reason; those that the installed transformers does not have are skipped.
+
+    Raises:
+        ValueError: naming the first that is not at its default.
+    """
+    for name, reason in unused.items():
+        field = type(args).__dataclass_fields__.get(name)
+        if field is None:
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(args, name)
+        if value != default:
+            raise ValueError(
+                f"`{name}` is {value!r}, which has no effect on `{type(args).__name__}`: {reason}. Leave it out."
+            )
+
+
+def check_metric_options(args: Any, compute_metrics: Any) -> None:
+    """
+    Checks that options of the evaluation and the metrics that they are for go together.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+        compute_metrics (callable or `None`): The metrics that the user gave.
+
+    Raises:
+        ValueError: if one of them has no effect.
+    """
+    if compute_metrics is None:
+        refuse_options(args, dict.fromkeys(_METRIC_OPTIONS, "it says what `compute_metrics` gets, and none is given"))
+    elif args.prediction_loss_only:
+        raise ValueError(
+            "`compute_metrics` has no effect with `prediction_loss_only=True`. Set `prediction_loss_only=False`, or "
+            "leave `compute_metrics` out."
+        )
+
+
+def check_data_parallel(trainer: Any) -> None:
+    """
+    Checks that every process has a batch of its own, as losses over the batches of all processes take for granted.
+
+    Args:
+        trainer (`Trainer`): The trainer, after its initialisation.
+
+    Raises:
+        ValueError: under tensor, context or sequence parallelism.
+    """
+    plan = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        size = getattr(plan, name, 1)
+        if size > 1:
+            raise ValueError(
+                f"`{name}` of `parallelism_config` is {size}, which gives several processes the same batch, and "
+                f"{type(trainer).__name__} would take its rows for negatives of one another. Use data parallelism only."
+            )
