@@ -3,6 +3,8 @@
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,76 @@ def test_logit_scale_is_clamped_after_the_step(tmp_path):
         assert model.logit_scale.item() == pytest.approx(end)
 
 
+def test_clamp_reaches_the_float32_copy_of_deepspeed(tmp_path, monkeypatch):
+    copies: dict[int, torch.Tensor] = {}  # as ZeRO keeps them, apart from the model
+
+    def set_copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
+        copies[id(parameter)] = value.clone()
+
+    utils = types.ModuleType("deepspeed.utils")
+    utils.safe_get_full_fp32_param = lambda parameter: copies.get(id(parameter))
+    utils.safe_set_full_fp32_param = set_copy
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", utils)
+    model = tiny_models.model("clip", text=None).to(torch.bfloat16)
+    clamp = LogitScaleClamp(20.0, deepspeed=True)
+    for start, end in ((10.0, math.log(20.0)), (-1.0, 0.0), (2.03, 2.03)):
+        model.logit_scale.data.fill_(start)
+        copies[id(model.logit_scale)] = torch.tensor([start])
+        clamp.on_optimizer_step(None, None, None, model=model)
+        assert copies[id(model.logit_scale)].item() == pytest.approx(end)  # not rounded to bfloat16
+        assert model.logit_scale.item() == pytest.approx(end, rel=1e-2)
+    copies.clear()
+    with pytest.raises(RuntimeError, match="out of reach without ZeRO"):
+        clamp.on_optimizer_step(None, None, None, model=model)
+    clamp.on_optimizer_step(None, None, None, model=model.float())  # no copy: trained itself
+    monkeypatch.delitem(sys.modules, "deepspeed")  # accelerate looks for the real one
+    create = LLM2CLIPTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        LLM2CLIPTrainer, "create_accelerator_and_postprocess",
+        lambda self: (create(self), setattr(self, "is_deepspeed_enabled", True)),
+    )  # fmt: skip
+    trainer = trainer_for(tiny_models.model("clip", text=None), tmp_path)
+    assert [c.deepspeed for c in trainer.callback_handler.callbacks if isinstance(c, LogitScaleClamp)] == [True]
+
+
+def test_last_batch_of_one_row_is_refused_in_training_and_left_out_of_the_evaluation_loss(tmp_path):
+    model = tiny_models.model("clip", text=None)
+    options = {"dataloader_drop_last": False, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match="with 16 rows leaves one row for the last batch"):
+        trainer_for(model, tmp_path, Pairs(16), **options).train()
+    with pytest.raises(ValueError, match="with 21 rows leaves one row"):
+        trainer_for(model, tmp_path, Pairs(21), gradient_accumulation_steps=4, **options).train()
+    with pytest.raises(ValueError, match="with 21 rows leaves one row"):
+        trainer_for(
+            model, tmp_path, Pairs(21), gradient_accumulation_steps=2, accumulate_negatives=False, **options
+        ).train()
+    # 16 rows in steps of 10 and 6; 17 rows; a run that ends before.
+    assert trainer_for(model, tmp_path, Pairs(16), gradient_accumulation_steps=2, **options).train().global_step == 2
+    assert trainer_for(model, tmp_path, Pairs(17), **options).train().global_step == 4
+    assert trainer_for(model, tmp_path, Pairs(16), max_steps=2, **options).train().global_step == 2
+    batch = stack([Pairs(1)[0]])
+    trainer = trainer_for(model, tmp_path, Pairs(17), Pairs(5))
+    with pytest.raises(ValueError, match="one row, which has no negatives"):
+        trainer.compute_loss(model, batch)
+    first = stack([Pairs(5)[i] for i in range(4)])
+    with torch.no_grad():
+        expected = trainer.compute_loss(model.eval(), first).item()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert "eval_image_to_text_recall@1" in metrics
+    assert "eval_loss" not in trainer.evaluate(Pairs(1))
+
+
+def test_rows_that_would_be_their_own_negatives_are_refused_on_several_processes(tmp_path, monkeypatch):
+    trainer = trainer_for(tiny_models.model("clip", text=None), tmp_path, Pairs(17), dataloader_drop_last=False)
+    monkeypatch.setattr(LLM2CLIPTrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(
+        ValueError, match="the last batch of 2 processes would be filled up to 10 with rows of the first"
+    ):
+        trainer.get_train_dataloader()
+
+
 def test_every_epoch_is_announced_and_the_last_batch_left_out_in_training_only(tmp_path):
     train, evaluation = Pairs(19), Pairs(11)
     trainer = trainer_for(tiny_models.model("clip", text=None), tmp_path, train, evaluation, num_train_epochs=3)
@@ -369,6 +441,46 @@ def test_nan_stops_with_step_and_row_named_and_weights_intact(tmp_path):
     with pytest.raises(FloatingPointError, match=r"The loss is nan at step \d .*rows \[9\] are not finite"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_diverged_run_blames_the_weights_and_not_the_rows(tmp_path):
+    model = tiny_models.model("clip", text=None)
+    trainer = trainer_for(model, tmp_path, Pairs(15))
+    batch = stack([Pairs()[i] for i in range(5)])
+    model.train()
+    weight = model.visual_projection.weight
+    saved = weight.detach().clone()
+
+    def message() -> str:
+        with pytest.raises(FloatingPointError) as error:
+            trainer.compute_loss(model, batch)
+        return str(error.value)
+
+    weight.data[0, 0] = float("nan")
+    found = message()
+    assert "1 parameters are not finite, first `visual_projection.weight`: the run has diverged" in found
+    assert "rows" not in found
+    weight.data.copy_(saved / saved.abs().max() * 3e38)  # finite, and products overflow
+    found = message()
+    assert "No embedding is finite, though inputs and weights are" in found
+    assert "up to 3.0e+38 in `visual_projection.weight`" in found
+    assert "rows" not in found
+    weight.data.copy_(saved)
+    # One bad image is the cause of all embeddings where the batch is normalized as a whole.
+    batch["pixel_values"][2, 0, 0, 0] = float("inf")
+    assert "stored embeddings of rows [2] are not finite" in message()
+    batch = stack([Pairs()[i] for i in range(5)])
+    batch["pixel_values"][4] *= 1e38
+    assert "The embeddings of rows [4] are not finite, though what they were made of is" in message()
+
+
+def test_run_with_an_absurd_learning_rate_is_told_to_lower_it(tmp_path):
+    model = tiny_models.model("clip", text=None)
+    trainer = trainer_for(model, tmp_path, learning_rate=1e36, lr_scheduler_type="constant")
+    with pytest.raises(
+        FloatingPointError, match="diverged.*Lower `learning_rate`|gradient norm.*Lower `learning_rate`"
+    ):
+        trainer.train()
 
 
 def test_infinite_gradient_stops_before_the_step(tmp_path):

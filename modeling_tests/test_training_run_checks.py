@@ -59,8 +59,9 @@ USED = set(
     fsdp_config deepspeed debug skip_memory_metrics
     """.split()
 )
-# `average_tokens_across_devices`: a loss that is no mean of tokens is averaged in any case. `logging_nan_inf_filter`: a
-# loss that is not finite ends the run. `local_rank` is set by the launcher. The others are for the script around.
+# `average_tokens_across_devices`: a loss that is no mean of tokens is averaged in any case.
+# `logging_nan_inf_filter`: a loss that is not finite ends the run. `local_rank` is set by the launcher. The others are
+# for the script around the trainer.
 HARMLESS = set("average_tokens_across_devices logging_nan_inf_filter local_rank".split())
 HARMLESS |= set("do_train do_eval do_predict resume_from_checkpoint".split())
 # Refused by the trainer, which knows the metrics, the sizes of the plan or the sampling of the stage.
@@ -107,14 +108,18 @@ def options(folder: Path, **kwargs: Any) -> dict[str, Any]:
 def test_every_option_is_used_refused_or_harmless(stage):
     cls, unused = STAGES[stage]
     own = {name for base in cls.__mro__[:1] for name in base.__annotations__}
-    inherited = {field.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+    inherited = {
+        field.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)
+    }
     unknown = inherited - ONLY[stage] - set(unused)
     assert not unknown, f"look at what {cls.__name__} does with {sorted(unknown)}"
     assert not set(unused) & ONLY[stage]
     assert not own & set(unused) - {"remove_unused_columns"}
 
 
-CASES = [(stage, name) for stage, (cls, unused) in STAGES.items() for name in unused if name in cls.__dataclass_fields__]
+CASES = [
+    (stage, name) for stage, (cls, unused) in STAGES.items() for name in unused if name in cls.__dataclass_fields__
+]
 
 
 @pytest.mark.parametrize(("stage", "name"), CASES)
@@ -148,8 +153,8 @@ def test_options_that_depend_on_others_are_refused(tmp_path):
 
 # Each is handed on, and used, by the constructors of the trainers.
 USED_ARGUMENTS = set(
-    "model args data_collator train_dataset eval_dataset processing_class callbacks optimizers optimizer_cls_and_kwargs "
-    "loss evaluator compute_metrics preprocess_logits_for_metrics".split()
+    "model args data_collator train_dataset eval_dataset processing_class callbacks optimizers "
+    "optimizer_cls_and_kwargs loss evaluator compute_metrics preprocess_logits_for_metrics".split()
 )
 
 
@@ -301,8 +306,8 @@ def test_label_smoothing_is_that_of_cross_entropy(tmp_path):
     entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.2)
     rows = torch.arange(5)
     assert loss.item() == pytest.approx(((entropy(logits, rows) + entropy(logits.T, rows)) / 2).item(), abs=1e-5)
+    sigmoid = tiny_models.model("clip", text=None, logit_bias_init_value=-1.0)
     with pytest.raises(ValueError, match=r"`label_smoothing` \(0.2\) has no effect on the sigmoid loss"):
-        sigmoid = tiny_models.model("clip", text=None, logit_bias_init_value=-1.0)
         clip_trainer(tmp_path, model=sigmoid, label_smoothing_factor=0.2)
 
 
@@ -314,4 +319,6 @@ def test_label_smoothing_of_masked_tokens_is_that_of_cross_entropy(tmp_path, llm
         loss = trainer.compute_loss(model, batch)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
     entropy = torch.nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=0.3)
-    assert loss.item() == pytest.approx(entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(
+        entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item(), abs=1e-5
+    )

@@ -143,7 +143,11 @@ class ContrastiveLoss(nn.Module):
             groups = {"group_ids": group_ids, "same_group": self.same_group, "implementation": self.implementation}
             if logit_bias is None:
                 return contrastive_loss(
-                    image_embeds, text_embeds, logit_scale, label_smoothing=self.label_smoothing, **groups  # type: ignore[arg-type]
+                    image_embeds,
+                    text_embeds,
+                    logit_scale,
+                    label_smoothing=self.label_smoothing,
+                    **groups,  # type: ignore[arg-type]
                 )
             return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, **groups)  # type: ignore[arg-type]
         with torch.autocast(device_type=image_embeds.device.type, enabled=False):

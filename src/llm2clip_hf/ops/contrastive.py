@@ -296,8 +296,8 @@ def refuse_forward_mode(*inputs: Tensor | float | None) -> None:
         return
     if any(isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None for each in inputs):
         raise NotImplementedError(
-            "Forward-mode derivatives of `contrastive_loss` and `sigmoid_loss` are not implemented. Use `backward()` or"
-            " `torch.autograd.grad`, or write the loss with dense logits, e.g. `torch.nn.functional.cross_entropy`."
+            "Forward-mode derivatives of `contrastive_loss` and `sigmoid_loss` are not implemented. Use `backward()`"
+            " or `torch.autograd.grad`, or write the loss with dense logits, e.g. `torch.nn.functional.cross_entropy`."
         )
 
 

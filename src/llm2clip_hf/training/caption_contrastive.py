@@ -21,7 +21,13 @@ from .caption_sources import INSTRUCTION, LABEL, CaptionCollator, SourceRows, St
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .checkpoints import AtomicCheckpointTrainer
 from .hub_publishing import PublishingEncoderTrainer
-from .run_checks import UNUSED_ARGUMENTS, check_float32_weights, check_whole_weights, refuse_arguments
+from .run_checks import (
+    UNUSED_ARGUMENTS,
+    check_float32_weights,
+    check_whole_weights,
+    describe_divergence,
+    refuse_arguments,
+)
 from .single_source import EvaluationBatchSampler, SingleSourceBatchSampler
 
 
@@ -136,7 +142,9 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             if not isinstance(self.data_collator, CaptionCollator):
                 raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
         if self.args.prompts and not hasattr(self.data_collator, "prompts"):
-            raise ValueError("`prompts` is set, which a `data_collator` of your own leaves out. Leave out one of them.")
+            raise ValueError(
+                "`prompts` is set, which a `data_collator` of your own leaves out. Leave out one of them."
+            )
 
     def _check_batches(self) -> None:
         if self._stream is not None and self.args.max_steps < 1:
@@ -311,6 +319,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             return super().compute_loss(model, inputs, *args, **kwargs)
         except FloatingPointError as error:
             where = f"Step {self.state.global_step + 1}" if model.training else "Evaluation"
+            if cause := describe_divergence(self._encoder()):
+                raise FloatingPointError(f"{where}: the loss is not finite. {cause}") from error
             raise FloatingPointError(f"{where}: {error} {self._advice()}") from error
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
@@ -331,8 +341,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         extra = [name for name in inputs if name not in (LABEL, "return_loss") and id(inputs[name]) not in used]
         if extra:
             raise ValueError(
-                f"The batch has {extra}, which belong to no column of tokens (`<column>_input_ids`). Leave them out in "
-                "the data collator."
+                f"The batch has {extra}, which belong to no column of tokens (`<column>_input_ids`). Leave them out "
+                "in the data collator."
             )
         return features, labels
 

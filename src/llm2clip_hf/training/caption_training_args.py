@@ -27,6 +27,7 @@ UNUSED_OPTIONS = {
     "include_for_metrics": _NO_METRICS,
 }
 
+
 @dataclass
 class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
     r"""

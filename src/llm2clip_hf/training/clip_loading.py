@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,28 @@ class ClipLoadingTrainer(Trainer):
                 f"The training set holds less than one batch of {self._train_batch_size} rows per device. Lower "
                 "`per_device_train_batch_size`."
             )
+        self._check_last_batch()
         return loader
+
+    def _check_last_batch(self) -> None:
+        """Where the last batch is kept, refuses one that is no contrastive batch of its own rows."""
+        if self.args.dataloader_drop_last or not has_length(self.train_dataset) or shards_itself(self.train_dataset):
+            return
+        count, per_batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
+        per_step = per_batch * self.args.gradient_accumulation_steps
+        if 0 < self.args.max_steps < math.ceil(count / per_step):
+            return  # the run ends before
+        if self.args.world_size > 1 and count % per_batch:
+            raise ValueError(
+                f"`dataloader_drop_last=False` with {count} rows: the last batch of {self.args.world_size} processes "
+                f"would be filled up to {per_batch} with rows of the first, which would be negatives of their own "
+                "copies. Set it to True, or give a multiple of that many rows."
+            )
+        if count % (per_step if self.args.accumulate_negatives else per_batch) == 1:
+            raise ValueError(
+                f"`dataloader_drop_last=False` with {count} rows leaves one row for the last batch, which has no "
+                "negatives. Set it to True, or change `per_device_train_batch_size`."
+            )
 
     def _whole_steps(self, count: int, per_step: int) -> int:
         """Of `count` rows or batches, those of whole optimizer steps; all where there is no such step."""

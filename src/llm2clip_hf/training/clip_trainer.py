@@ -29,7 +29,13 @@ from .clip_loading import ClipLoadingTrainer
 from .clip_training_args import LLM2CLIPTrainingArguments
 from .hub_publishing import PublishingClipTrainer
 from .optimizer_groups import build_optimizer_groups
-from .run_checks import check_data_parallel, check_metric_options, refuse_arguments
+from .run_checks import (
+    check_data_parallel,
+    check_metric_options,
+    describe_divergence,
+    largest_weight,
+    refuse_arguments,
+)
 from .sharding import ready_for_fsdp2, register_feature_methods, whole_parameter
 from .streams import shards_itself
 from .trained_parts import frozen_towers, has_llm, prepare_trained_parts
@@ -148,7 +154,7 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
         self.processor = processing_class
         self._held_batches: list[dict[str, Any]] = []
         max_scale = getattr(getattr(model, "config", None), "max_logit_scale", None) or DEFAULT_MAX_LOGIT_SCALE
-        self.add_callback(LogitScaleClamp(max_scale))
+        self.add_callback(LogitScaleClamp(max_scale, deepspeed=self.is_deepspeed_enabled))
         if hasattr(train_dataset, "set_epoch") and (has_length(train_dataset) or not shards_itself(train_dataset)):
             self.add_callback(EpochCallback(train_dataset))
 
@@ -175,11 +181,16 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             `(batch, projection_dim)`.
 
         Raises:
-            FloatingPointError: if the loss is NaN or infinite.
-            ValueError: if the batch has no `pixel_values`.
+            FloatingPointError: if the loss is NaN or infinite; says whether weights or which rows are why.
+            ValueError: if the batch has no `pixel_values`, entries that nothing takes, or, in training, one row.
         """
         batches = inputs.get(MICRO_BATCHES, [inputs])
         embeds = self._embed(model, batches)
+        if torch.is_grad_enabled() and self._is_one_row(embeds):
+            raise ValueError(
+                "The contrastive batch is one row, which has no negatives. Set `dataloader_drop_last=True`, the "
+                "default."
+            )
         core = self.accelerator.unwrap_model(model)
         scale = whole_parameter(core.logit_scale).exp()
         bias = whole_parameter(core.logit_bias) if self.contrastive_loss.loss_type == "sigmoid" else None
@@ -217,6 +228,9 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
         with chunked_forward(core, embed_clip_text):
             outputs = model(chunks=chunks)
         return {name: value for name, value in outputs.items() if name.endswith("_embeds")}
+
+    def _is_one_row(self, embeds: dict[str, torch.Tensor]) -> bool:
+        return len(embeds["image_embeds"]) * self.args.world_size == 1
 
     @staticmethod
     def _with_llm_embeds(model: Any, features: dict[str, Any], chunk_size: int) -> dict[str, Any]:
@@ -260,27 +274,44 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
     def _stop_at_nonfinite_loss(
         self, loss: torch.Tensor, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]
     ) -> None:
-        finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
-        names = row_names(batches)
-        culprits = [name for name, is_finite in zip(names, finite) if not is_finite]
-        cause = (
-            f"The embeddings of rows {culprits} are not finite: check these images and captions."
-            if culprits
-            else f"All embeddings of its rows {names} are finite: the logit scale or bias is not."
-        )
+        core = self.accelerator.unwrap_model(self.model)
+        cause = describe_divergence(core) or self._describe_rows(core, embeds, batches)
         where = f"at step {self.state.global_step + 1}" if torch.is_grad_enabled() else "in evaluation"
         raise FloatingPointError(
             f"The loss is {loss.item()} {where} (epoch {self.state.epoch or 0:.2f}). {cause} The weights are those of "
-            f"step {self.state.global_step}; checkpoints are intact."
+            f"step {self.state.global_step}."
+        )
+
+    def _describe_rows(self, core: nn.Module, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]) -> str:
+        """Why the loss is not finite although all weights are: rows are named where their own features are why."""
+        names = row_names(batches)
+        broken = [name for name, is_finite in zip(names, finite_inputs(batches)) if not is_finite]
+        if broken:
+            return f"The images or stored embeddings of rows {broken} are not finite: repair or remove them."
+        finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
+        broken = [name for name, is_finite in zip(names, finite) if not is_finite]
+        if not broken:
+            elsewhere = (
+                "another process says more" if self.args.world_size > 1 else "the logit scale or bias overflows"
+            )
+            return f"All embeddings of its rows {names} are finite: {elsewhere}."
+        if len(broken) < len(names):
+            return (
+                f"The embeddings of rows {broken} are not finite, though what they were made of is: look at these "
+                "images and captions, or compute in a type of wider range than float16."
+            )
+        return (
+            "No embedding is finite, though inputs and weights are: the weights have grown too large, up to "
+            f"{largest_weight(core)}, so the run has diverged. Lower `learning_rate`."
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
-        if not self.args.fp16 and not math.isfinite(grad_norm):
+        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. The weights are those "
-                f"of step {self.state.global_step}; checkpoints are intact. Lower `learning_rate`."
+                f"of step {self.state.global_step}. Lower `learning_rate`."
             )
         return grad_norm
 
@@ -355,9 +386,11 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, embeds = self.compute_loss(model, inputs, return_outputs=True)
+        if self._is_one_row(embeds) and self.contrastive_loss.loss_type == "softmax":
+            loss = None  # no negatives: 0, whatever the model, would lower the mean
         if prediction_loss_only:
             return loss, None, None
-        rows = inputs.get("index", torch.arange(len(embeds["image_embeds"]), device=loss.device))
+        rows = inputs.get("index", torch.arange(len(embeds["image_embeds"]), device=self.args.device))
         return loss, tuple(value.float() for value in embeds.values()), rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -375,6 +408,15 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         register_feature_methods(self.model)
         return prepared
+
+
+def finite_inputs(batches: list[dict[str, Any]]) -> list[bool]:
+    """Whether the numbers that each row of some batches begins with, pixels or stored embeddings, are finite."""
+    rows: list[bool] = []
+    for batch in batches:
+        numbers = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        rows += torch.stack([value.isfinite().flatten(1).all(dim=1) for value in numbers]).all(dim=0).tolist()
+    return rows
 
 
 def row_names(batches: list[dict[str, Any]]) -> list[Any]:

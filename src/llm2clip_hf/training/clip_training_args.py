@@ -66,8 +66,8 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             between that and the LLM) or `"concatenated"` (and a fourth between images and a trained linear head over
             the concatenated embeddings of both; the paper names this head without saying what it is).
 
-    `label_smoothing_factor` of `TrainingArguments` smooths the targets of the softmax loss. What has no effect, such as
-    `label_names`, is refused.
+    `label_smoothing_factor` of `TrainingArguments` smooths the targets of the softmax loss. What has no effect, such
+    as `label_names`, is refused.
 
     Locked-image tuning is `train_vision="projection"`: a frozen tower under a trained projection, text adaptor and
     logit scale. The logit scale is always trained, and so is the logit bias with the sigmoid loss; the softmax loss,

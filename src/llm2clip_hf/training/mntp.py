@@ -37,6 +37,7 @@ from .run_checks import (
     check_float32_weights,
     check_metric_options,
     check_whole_weights,
+    describe_divergence,
     refuse_arguments,
     refuse_options,
 )
@@ -220,9 +221,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         with _head_at(self.accelerator.unwrap_model(model), masked):
             outputs = model(**inputs, use_cache=False)
         smoothing = self.args.label_smoothing_factor
-        total = F.cross_entropy(
-            outputs.logits.float(), targets[masked], reduction="sum", label_smoothing=smoothing
-        )
+        total = F.cross_entropy(outputs.logits.float(), targets[masked], reduction="sum", label_smoothing=smoothing)
         count = masked.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         # A batch of very short texts may have no mask at all.
         loss = total / count.to(total.device).clamp(min=1)
@@ -234,9 +233,10 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         """One step; stops the run at a loss that is not finite, before it reaches the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
+            cause = describe_divergence(self.accelerator.unwrap_model(model)) or "Lower `learning_rate`."
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. The weights are those of step "
-                f"{self.state.global_step}. Lower `learning_rate`."
+                f"{self.state.global_step}. {cause}"
             )
         return loss
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def check_float32_weights(model: nn.Module, learning_rate: float, remedy: str) -> None:
@@ -57,6 +59,35 @@ def check_whole_weights(trainer: Any) -> None:
         "LLM that is too large for one GPU is trained with LoRA on `quantization='4bit'` (see "
         "`build_caption_encoder`)."
     )
+
+
+def describe_divergence(model: nn.Module) -> str:
+    """What weights that are not finite say about a run, in sentences; empty where all are finite."""
+    broken = [
+        name for name, p in model.named_parameters() if p.is_floating_point() and not _own_part(p).isfinite().all()
+    ]
+    if not broken:
+        return ""
+    return (
+        f"{len(broken)} parameters are not finite, first `{broken[0]}`: the run has diverged, whatever the data. "
+        "Lower `learning_rate`, and resume from a checkpoint of before or begin anew."
+    )
+
+
+def largest_weight(model: nn.Module) -> str:
+    """The largest absolute value of a trained weight and where it is, for messages."""
+    sizes = {
+        n: float(_own_part(p).detach().abs().max())
+        for n, p in model.named_parameters()
+        if p.requires_grad and _own_part(p).numel()
+    }
+    name = max(sizes, key=sizes.__getitem__)
+    return f"{sizes[name]:.1e} in `{name}`"
+
+
+def _own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter; the loss may be finite on others, which take no part in the search."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 # Arguments of `Trainer` that change how it makes what our trainers are given, or make themselves.
@@ -144,6 +175,7 @@ def check_data_parallel(trainer: Any) -> None:
         size = getattr(plan, name, 1)
         if size > 1:
             raise ValueError(
-                f"`{name}` of `parallelism_config` is {size}, which gives several processes the same batch, and "
-                f"{type(trainer).__name__} would take its rows for negatives of one another. Use data parallelism only."
+                f"`{name}` of `parallelism_config` is {size}, which gives several processes the same batch, "
+                f"and {type(trainer).__name__} would take its rows for negatives of one another. Use data parallelism "
+                "only."
             )
