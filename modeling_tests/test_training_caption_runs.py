@@ -359,7 +359,16 @@ def test_text_whose_embedding_is_not_finite_is_named_with_its_step(llm_dir, tmp_
         FloatingPointError, match=r"Step \d: The loss is nan.*positive \d of the batch \('.*dog 7"
     ) as info:
         trainer.train()
-    assert f"The weights are those of step {trainer.state.global_step}; " in str(info.value)
+    where = f"The weights are those of step {trainer.state.global_step}; "
+    assert f"{where}1 frozen parameters are not finite, first `0.model.embed_tokens.weight`" in str(info.value)
+    with torch.no_grad():
+        next(p for p in encoder.parameters() if p.requires_grad).fill_(float("nan"))
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(
+        FloatingPointError, match="no embedding of this device is finite.*the run has diverged"
+    ) as info:
+        trainer.compute_loss(encoder, batch)
+    assert "boat" not in str(info.value)  # no text is to blame
 
 
 def test_gradient_that_is_not_finite_stops_before_the_weights_are_touched(llm_dir, tmp_path):  # noqa: F811

@@ -458,7 +458,7 @@ def test_diverged_run_blames_the_weights_and_not_the_rows(tmp_path):
 
     weight.data[0, 0] = float("nan")
     found = message()
-    assert "1 parameters are not finite, first `visual_projection.weight`: the run has diverged" in found
+    assert "1 trained parameters are not finite, first `visual_projection.weight`: the run has diverged" in found
     assert "rows" not in found
     weight.data.copy_(saved / saved.abs().max() * 3e38)  # finite, and products overflow
     found = message()
@@ -470,7 +470,12 @@ def test_diverged_run_blames_the_weights_and_not_the_rows(tmp_path):
     batch["pixel_values"][2, 0, 0, 0] = float("inf")
     assert "stored embeddings of rows [2] are not finite" in message()
     batch = stack([Pairs()[i] for i in range(5)])
-    batch["pixel_values"][4] *= 1e38
+    model.vision_model.requires_grad_(False)
+    first = next(model.vision_model.parameters())
+    before, first.data = first.data, first.data * float("inf")
+    assert "1 frozen parameters are not finite" in message()
+    first.data = before
+    batch["pixel_values"][4] *= 3e37  # finite, but not its sums
     assert "The embeddings of rows [4] are not finite, though what they were made of is" in message()
 
 

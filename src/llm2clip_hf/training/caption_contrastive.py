@@ -319,8 +319,6 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             return super().compute_loss(model, inputs, *args, **kwargs)
         except FloatingPointError as error:
             where = f"Step {self.state.global_step + 1}" if model.training else "Evaluation"
-            if cause := describe_divergence(self._encoder()):
-                raise FloatingPointError(f"{where}: the loss is not finite. {cause}") from error
             raise FloatingPointError(f"{where}: {error} {self._advice()}") from error
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
@@ -365,9 +363,9 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         return grad_norm
 
     def _advice(self) -> str:
+        advice = "checkpoints are intact. Lower `learning_rate`, or check the captions of this batch."
         return (
-            f"The weights are those of step {self.state.global_step}; checkpoints are intact. Lower `learning_rate`, "
-            "or check the captions of this batch."
+            f"The weights are those of step {self.state.global_step}; {describe_divergence(self._encoder()) or advice}"
         )
 
     # ------------------------------------------------------------------------------------------------ saving, resuming

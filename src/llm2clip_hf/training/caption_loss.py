@@ -155,6 +155,8 @@ class CaptionContrastiveLoss(nn.Module):
             for name, column, embedding in zip(names, columns, embeddings)
             for row in (~embedding.detach().isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         ]
+        if len(found) == sum(map(len, embeddings)):
+            return f"The loss is {loss.item()}: no embedding of this device is finite, whatever its text."
         if not found:
             return f"The loss is {loss.item()}, but all embeddings of this device are finite."
         more = f" and {len(found) - _SHOWN_ROWS} more" if len(found) > _SHOWN_ROWS else ""

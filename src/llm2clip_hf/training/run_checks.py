@@ -62,15 +62,19 @@ def check_whole_weights(trainer: Any) -> None:
 
 
 def describe_divergence(model: nn.Module) -> str:
-    """What weights that are not finite say about a run, in sentences; empty where all are finite."""
-    broken = [
-        name for name, p in model.named_parameters() if p.is_floating_point() and not _own_part(p).isfinite().all()
-    ]
+    """What weights that are not finite say about a run, in sentences; nothing where all are finite."""
+    broken = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not _own_part(p).isfinite().all()}
     if not broken:
         return ""
+    trained = [name for name, parameter in broken.items() if parameter.requires_grad]
+    if not trained:
+        return (
+            f"{len(broken)} frozen parameters are not finite, first `{next(iter(broken))}`, as they were loaded. Load "
+            "the model from other weights, or with `dtype=torch.float32`."
+        )
     return (
-        f"{len(broken)} parameters are not finite, first `{broken[0]}`: the run has diverged, whatever the data. "
-        "Lower `learning_rate`, and resume from a checkpoint of before or begin anew."
+        f"{len(trained)} trained parameters are not finite, first `{trained[0]}`: the run has diverged, whatever the "
+        "data. Lower `learning_rate`, and resume from a checkpoint of before or begin anew."
     )
 
 
