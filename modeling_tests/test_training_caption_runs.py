@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the stage-1 trainer: mixed sources, streams, resuming after a kill, evaluation, and what stops a run."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -344,6 +345,24 @@ def test_one_row_without_a_negative_is_refused(llm_dir, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="one row without a hard negative"):
         CaptionContrastiveTrainer(encoder, args, Texts("a", 3)).train()
     CaptionContrastiveTrainer(encoder, args, Texts("a", 3, negatives=True)).train()
+
+
+def test_finished_run_records_how_it_was_trained_in_text(llm_dir, tmp_path):  # noqa: F811
+    args = arguments(tmp_path / "run", max_steps=2, save_strategy="no", learning_rate=3e-4, seed=11)
+    trainer = CaptionContrastiveTrainer(encoder_with_random_lora(llm_dir), args, training_set("pairs"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "merged"))
+    trainer.model.save_adapter(str(tmp_path / "adapter"))
+    trainer.save_record(str(tmp_path / "adapter"))
+    for folder in (tmp_path / "merged", tmp_path / "adapter"):
+        card = (folder / "README.md").read_text()
+        for row in ("`learning_rate` | 0.0003", "`seed` | 11", "`scale` | 50", "`steps` | 2", "`max_steps` | 2"):
+            assert f"| {row} |" in card
+        options = json.loads((folder / "training_args.json").read_text())
+        assert (options["learning_rate"], options["seed"], options["mask_false_negatives"]) == (3e-4, 11, True)
+        assert options["batch_sampler"] == "batch_sampler"
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
+        assert str(tmp_path) not in json.dumps(options)
 
 
 def test_text_whose_embedding_is_not_finite_is_named_with_its_step(llm_dir, tmp_path):  # noqa: F811

@@ -271,7 +271,10 @@ def test_real_model_learns_and_becomes_a_caption_encoder(shared_dir, tmp_path):
     assert names == [
         *("README.md", "config.json", "generation_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("trainer_state.json", "training_args.json"),
     ]
+    recorded = json.loads((tmp_path / "lm" / "training_args.json").read_text())
+    assert (recorded["num_train_epochs"], recorded["mask_probability"], recorded["mask_token"]) == (6, 0.2, "<unk>")
     assert json.loads((tmp_path / "lm" / "config.json").read_text())["is_causal"] is False
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
     batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(3)])

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 import transformers.trainer
 from PIL import Image
 from test_training_clip_trainer import Pairs, arguments, stack
-from transformers import AutoModel
+from transformers import AutoModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm2clip_hf import LLM2CLIPModel
+from llm2clip_hf.cli.main import main
 from llm2clip_hf.data import ImageTextDataset, RandomResizedCropTransform, embed_captions, embedding_fingerprint
+from llm2clip_hf.hub import LLM2CLIPModelCardData
 from llm2clip_hf.training import LLM2CLIPTrainer
 from llm2clip_hf.training.checkpoints import AtomicCheckpointTrainer
 
@@ -178,6 +181,41 @@ def test_folder_without_its_pickles_is_a_complete_model(tmp_path):
     with torch.no_grad():
         expected = model.eval()(**batch).logits_per_image
         torch.testing.assert_close(reloaded.eval()(**batch).logits_per_image, expected)
+
+
+def test_finished_run_records_how_it_was_trained_in_text(tmp_path):
+    model = tiny_models.model("clip", None)
+    trainer = trainer_for(
+        model, tmp_path / "run", Pairs(20), learning_rate=3e-4, seed=11, num_train_epochs=2, hub_token="hf_secret",
+        save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True, vision_layer_decay=0.7,
+        eval_dataset=Pairs(6), gradient_accumulation_steps=2, per_device_train_batch_size=5, run_name="private-name",
+    )  # fmt: skip
+    trainer.save_model(str(tmp_path / "untrained"))
+    assert not (tmp_path / "untrained" / "trainer_state.json").exists()
+    trainer.train()
+    folder = tmp_path / "model"
+    trainer.save_model(str(folder))
+    texts = [(folder / name).read_text() for name in ("trainer_state.json", "training_args.json")]
+    state, options = map(json.loads, texts)
+    assert options["learning_rate"] == 3e-4
+    assert (options["seed"], options["vision_layer_decay"], options["num_train_epochs"]) == (11, 0.7, 2)
+    assert options["lr_scheduler_type"] == "cosine"
+    rows = options["per_device_train_batch_size"], options["gradient_accumulation_steps"], options["world_size"]
+    assert rows == (5, 2, 1)
+    assert state["global_step"] == 4
+    assert re.fullmatch(r"checkpoint-\d", state["best_model_checkpoint"])
+    for text in texts:
+        assert not any(word in text for word in (str(tmp_path), "hf_secret", "private-name", "cpu"))
+    assert TrainerState.load_from_json(str(folder / "trainer_state.json")).log_history == trainer.state.log_history
+    # The card from the folder has the training section of the card from the trainer.
+    card = str(LLM2CLIPModelCardData.from_folder(folder))
+    expected = str(LLM2CLIPModelCardData.from_trainer(trainer, model.config))
+    section = re.search(r"## Training\n.*?(?=\n## )", expected, re.DOTALL)
+    assert section.group() in card
+    for row in ("| `learning_rate` | 0.0003 |", "| `seed` | 11 |", "| `rows per step` | 10 |", "| `steps` | 4 |"):
+        assert row in section.group()
+    assert main(["card", str(folder)]) == 0
+    assert "| `vision_layer_decay` | 0.7 |" in (folder / "README.md").read_text()
 
 
 def test_nan_names_step_and_keys_and_leaves_a_loadable_checkpoint(tmp_path):

@@ -333,6 +333,7 @@ def train_and_save(
     if options.adapter_only or options.quantization:
         if args.should_save:
             encoder.save_adapter(str(args.output_dir))
+        trainer.save_record()
     else:
         trainer.save_model()
     if args.should_save:

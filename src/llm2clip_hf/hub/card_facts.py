@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts for a model card: from metrics, from a trainer, and checks of what the Hub takes."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,10 +29,18 @@ _OPTIONS = (
     "train_vision",
     "train_text",
     "integration",
+    "scale",
+    "symmetric",
+    "mask_false_negatives",
+    "mask_probability",
+    "label_smoothing_factor",
     "bf16",
     "fp16",
     "seed",
+    "data_seed",
 )
+# Of these, 0 or less means that they are not used.
+_OFF_AT_ZERO = ("max_steps", "warmup_steps", "label_smoothing_factor")
 # What results files say besides results.
 _NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "training")
 # Times, and the loss, whose value depends on the size of the batch.
@@ -132,22 +141,39 @@ def metric_text(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def trainer_facts(trainer: Any) -> dict[str, Any]:
-    """Arguments of a card that a trainer tells: options, size of the data, last evaluation, time and hardware."""
-    args, state = trainer.args, trainer.state
+def run_options(args: Any, steps: int) -> dict[str, Any]:
+    """
+    The options of a training run that a card shows.
+
+    Args:
+        args: `TrainingArguments`, or an object with their attributes, as recorded beside a model.
+        steps (`int`): Optimizer steps that were taken.
+
+    Returns:
+        `dict`: Values by name, and the rows of an optimizer step.
+    """
     options: dict[str, Any] = {}
     for name in _OPTIONS:
         value = getattr(args, name, None)
         value = getattr(value, "value", value)  # of an enumeration
-        if value is None or value is False or (name in ("max_steps", "warmup_steps") and value <= 0):
+        if value is None or value is False or (name in _OFF_AT_ZERO and value <= 0):
             continue
         options[name] = value
     if "max_steps" in options:
-        del options["num_train_epochs"]  # which it overrides
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    options["rows per step"] = rows
-    options["steps"] = state.global_step
-    facts: dict[str, Any] = {"hyperparameters": options, **trainer_state_facts({"log_history": state.log_history})}
+        options.pop("num_train_epochs", None)  # which it overrides
+    parts = [getattr(args, n, 0) for n in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
+    if all(parts):
+        options["rows per step"] = math.prod(parts)
+    return {**options, "steps": steps}
+
+
+def trainer_facts(trainer: Any) -> dict[str, Any]:
+    """Arguments of a card that a trainer tells: options, size of the data, last evaluation, time and hardware."""
+    args, state = trainer.args, trainer.state
+    facts: dict[str, Any] = {
+        "hyperparameters": run_options(args, state.global_step),
+        **trainer_state_facts({"log_history": state.log_history}),
+    }
     data = trainer.train_dataset
     if hasattr(data, "__len__"):
         facts["training_data"] = [f"{len(data):,} rows"]
@@ -174,6 +200,7 @@ __all__ = [
     "entries_of_results",
     "metric_rows",
     "metric_text",
+    "run_options",
     "trainer_facts",
     "trainer_state_facts",
 ]

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -18,12 +19,20 @@ from llm2clip_hf.modeling import LLM2CLIPConfig
 from llm2clip_hf.modeling.card_llm2clip import card_metadata, card_sections, merged_card, render_card
 from llm2clip_hf.modeling.publishing_llm2clip import stated_license
 
-from .card_facts import check_fields, entries_of_results, metric_text, trainer_facts, trainer_state_facts
+from .card_facts import (
+    check_fields,
+    entries_of_results,
+    metric_text,
+    run_options,
+    trainer_facts,
+    trainer_state_facts,
+)
 
 
 CARD_FILE = "README.md"
 FACTS_FILE = "model_card.json"
-_STATE_FILE = "trainer_state.json"
+STATE_FILE = "trainer_state.json"
+ARGUMENTS_FILE = "training_args.json"
 
 
 class LLM2CLIPModelCardData(ModelCardData):
@@ -123,7 +132,8 @@ class LLM2CLIPModelCardData(ModelCardData):
     @classmethod
     def from_folder(cls, folder: str | Path, **fields: Any) -> "LLM2CLIPModelCardData":
         """
-        The card of a saved model: of the facts beside it, else of its config and `trainer_state.json`.
+        The card of a saved model: of the facts beside it, else of its config, `trainer_state.json` and
+        `training_args.json`.
 
         Args:
             folder (`str` or `Path`): Folder with `config.json`.
@@ -143,7 +153,10 @@ class LLM2CLIPModelCardData(ModelCardData):
             raise ValueError(f"`{root}` holds a model of type {written.get('model_type')!r}, not an LLM2CLIP.")
         stored = _read_json(root / FACTS_FILE)
         if not stored:
-            stored = trainer_state_facts(_read_json(root / _STATE_FILE))
+            state, arguments = _read_json(root / STATE_FILE), _read_json(root / ARGUMENTS_FILE)
+            stored = trainer_state_facts(state)
+            if arguments:
+                stored["hyperparameters"] = run_options(SimpleNamespace(**arguments), state.get("global_step", 0))
             stored["name"] = root.resolve().name
         stored["eval_results"] = [_eval_result(entry, root) for entry in stored.get("eval_results", [])]
         added = {key: value for key, value in fields.items() if value}

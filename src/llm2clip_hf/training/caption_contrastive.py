@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ..hub.card_facts import run_options
 from .adapters import ADAPTER_WEIGHTS, has_adapters, load_adapter_weights
 from .callbacks import EpochCallback
 from .caption_encoder import CaptionEncoder
@@ -289,6 +290,21 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------------------------- training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trains, and notes the options of the run for the card of the encoder.
+
+        Args:
+            args: Arguments of `SentenceTransformerTrainer.train`.
+            kwargs: Arguments of `SentenceTransformerTrainer.train`.
+
+        Returns:
+            `TrainOutput`.
+        """
+        output = super().train(*args, **kwargs)
+        self._encoder().training_options = run_options(self.args, self.state.global_step)
+        return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning-rate schedule; says so when the warm-up takes the whole run."""

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -52,6 +53,9 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
     `trust_remote_code=True`, `SentenceTransformer` load, also where `llm2clip_hf` is not installed. `save_adapter`
     writes the LoRA weights alone.
     """
+
+    # Of the run that trained it, for the card.
+    training_options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def llm(self) -> PreTrainedModel:
@@ -201,6 +205,7 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
             },
             adapter_only=adapter_only,
             training_data=stored_training_data(self.model_card_data, train_datasets),
+            training_options=self.training_options,
             results=stored_results(self.model_card_data),
         )
         (Path(path) / "README.md").write_text(str(card), encoding="utf-8")

@@ -7,23 +7,38 @@ end. A run that is killed or meets a full disk while it saves leaves the earlier
 `resume_from_checkpoint=True` never picks up the half-written one.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+
+from ..data.atomic import write_json_atomically
+from ..hub.model_card import ARGUMENTS_FILE, STATE_FILE
 
 
 UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
-_STATE_FILE = "trainer_state.json"
+# Options of `TrainingArguments` that decide what is trained; others are about speed, files, logs and this machine.
+_DECISIVE = (
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps weight_decay max_grad_norm optim optim_args adam_beta1 "
+    "adam_beta2 adam_epsilon label_smoothing_factor neftune_noise_alpha bf16 fp16 tf32 seed data_seed "
+    "full_determinism dataloader_drop_last train_sampling_strategy"
+).split()
 
 
 class AtomicCheckpointTrainer(Trainer):
-    """A `Trainer` whose checkpoints appear whole or not at all; their content is that of `Trainer`."""
+    """
+    A `Trainer` whose checkpoints appear whole or not at all; their content is that of `Trainer`.
+
+    Beside a finished model, `trainer_state.json` and `training_args.json` say how it was trained.
+    """
 
     # Whether what is being saved is a checkpoint, and not the finished model.
     _is_checkpoint = False
@@ -40,6 +55,30 @@ class AtomicCheckpointTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         finally:
             self._is_checkpoint = False
+        if not _internal_call:
+            self.save_record(output_dir)
+
+    def save_record(self, output_dir: str | None = None) -> None:
+        """
+        Writes how the model was trained: `trainer_state.json`, with the log, and `training_args.json`, with the
+        options that decide what is trained. Neither names a folder, a token or a device; nothing is written before training.
+
+        Args:
+            output_dir (`str`, *optional*): Folder of the model, `args.output_dir` by default.
+        """
+        if not self.args.should_save or not self.state.global_step:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = dataclasses.asdict(self.state) | {"trial_params": None, "stateful_callbacks": {}}
+        if state["best_model_checkpoint"]:
+            state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+        known = TrainingArguments.__dataclass_fields__
+        own = [field.name for field in dataclasses.fields(self.args) if field.name not in known]
+        options = {name: getattr(self.args, name) for name in (*_DECISIVE, *own) if hasattr(self.args, name)}
+        options = {name: getattr(value, "value", value) for name, value in options.items()}
+        options["world_size"] = self.args.world_size
+        for name, content in ((STATE_FILE, state), (ARGUMENTS_FILE, options)):
+            write_json_atomically(folder / name, json.loads(json.dumps(content, default=str)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:
@@ -92,7 +131,7 @@ class AtomicCheckpointTrainer(Trainer):
                     known[name].append(callback.state())
                 else:
                     known[name] = callback.state()
-        self.state.save_to_json(str(staging / _STATE_FILE))
+        self.state.save_to_json(str(staging / STATE_FILE))
 
 
 def publish_folder(staging: Path, target: Path) -> None:

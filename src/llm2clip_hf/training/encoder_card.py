@@ -84,6 +84,7 @@ class EncoderCard:
         settings: `template`, `pooling`, `max_length`, `is_causal`, `normalize` and `dimension`.
         adapter_only: Whether the folder holds adapters without their LLM.
         training_data: Names of the training sets.
+        training_options: Options of the training run by name.
         results: Metrics by evaluator.
     """
 
@@ -92,6 +93,7 @@ class EncoderCard:
     settings: Mapping[str, Any]
     adapter_only: bool = False
     training_data: Sequence[str] = ()
+    training_options: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -137,9 +139,16 @@ class EncoderCard:
         return _table(("", ""), list(rows.items()))
 
     def _training(self) -> list[str]:
-        if not self.training_data:
-            return []
-        return ["## Training data", "\n".join(f"- {name}" for name in self.training_data)]
+        parts = []
+        if self.training_data:
+            parts += ["## Training data", "\n".join(f"- {name}" for name in self.training_data)]
+        if self.training_options:
+            rows = [
+                (f"`{name}`", f"{value:g}" if isinstance(value, float) else str(value))
+                for name, value in self.training_options.items()
+            ]
+            parts += ["## Training", _table(("option", "value"), rows)]
+        return parts
 
     def _results(self) -> list[str]:
         rows = [
