@@ -52,7 +52,7 @@ print("before:", evaluator(encoder))
 
 # 3. Train; two captions are drawn anew for each image and epoch.
 trainer = CaptionContrastiveTrainer(encoder, training_args, train_dataset=train, evaluator=evaluator)
-trainer.train()
+trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 print("after:", evaluator(encoder))
 
 # 4. Save: LoRA merged, a folder that AutoModel, SentenceTransformer and LLM2CLIPModel load.

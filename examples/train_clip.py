@@ -12,7 +12,8 @@ Stage 2: train a vision tower against the tuned LLM (LLM2CLIP, sections 3.2 and 
 `train.parquet` has a column `image` and one column per caption source (a string or a list of strings per image), here
 `raw_caption` and `dense_caption`; each source is drawn with the same probability. Captions are embedded once, into
 `OUTPUT_DIR/caption_embeddings`, and the LLM is not needed for the training itself. The defaults are the paper's; for a
-batch larger than memory set `--encoder_chunk_size`.
+batch larger than memory set `--encoder_chunk_size`. A run that was killed goes on with the same options and
+`--resume_from_checkpoint llm2clip/checkpoint-1000`.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ store = embed_captions(
 transform = RandomResizedCropTransform.from_image_processor(processor.image_processor)
 dataset = ImageTextDataset(rows["image"], store=store, transform=transform, seed=training_args.seed)
 trainer = LLM2CLIPTrainer(model, training_args, train_dataset=dataset, processing_class=processor)
-trainer.train()
+trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
 # 4. Save the model, LoRA merged, and the processor in one folder that AutoModel loads. The folder names the LLM.
 trainer.save_model(str(Path(training_args.output_dir) / "model"))

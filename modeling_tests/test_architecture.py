@@ -2,8 +2,13 @@
 """The layers of the package: who may import whom, and which package owns which third-party import."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import llm2clip_hf
 
@@ -165,3 +170,47 @@ def test_no_pickle_is_loaded_unguarded() -> None:
                 ):
                     wrong.append(f"{name}:{node.lineno}")
     assert not wrong, wrong
+
+
+# ------------------------------------------------------------------------------------------- a transformers too old
+
+
+def fake_transformers(folder: Path, version: str) -> dict[str, str]:
+    """An environment in which that version is the installed one; its modules are those of no version."""
+    (folder / f"transformers-{version}.dist-info").mkdir()
+    (folder / f"transformers-{version}.dist-info" / "METADATA").write_text(f"Name: transformers\nVersion: {version}\n")
+    (folder / "transformers").mkdir()
+    (folder / "transformers" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT.parent)])}
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.9"])
+def test_transformers_that_is_too_old_is_named_in_one_line(tmp_path: Path, version: str) -> None:
+    code = """
+import importlib
+for name in ("", ".ops", ".losses", ".data", ".modeling", ".training", ".evaluation", ".hub", ".cli.main"):
+    try:
+        importlib.import_module(f"llm2clip_hf{name}")
+    except ImportError as error:
+        print(error)
+# The file of a saved folder, which has no package around it.
+import sys
+try:
+    exec(compile(open(sys.argv[1]).read(), "remote", "exec"), {"__name__": "remote"})
+except ImportError as error:
+    print(error)
+"""
+    config = ROOT / "modeling" / "configuration_llm2clip.py"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)],
+        env=fake_transformers(tmp_path, version), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    *parts, remote = done.stdout.splitlines()
+    expected = f"needs transformers 5.17 or newer, found {version}. Update it: `pip install -U transformers`."
+    assert parts == [f"`llm2clip_hf` {expected}"] * 9
+    assert remote == f"LLM2CLIP {expected}"
+
+
+def test_oldest_transformers_is_that_of_the_metadata() -> None:
+    text = (ROOT.parents[1] / "pyproject.toml").read_text()
+    assert f'"transformers>={llm2clip_hf._OLDEST_TRANSFORMERS},' in text

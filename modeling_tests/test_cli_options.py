@@ -23,6 +23,7 @@ class Training:
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate."})
     num_workers: int = field(default=0, metadata={"help": "Workers."})
     use_cpu: bool = field(default=False, metadata={"help": "CPU."})
+    do_train: bool = field(default=False, metadata={"help": "Train."})
 
 
 def parse(*argv: str) -> tuple[Any, ...]:
@@ -63,6 +64,7 @@ def test_json_file_is_the_same(tmp_path: Path) -> None:
         (["--captions", "a", "b"], "unexpected argument b"),
         (["--captions", "a", "--num_workers", "many"], "invalid int value: 'many'"),
         (["--captions", "a", "--pooling", "sum"], "invalid choice: 'sum'"),
+        (["--captions", "a", "--do_train"], "--do_train has no effect on llm2clip train, which always trains"),
     ],
 )
 def test_wrong_usage_is_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every example runs, on tiny models and data, in the order a user would run them."""
 
+import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,17 @@ def test_every_example_is_in_the_readme_and_tested() -> None:
     assert names == {name for name in names if f"`{name}`" in readme and f'"{name}"' in tests}
 
 
+def test_every_example_that_trains_can_be_resumed() -> None:
+    trained = {}
+    for path in EXAMPLES.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "train":
+                trained[path.name] = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    assert set(trained) == {"train_clip.py", "train_caption_contrastive.py"}
+    for name, given in trained.items():
+        assert given == {"resume_from_checkpoint": "training_args.resume_from_checkpoint"}, name
+
+
 @pytest.mark.slow
 def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
@@ -50,6 +63,22 @@ def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
         str(tmp_path / "train.parquet"), "--projection_dim", "20", "--output_dir", str(tmp_path / "clip"),
         "--num_train_epochs", "1", "--save_strategy", "no", *common,
     )  # fmt: skip
+    clip = [
+        str(EXAMPLES / "train_clip.py"), "--vision", str(tmp_path / "vision"), "--llm", str(tmp_path / "cc"), "--data",
+        str(tmp_path / "train.parquet"), "--projection_dim", "20", "--output_dir", str(tmp_path / "resumed"),
+        "--num_train_epochs", "2", "--save_strategy", "epoch", "--logging_steps", "1", *common,
+    ]  # fmt: skip
+    run(*clip)
+    states = [json.loads((tmp_path / "resumed" / "model" / "trainer_state.json").read_text())]
+    checkpoint = tmp_path / "resumed" / f"checkpoint-{states[0]['global_step'] // 2}"
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved["log_history"].append({"of": "the checkpoint"})
+    (checkpoint / "trainer_state.json").write_text(json.dumps(saved))
+    run(*clip, "--resume_from_checkpoint", str(checkpoint))
+    states.append(json.loads((tmp_path / "resumed" / "model" / "trainer_state.json").read_text()))
+    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states]
+    assert losses[0] == losses[1]
+    assert {"of": "the checkpoint"} in states[1]["log_history"]
     model = LLM2CLIPModel.from_pretrained(tmp_path / "clip" / "model")
     assert model.config.text_base_model == str(tmp_path / "cc")
     assert (tmp_path / "clip" / "caption_embeddings" / "index.json").is_file()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face-native LLM2CLIP: a large language model as CLIP's text encoder (arXiv 2411.04997)."""
 
+import importlib.metadata
+import re
 from typing import TYPE_CHECKING, Any
 
 from .auto_registration import register_with_auto_classes
@@ -10,6 +12,24 @@ from .version import __version__
 if TYPE_CHECKING:
     from .modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
+_OLDEST_TRANSFORMERS = "5.17"
+
+
+def _check_transformers() -> None:
+    """Raises `ImportError` for a transformers that is too old; reads its version without importing it."""
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:  # not installed, or a checkout: its import will tell
+        return
+    numbers = [[int(number) for number in re.findall(r"\d+", each)[:2]] for each in (found, _OLDEST_TRANSFORMERS)]
+    if numbers[0] < numbers[1]:
+        raise ImportError(
+            f"`llm2clip_hf` needs transformers {_OLDEST_TRANSFORMERS} or newer, found {found}. Update it: "
+            "`pip install -U transformers`."
+        )
+
+
+_check_transformers()
 register_with_auto_classes()
 
 

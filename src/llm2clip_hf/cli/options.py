@@ -149,6 +149,10 @@ def parse_options(
     values = vars(namespace)
     if missing := [f"--{action.dest}" for action in required if values[action.dest] is None]:
         parser.error(f"missing {', '.join(missing)}: give it as an option or in the config file")
+    # For scripts that leave it to the user which parts they run.
+    for name in ("do_train", "do_eval", "do_predict"):
+        if values.get(name) is True:
+            parser.error(f"--{name} has no effect on llm2clip {verb}, which always trains; leave it out")
     return tuple(_instance(cls, values) for cls in types)
 
 

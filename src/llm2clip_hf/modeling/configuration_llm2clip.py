@@ -18,11 +18,21 @@ import copy
 import math
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+import transformers
 
-from .card_llm2clip import is_repository
-from .configuration_eva02 import Eva02VisionConfig
+
+# Before the imports that an older one does not know. The file travels alone, without the package that says this.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
+    raise ImportError(
+        f"LLM2CLIP needs transformers 5.17 or newer, found {transformers.__version__}. Update it: "
+        "`pip install -U transformers`."
+    )
+
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+
+from .card_llm2clip import is_repository  # noqa: E402
+from .configuration_eva02 import Eva02VisionConfig  # noqa: E402
 
 
 # Decoders whose attention stays causal, wholly or for some inputs, when `is_causal=False` is set on their config, or

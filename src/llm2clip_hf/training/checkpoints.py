@@ -61,7 +61,8 @@ class AtomicCheckpointTrainer(Trainer):
     def save_record(self, output_dir: str | None = None) -> None:
         """
         Writes how the model was trained: `trainer_state.json`, with the log, and `training_args.json`, with the
-        options that decide what is trained. Neither names a folder, a token or a device; nothing is written before training.
+        options that decide what is trained. Neither names a folder, a token or a device. Nothing is written before
+        training.
 
         Args:
             output_dir (`str`, *optional*): Folder of the model, `args.output_dir` by default.
