@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from sentence_transformers import SentenceTransformerTrainer
-from test_training_clip_trainer import Pairs, stack
+from test_training_clip_trainer import Pairs, clip_baseline, stack
 from transformers import AutoModel, AutoModelForCausalLM, Trainer
 
 from llm2clip_hf.training import (
@@ -29,6 +29,7 @@ from llm2clip_hf.training import (
     clip_training_args,
     mntp,
 )
+from llm2clip_hf.training.clip_checks import check_batch
 from llm2clip_hf.training.run_checks import UNUSED_ARGUMENTS
 
 
@@ -276,6 +277,22 @@ def test_extra_entries_of_a_batch_are_refused(tmp_path, text, extra):
         trainer.compute_loss(model, batch | extra)  # in any batch, not the first alone
     with pytest.raises(ValueError, match=r"\['interpolate_pos_encoding'\] of the batch are no tensors"):
         trainer.compute_loss(model, batch | {"interpolate_pos_encoding": True})
+
+
+def test_entries_that_a_model_takes_are_no_extra_ones(tmp_path):
+    batch = {"pixel_values": torch.ones(2, 4, 12), "llm_embeds": torch.ones(2, tiny_models.TEXT_WIDTH)}
+    batch |= {
+        "pixel_attention_mask": torch.ones(2, 4),
+        "spatial_shapes": torch.full((2, 2), 2),
+        "index": torch.ones(2),
+    }
+    args = LLM2CLIPTrainingArguments(**options(tmp_path))
+    check_batch(tiny_models.model("clip", text=None), batch, args)
+    clip = clip_baseline()  # with a text encoder of its own, which has other entries
+    texts = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3), "position_ids": torch.ones(2, 3)}
+    check_batch(clip, {"pixel_values": torch.ones(2, 3, 30, 30)} | texts, args)
+    with pytest.raises(ValueError, match=r"\['llm_embeds'\], which CLIPModel takes no notice of"):
+        check_batch(clip, {"pixel_values": torch.ones(2, 3, 30, 30), "llm_embeds": torch.ones(2, 32)} | texts, args)
 
 
 def test_positions_of_a_batch_reach_a_frozen_llm(tmp_path):

@@ -42,11 +42,7 @@ _BATCH_OPTIONS = {
     "train_sampling_strategy": "random",
 }
 _NO_METRICS = "The evaluation gives the loss. Give an `evaluator` for metrics"
-_UNUSED_ARGUMENTS = {
-    **UNUSED_ARGUMENTS,
-    "compute_metrics": _NO_METRICS,
-    "preprocess_logits_for_metrics": _NO_METRICS,
-}
+_UNUSED_ARGUMENTS = {**UNUSED_ARGUMENTS, "compute_metrics": _NO_METRICS, "preprocess_logits_for_metrics": _NO_METRICS}
 
 
 class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTrainer, SentenceTransformerTrainer):

@@ -183,13 +183,14 @@ def check_batch(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArgumen
 
 
 def _refuse_extra_entries(model: Any, batch: dict[str, Any], args: LLM2CLIPTrainingArguments) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "_orig_mod", model)  # of a compiled one
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     known = {
         name
         for name, parameter in inspect.signature(type(base).forward).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     }
-    if "llm_embeds" in batch:
+    if "llm_embeds" in known.intersection(batch):
         known -= {"attention_mask", "position_ids"}
     if args.integration != "replace":
         known |= set(CLIP_TEXT_NAMES)
