@@ -212,7 +212,6 @@ def test_bundled_model_replaces_the_external_one_whole_or_not_at_all(
     "argv, message",
     [
         (["train-captions", "--llm", "x"], "Give either `captions` or, in a config file, `sources`"),
-        (["train-captions", "--llm", "x", "--captions", "no.jsonl"], "no.jsonl"),
         (["train-clip", "--data", "x"], "Give either `model`"),
         (["train-clip", "--vision_model", "v", "--data", "x"], "`text_model` is missing"),
         (["train-clip", "--model", "m", "--data", "x", "--train_text", "lora"], "Set `text_mode=online`"),

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import named_values, parse_options
@@ -20,6 +21,7 @@ EXAMPLES = """\
       --output_dir store
   llm2clip embed-captions --llm llm-cc --shards "cc3m/{00000..00287}.tar" --caption_fields real=txt \\
       dense=json.longSV_captions --output_dir store
+  llm2clip embed-captions --llm llm-cc --data pairs.parquet --output_dir store --check
   llm2clip embed-captions --verify store"""
 
 
@@ -84,6 +86,12 @@ class EmbedCaptionsOptions:
     rows_per_shard: int = field(default=32768, metadata={"help": "Captions per file."})
     device: str | None = field(default=None, metadata={"help": "Device; a GPU per process where there is one."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with an LLM2CLIP folder."})
+    check: bool = field(
+        default=False,
+        metadata={
+            "help": "Check the LLM, data and settings, print what would be embedded, and stop before the weights."
+        },
+    )
     verify: str | None = field(
         default=None, metadata={"help": "Instead of embedding: read all files of this store and compare checksums."}
     )
@@ -104,7 +112,9 @@ def run(argv: Sequence[str]) -> int:
     for name in ("llm", "output_dir"):
         if getattr(options, name) is None:
             raise ValueError(f"`--{name}` is missing.")
-    captions, keys = load_texts(options)
+    captions, keys = prepare(options)
+    if options.check:
+        return 0
     store = embed(options, options.llm, captions, keys, options.output_dir)
     if not is_main_process():
         return 0
@@ -112,6 +122,60 @@ def run(argv: Sequence[str]) -> int:
     print(f"width     {store.embedding_dim}, {options.store_dtype}")
     print(f"written   {store.path}")
     return 0
+
+
+def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
+    """The captions and their keys, after all checks that need no weights; prints what would be embedded."""
+    from llm2clip_hf.data import CaptionEmbeddingStore
+    from llm2clip_hf.training.caption_encoder import check_caption_encoder
+    from llm2clip_hf.training.size_estimate import describe_llm, find_model
+
+    if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
+        raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")
+    llm = str(options.llm)
+    config: Any = find_model(llm, "llm", trust_remote_code=options.trust_remote_code)
+    whole_model = config.model_type == "llm2clip"
+    if whole_model:
+        refuse_template(options, llm)
+        if config.text_weights == "none":
+            raise ValueError(f"`--llm {llm}` is a model without an LLM. Give the LLM that it was trained with.")
+    else:
+        template = None if options.template == "none" else options.template
+        check_caption_encoder(llm, config, template=template, attn_implementation=options.attn_implementation)
+    check_store_options(options)
+    captions, keys = load_texts(options)
+    folder = str(options.output_dir)
+    if (Path(folder) / "index.json").is_file():
+        if CaptionEmbeddingStore.open(folder).captions_sha256 != captions.sha256:
+            raise ValueError(
+                f"`--output_dir {folder}` holds the embeddings of other captions. Choose another folder, or delete it."
+            )
+    if options.check and is_main_process():
+        width = config.llm_hidden_size if whole_model else config.get_text_config().hidden_size
+        size = captions.num_captions * width * (4 if options.store_dtype == "float32" else 2)
+        print(
+            f"captions  {captions.num_captions} of {len(captions)} images, sources {', '.join(captions.source_names)}"
+        )
+        if not whole_model:
+            print(describe_llm(llm, lora_rank=None, dtype=options.dtype))
+        print(f"store     {folder}: {size / 2**30:,.2f} GiB at width {width} in {options.store_dtype}")
+    return captions, keys
+
+
+def check_store_options(options: Any) -> None:
+    """Refuses options of embedding that cannot be followed."""
+    process_device(options.device)
+    for name in ("max_tokens_per_batch", "rows_per_shard"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"`--{name}` must be positive, got {getattr(options, name)}.")
+
+
+def refuse_template(options: Any, llm: str) -> None:
+    """A whole model has the template in its tokenizer."""
+    if options.template != "auto":
+        raise ValueError(
+            f"`template` ({options.template}) has no effect on `{llm}`, whose tokenizer brings its own. Leave it out."
+        )
 
 
 def verify(path: str) -> int:
@@ -128,8 +192,6 @@ def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
     """The captions, and one key per image where the table has keys."""
     from llm2clip_hf.data import load_captions, load_image_text
 
-    if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
-        raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")
     if options.shards is not None:
         if options.split or options.subset:
             raise ValueError("`--split` and `--subset` are of `--data` and `--captions`; `--shards` name their files.")
@@ -177,11 +239,13 @@ def read_shards(options: Any) -> tuple[Any, list[str]]:
     )
 
 
-def embed(options: Any, llm: str, captions: Any, keys: list[str] | None, output_dir: str) -> "CaptionEmbeddingStore":
+def embed(
+    options: Any, llm: str, captions: Any, keys: list[str] | None, output_dir: str, pooling: Any = None
+) -> "CaptionEmbeddingStore":
     """Embeds captions on the device of this process; `options` are those of this verb or of `train-clip`."""
     from llm2clip_hf.data import embed_captions
 
-    encoder, arguments = load_encoder(options, llm, process_device(options.device))
+    encoder, arguments = load_encoder(options, llm, process_device(options.device), pooling)
     return embed_captions(
         encoder,
         captions,
@@ -194,7 +258,7 @@ def embed(options: Any, llm: str, captions: Any, keys: list[str] | None, output_
     )
 
 
-def load_encoder(options: Any, llm: str, device: str) -> tuple[Any, dict[str, Any]]:
+def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tuple[Any, dict[str, Any]]:
     """What turns captions into embeddings, and the arguments of `embed_captions` that go with it."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -203,11 +267,7 @@ def load_encoder(options: Any, llm: str, device: str) -> tuple[Any, dict[str, An
     trust = options.trust_remote_code
     config = AutoConfig.from_pretrained(llm, trust_remote_code=trust)
     if config.model_type == "llm2clip":
-        if options.template != "auto":
-            raise ValueError(
-                f"`template` ({options.template}) has no effect on `{llm}`, whose tokenizer brings its own. Leave it "
-                "out."
-            )
+        refuse_template(options, llm)
         settings = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
         settings = {name: value for name, value in settings.items() if value is not None}
         model = AutoModel.from_pretrained(llm, trust_remote_code=trust, **settings).to(device)
@@ -220,6 +280,7 @@ def load_encoder(options: Any, llm: str, device: str) -> tuple[Any, dict[str, An
         llm,
         template=None if options.template == "none" else options.template,
         max_length=options.max_length,
+        pooling=pooling,
         lora=None,
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,

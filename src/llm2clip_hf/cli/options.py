@@ -88,7 +88,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None
         if not argument.startswith("-"):
             parser.error(f"unexpected argument {argument}")
         names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-        parser.error(f"unknown option {argument}{_nearest('--' + argument.split('=', 1)[0].lstrip('-'), names)}")
+        parser.error(f"unknown option {argument}{nearest('--' + argument.split('=', 1)[0].lstrip('-'), names)}")
 
 
 def parse_options(
@@ -133,7 +133,7 @@ def parse_options(
     config = _read_config(arguments)
     for name in config:
         if name not in known or name == CONFIG_FLAG:
-            parser.error(f"the config file sets `{name}`, which is no option{_nearest(name, known)}")
+            parser.error(f"the config file sets `{name}`, which is no option{nearest(name, known)}")
         check = known[name].choices
         if check is not None and config[name] not in check:
             parser.error(
@@ -178,6 +178,32 @@ def named_values(given: Any, option: str) -> dict[str, Any] | None:
         if "=" not in str(entry):
             raise ValueError(f"`{option}` has the entry {entry!r}; expected `name=value`.")
     return dict(str(entry).split("=", 1) for entry in given)
+
+
+def json_values(given: Any, option: str) -> dict[str, Any]:
+    """
+    `named_values` whose values on the command line are read as JSON, and as text where they are none.
+
+    Args:
+        given (`dict`, `list[str]` or `None`): The value of the option.
+        option (`str`): Its name, for the message.
+
+    Returns:
+        `dict`
+
+    Example:
+    >>> json_values(["vision_pooling=mean", "adapter_dropout=0.1", "normalize_llm_embeds=false"], "model_config")
+    {'vision_pooling': 'mean', 'adapter_dropout': 0.1, 'normalize_llm_embeds': False}
+    """
+    values = named_values(given, option) or {}
+    return values if isinstance(given, Mapping) else {name: _json_or_text(value) for name, value in values.items()}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value.lower() if value in ("True", "False") else value)
+    except json.JSONDecodeError:
+        return value
 
 
 def _parser(types: Sequence[Any], verb: str, description: str, examples: str) -> Any:
@@ -225,7 +251,8 @@ def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in config.items()}
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest to an unknown one, as the end of a message; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean `{near[0]}`?" if near else ""
 

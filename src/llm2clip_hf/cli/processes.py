@@ -7,10 +7,14 @@ from contextlib import contextmanager
 
 
 def process_device(given: str | None) -> str:
-    """The device of this process: the given one, its own GPU, or the CPU."""
+    """The device of this process: the given one, its own GPU, or the CPU; a `ValueError` if it is not there."""
     import torch
 
     if given is not None:
+        try:
+            torch.empty(0, device=given)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"`--device {given}` cannot be used: {error}") from error
         return given
     if not torch.cuda.is_available():
         return "cpu"

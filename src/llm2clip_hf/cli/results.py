@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -45,6 +46,8 @@ def resume_point(args: Any) -> Any:
     if given in (None, "", "none", "false", "False"):
         return None
     if given not in ("last", "true", "True", "auto"):
+        if not Path(given).is_dir():
+            raise ValueError(f"`--resume_from_checkpoint {given}` is no folder. Give a checkpoint, or `last`.")
         return given
     folder = str(args.output_dir)
     checkpoint = last_checkpoint(folder)
@@ -62,7 +65,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def refuse_finished(output_dir: Any, marker: str, resume: Any) -> None:
-    """Refuses to write over a finished model; a folder to resume in is none."""
+    """Refuses to write over a finished model, a folder to resume in is none, or where nothing can be written."""
+    there = next(path for path in (Path(str(output_dir)), *Path(str(output_dir)).absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"`--output_dir {output_dir}`: `{there}` is no folder that can be written to.")
     if resume is None and (Path(str(output_dir)) / marker).exists():
         raise ValueError(
             f"`{output_dir}` already holds a finished model. Choose another `--output_dir`, or delete the folder."
@@ -140,7 +146,7 @@ def claim_folder(args: Any, identity: Mapping[str, Any], resume: Any, *, write: 
             raise ValueError(f"`{folder}` holds checkpoints of another run: {told}. {remedy}")
         if asked in (None, ""):
             resume = last_checkpoint(folder)
-            if resume is not None and args.should_save:
+            if resume is not None and args.should_save and write:
                 print(f"continues from {resume}", file=sys.stderr)
     if write and args.should_save:
         from llm2clip_hf.data.atomic import write_json_atomically
@@ -214,3 +220,51 @@ def write_results(output_dir: Any, results: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomically(path, json.loads(json.dumps(record, default=str)))
     return path
+
+
+def bundle(options: Any, folder: str) -> None:
+    """
+    Puts the LLM into a saved model that only names it, or that was trained without it.
+
+    The new files are written beside and flushed to disk before they take the place of the old ones, which takes no
+    longer than to rename them. Meanwhile there is no config, so that the folder never passes for a finished model.
+    """
+    from llm2clip_hf import LLM2CLIPModel
+    from llm2clip_hf.training.checkpoints import UNFINISHED, publish_folder
+
+    kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": options.dtype}
+    text_model = None
+    if options.model is not None and options.text_model is None:
+        trust = options.trust_remote_code
+        text_model = LLM2CLIPModel.from_pretrained(options.model, trust_remote_code=trust, **kwargs).text_model
+    model = LLM2CLIPModel.from_pretrained(folder, text_model=text_model, text_model_kwargs=kwargs)
+    model.config.text_weights = "bundled"
+    target = Path(folder)
+    staging, complete = target / f"{UNFINISHED}model", target / f"{UNFINISHED}bundled-model"
+    for leftover in (staging, complete):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(staging)
+        publish_folder(staging, complete)  # flushes the files
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # what a full disk needs most is space
+        raise
+    (target / "config.json").unlink()
+    if not (complete / "model.safetensors").exists():
+        (target / "model.safetensors").unlink()  # would be read in place of several files
+    for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, target / file.name)
+    complete.rmdir()
+
+
+def print_results(results: dict[str, Any], num_images: int) -> None:
+    """Caption retrieval accuracy before and after, in percent."""
+    print(f"\n{f'caption retrieval, {num_images} images':<36}{'before':>8}{'after':>8}")
+    for key, name in (
+        ("caption_retrieval_accuracy", "accuracy (CRA), both ways"),
+        ("first_to_second_recall@1", "caption 1 to 2"),
+        ("second_to_first_recall@1", "caption 2 to 1"),
+        ("mean_recall@5", "R@5"),
+        ("mean_recall@10", "R@10"),
+    ):
+        print(f"  {name:<34}{100 * results['before'][key]:8.1f}{100 * results['after'][key]:8.1f}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip train-captions`: stage 1, an LLM learns to tell captions apart."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from .results import (
     digest_of_files,
     last_checkpoint,
     logs_to_stderr,
+    print_results,
     refuse_finished,
     resume_point,
     write_results,
@@ -126,7 +128,8 @@ class TrainCaptionsOptions:
     )
     adapter_only: bool = field(default=False, metadata={"help": "Save the LoRA adapter instead of a merged LLM."})
     check: bool = field(
-        default=False, metadata={"help": "Read data and settings, print what would run, and stop before the weights."}
+        default=False,
+        metadata={"help": "Check the LLM, data and settings, print what would run, and stop before the weights."},
     )
 
 
@@ -147,34 +150,92 @@ def run(argv: Sequence[str]) -> int:
     )
     resume = resume_point(args)
     refuse_finished(args.output_dir, "modules.json", resume)
-    train, test = load_sources(options, args.seed)
+    train, test, steps = prepare(options, args)
     resume = claim_run("train-captions", options, args, data_identity(options, args, train), resume)
     if options.check:
-        print_plan(options, args, train, test)
+        if is_main_process():
+            print_plan(options, args, train, test, steps)
         return 0
     return train_and_save(options, args, train, test, resume)
+
+
+def prepare(
+    options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments"
+) -> tuple[dict[str, Any], list[list[str]], int]:
+    """The sources, the captions of the test images and the number of steps, and all checks that need no weights."""
+    from transformers import AutoTokenizer
+
+    from llm2clip_hf.data import CaptionPairDataset
+    from llm2clip_hf.training.caption_encoder import check_caption_encoder
+    from llm2clip_hf.training.mntp import mask_token_id
+    from llm2clip_hf.training.run_checks import check_settings
+    from llm2clip_hf.training.single_source import count_steps
+    from llm2clip_hf.training.size_estimate import find_model
+
+    check_sources(options)
+    check_settings(args)
+    check_caption_encoder(
+        options.llm,
+        find_model(options.llm, "llm"),
+        template=None if options.template == "none" else options.template,
+        pooling=options.pooling,
+        lora=lora_fields(options),
+        quantization=options.quantization,
+        attn_implementation=options.attn_implementation,
+    )
+    if options.adapter_only and not options.lora_r:
+        raise ValueError("`--adapter_only` saves the LoRA adapter, and `--lora_r 0` trains none. Leave one out.")
+    train, test = load_sources(options, args.seed)
+    for source in train.values():
+        source[0]  # draws a pair, as training will
+    if options.mntp_steps:
+        mntp_arguments(options, args)
+        mask_token_id(AutoTokenizer.from_pretrained(options.llm), None)
+        if not any(isinstance(source, CaptionPairDataset) for source in train.values()):
+            raise ValueError("`--mntp_steps` trains on captions, and no source is of the kind `captions`.")
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if evaluates != "no" and not test:
+        raise ValueError(
+            f"`--eval_strategy {evaluates}` has nothing to measure. Give `--test_captions` or `--num_test_images`."
+        )
+    return train, test, count_steps(args, [len(source) for source in train.values()])
+
+
+def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
+    """The fields of LoRA that are set, `None` for all weights."""
+    fields = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
+    return fields if options.lora_r else None
+
+
+def check_sources(options: TrainCaptionsOptions) -> None:
+    """Refuses entries of `sources` that say too little or what has no effect; `captions` become such an entry."""
+    own = {
+        "captions": {
+            "path": options.captions,
+            "columns": options.caption_columns,
+            "image_column": options.image_column,
+            "split": options.split,
+            "subset": options.subset,
+            "hard_negatives": options.hard_negatives,
+            "instruction": options.instruction,
+        }
+    }
+    if options.captions is not None and options.sources is None:
+        options.sources = own
+    if options.sources != own:
+        if options.captions is not None or options.sources is None:
+            raise ValueError("Give either `captions` or, in a config file, `sources`.")
+        if ignored := [name for name in FLAGS_OF_CAPTIONS if getattr(options, name)]:
+            raise ValueError(f"`--{ignored[0]}` is of `--captions`; an entry of `sources` has its own.")
+    for name, entry in options.sources.items():
+        source_settings(name, entry, options.on_bad_row)
 
 
 def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, Any], list[list[str]]]:
     """The training sources by name, and the captions of the test images."""
     from llm2clip_hf.data import CaptionPairDataset, find_overlap, load_captions
 
-    if (options.captions is None) == (options.sources is None):
-        raise ValueError("Give either `captions` or, in a config file, `sources`.")
-    if options.sources is None:
-        options.sources = {
-            "captions": {
-                "path": options.captions,
-                "columns": options.caption_columns,
-                "image_column": options.image_column,
-                "split": options.split,
-                "subset": options.subset,
-                "hard_negatives": options.hard_negatives,
-                "instruction": options.instruction,
-            }
-        }
-    elif options.split or options.subset:
-        raise ValueError("`--split` and `--subset` are of `--captions`; an entry of `sources` has its own.")
+    check_sources(options)
     test: list[list[str]] = []
     if options.test_captions or options.test_split:
         source = options.test_captions or options.captions
@@ -187,7 +248,7 @@ def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, An
         table = load_captions(source, split=options.test_split, default_split="test", min_captions=2, **settings)
         test = [table[image] for image in range(len(table))]
     sources: dict[str, Any] = {}
-    for name, entry in options.sources.items():
+    for name, entry in (options.sources or {}).items():
         kind, settings = source_settings(name, entry, options.on_bad_row)
         if kind != "captions":
             sources[name] = other_source(kind, settings, seed)
@@ -209,6 +270,7 @@ def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, An
     return sources, test
 
 
+FLAGS_OF_CAPTIONS = ("caption_columns", "image_column", "split", "subset", "hard_negatives", "instruction")
 PAIR_SETTINGS = ("hard_negatives", "pair_sources", "instruction")
 SETTINGS = {
     "captions": {"path", "columns", "image_column", "split", "subset", "on_bad_row", *PAIR_SETTINGS},
@@ -267,18 +329,25 @@ def print_plan(
     args: "CaptionContrastiveTrainingArguments",
     train: dict[str, Any],
     test: list[list[str]],
+    steps: int,
 ) -> None:
     """What would run: data, steps, size of the model."""
     from llm2clip_hf.training.size_estimate import describe_llm
 
     batch = args.per_device_train_batch_size * args.world_size
-    rows = {name: len(source) for name, source in train.items()}
-    steps = sum(count // batch for count in rows.values()) // args.gradient_accumulation_steps
-    total = args.max_steps if args.max_steps > 0 else int(steps * args.num_train_epochs)
-    for name, count in rows.items():
-        print(f"source    {name}: {count} rows")
+    for name, source in train.items():
+        entry = dict((options.sources or {})[name])
+        table = getattr(source, "table", None)
+        columns = (
+            entry.get("columns") or entry.get("column") or (table.source_names if table is not None else "by name")
+        )
+        print(f"source    {name}: {len(source)} rows of {entry['path']}, split {entry.get('split') or 'train'}")
+        print(f"columns   {columns if isinstance(columns, str) else ', '.join(columns)}")
+        print(f"pair      {source[0]}")
     print(f"test      {len(test)} images")
-    print(f"steps     {total}, {batch} pairs per step on {args.world_size} device(s)")
+    if options.mntp_steps:
+        print(f"mntp      {options.mntp_steps} steps before")
+    print(f"steps     {steps}, {batch} pairs per step on {args.world_size} device(s)")
     dtype = weights_dtype(options)
     print(describe_llm(options.llm, lora_rank=options.lora_r, dtype=dtype, quantization=options.quantization))
 
@@ -300,13 +369,12 @@ def train_and_save(
     from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
     from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
 
-    lora = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
     encoder = build_caption_encoder(
         pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm,
         template=None if options.template == "none" else options.template,
         max_length=options.max_length,
         pooling=options.pooling,
-        lora=lora if options.lora_r else None,
+        lora=lora_fields(options),
         quantization=options.quantization,
         dtype=weights_dtype(options),
         attn_implementation=options.attn_implementation,
@@ -342,6 +410,19 @@ def train_and_save(
     return 0
 
 
+def mntp_arguments(options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments") -> Any:
+    """The arguments of masked next token prediction."""
+    from llm2clip_hf.training import MNTPTrainingArguments
+
+    return MNTPTrainingArguments(
+        os.path.join(str(args.output_dir), "mntp"),
+        max_steps=options.mntp_steps,
+        seed=args.seed,
+        use_cpu=args.use_cpu,
+        report_to=args.report_to,
+    )
+
+
 def pretrained_with_mntp(
     options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments", train: dict[str, Any]
 ) -> str:
@@ -349,15 +430,13 @@ def pretrained_with_mntp(
     from torch.utils.data import ConcatDataset
 
     from llm2clip_hf.data import CaptionPairDataset
-    from llm2clip_hf.training import MNTPTrainer, MNTPTrainingArguments
+    from llm2clip_hf.training import MNTPTrainer
 
     folder = Path(str(args.output_dir)) / "mntp"
     if (folder / "config.json").is_file():
         return str(folder)
     tables: Any = [source.table for source in train.values() if isinstance(source, CaptionPairDataset)]
-    settings = MNTPTrainingArguments(
-        str(folder), max_steps=options.mntp_steps, seed=args.seed, use_cpu=args.use_cpu, report_to=args.report_to
-    )
+    settings = mntp_arguments(options, args)
     kwargs = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
     trainer = MNTPTrainer(
         options.llm,
@@ -370,16 +449,3 @@ def pretrained_with_mntp(
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return str(folder)
-
-
-def print_results(results: dict[str, Any], num_images: int) -> None:
-    """Caption retrieval accuracy before and after, in percent."""
-    print(f"\n{f'caption retrieval, {num_images} images':<36}{'before':>8}{'after':>8}")
-    for key, name in (
-        ("caption_retrieval_accuracy", "accuracy (CRA), both ways"),
-        ("first_to_second_recall@1", "caption 1 to 2"),
-        ("second_to_first_recall@1", "caption 2 to 1"),
-        ("mean_recall@5", "R@5"),
-        ("mean_recall@10", "R@10"),
-    ):
-        print(f"  {name:<34}{100 * results['before'][key]:8.1f}{100 * results['after'][key]:8.1f}")

@@ -1,16 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip train-clip`: stage 2, the vision tower learns with the LLM as text encoder."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .clip_plan import (
+    Plan,
+    check_evaluation,
+    check_first_images,
+    check_llm,
+    embed_missing,
+    find_models,
+    holds_llm,
+    load_classes,
+    load_tables,
+    make_evaluators,
+    model_fields,
+    open_finished,
+    outline_of_llm,
+    print_plan,
+)
 from .options import named_values, parse_options
 from .processes import is_main_process
-from .results import claim_run, logs_to_stderr, refuse_finished, resume_point, table_identity, write_results
+from .results import (
+    bundle,
+    claim_folder,
+    logs_to_stderr,
+    refuse_finished,
+    resume_point,
+    run_identity,
+    table_identity,
+    write_results,
+)
 from .store_check import check_finished_stores
 
 
@@ -126,6 +149,19 @@ class TrainClipOptions:
             "help": "Split of `test_data`, which is `data` if left out; test, or the only one, if left out itself."
         },
     )
+    zero_shot_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images with labels to measure zero-shot accuracy on: a file, folder or Hub data set, with "
+            "settings as in `evaluate`, e.g. flowers.parquet?label_column=name, or a benchmark of `evaluate`."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better `metric_for_best_model`, e.g. zero_shot_top1."
+        },
+    )
     template: str = field(default="auto", metadata={"help": "Chat template of the LLM: auto, none, or a template."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per caption; 512 (paper) if left out."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
@@ -136,17 +172,30 @@ class TrainClipOptions:
         default=None, metadata={"help": "Device for embedding; that of the process if left out."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with `model`."})
-    projection_dim: int = field(default=1280, metadata={"help": "Width of the joint space (paper)."})
-    adapter_num_layers: int = field(default=4, metadata={"help": "Blocks of the text adaptor (paper)."})
+    projection_dim: int | None = field(
+        default=None, metadata={"help": "Width of the joint space; 1280 (paper) if left out."}
+    )
+    adapter_num_layers: int | None = field(
+        default=None, metadata={"help": "Blocks of the text adaptor; 4 (paper) if left out."}
+    )
+    model_config: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other fields of LLM2CLIPConfig for a new model, e.g. vision_pooling=mean adapter_dropout=0.1, or "
+            "logit_bias_init_value=-10 for the sigmoid loss."
+        },
+    )
     text_weights: Literal["external", "bundled"] = field(
-        default="external", metadata={"help": "Whether the saved model names the LLM or holds it."}
+        default="external",
+        metadata={"help": "Whether the saved model names the LLM or holds it, as one of a `model` with its LLM does."},
     )
     crop_scale: list[float] | None = field(
         default=None,
         metadata={"help": "Smallest and largest share of the image to crop; 0.9 1.0 (paper) if left out."},
     )
     check: bool = field(
-        default=False, metadata={"help": "Read data and settings, print what would run, and stop before the weights."}
+        default=False,
+        metadata={"help": "Check models, data and settings, print what would run, and stop before the LLM is loaded."},
     )
 
 
@@ -166,14 +215,12 @@ def run(argv: Sequence[str]) -> int:
     )
     resume = resume_point(args)
     refuse_finished(args.output_dir, "config.json", resume)
-    check_choices(options, args)
-    table, test = load_tables(options)
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    resume = claim_run("train-clip", options, args, {"pairs_per_step": pairs, **table_identity(table)}, resume)
+    plan = prepare(options, args, resume)
     if options.check:
-        print_plan(options, args, table, test)
+        if is_main_process():
+            print_plan(options, args, plan)
         return 0
-    return train_and_save(options, args, table, test, resume)
+    return train_and_save(options, args, plan, claim_folder(args, plan.identity, resume))
 
 
 def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") -> None:
@@ -203,105 +250,94 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
             "`shards` need `caption_fields`, which say where captions are, e.g. `real=txt dense=json.long_caption`, "
             "or a finished `store`, made with `llm2clip embed-captions --shards`."
         )
-    if options.crop_scale is not None and len(options.crop_scale) != 2:
-        raise ValueError(f"`crop_scale` needs two numbers, got {options.crop_scale}.")
+    if options.store is not None and options.text_mode == "online":
+        raise ValueError(
+            "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out."
+        )
+    if options.caption_fields is not None and options.data is not None:
+        raise ValueError(
+            "`--caption_fields` are for `--shards`. Name the columns of `--data` with `--caption_columns`."
+        )
+    scale = options.crop_scale
+    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise ValueError(
+            f"`--crop_scale` needs two numbers, the smallest and the largest share of the image, in (0, 1], got "
+            f"{' '.join(map(str, scale))}."
+        )
+    new_model = ("model_config", "projection_dim", "adapter_num_layers")
+    if options.model is not None and (given := [name for name in new_model if getattr(options, name) is not None]):
+        raise ValueError(f"`--{given[0]}` is for a new model of `--vision_model`, and `--model` brings its own.")
 
 
-def load_tables(options: TrainClipOptions) -> "tuple[ImageTextTable | None, ImageTextTable | None]":
-    """Images with captions to train and to measure on; what both have in common is warned of."""
-    from llm2clip_hf.data import find_overlap, load_image_text
+def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume: Any) -> Plan:
+    """Makes and checks all parts of a run but the embeddings; nothing here takes long, and nothing is written."""
+    from transformers import set_seed
 
-    if options.shards and (options.split or options.subset):
-        raise ValueError("`--split` and `--subset` are of `--data`; `--shards` name their files themselves.")
-    if options.test_split and not (options.test_data or options.data):
-        raise ValueError(f"`--test_split {options.test_split}` is a split of `--test_data`, which is not given.")
-    settings: dict[str, Any] = {
-        "image_column": options.image_column,
-        "caption_columns": options.caption_columns,
-        "image_root": options.image_root,
-        "key_column": options.key_column,
-        "subset": options.subset,
-        "on_bad_row": options.on_bad_row,
-    }
-    table = load_image_text(options.data, split=options.split, **settings) if options.data else None
-    test_data = options.test_data or (options.data if options.test_split else None)
-    if test_data is None:
-        return table, None
-    if table is None:
-        settings |= {"image_column": None, "key_column": None}  # those of the shards
-    if test_data != options.data:
-        settings["subset"] = None
-    test = load_image_text(test_data, split=options.test_split, default_split="test", **settings)
-    if table is not None and is_main_process():
-        find_overlap(table, test).warn()
-    return table, test
+    from llm2clip_hf.training.clip_checks import check_stores, count_steps, prepare_training
+    from llm2clip_hf.training.clip_evaluation import class_prompts
+    from llm2clip_hf.training.run_checks import check_settings
 
+    from .embed_captions import check_store_options
 
-def print_plan(
-    options: TrainClipOptions,
-    args: "LLM2CLIPTrainingArguments",
-    table: "ImageTextTable | None",
-    test: "ImageTextTable | None",
-) -> None:
-    """What would run: data, steps, size of the store and of the LLM."""
-    from transformers import AutoConfig
-
-    from llm2clip_hf.training.size_estimate import describe_llm
-
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if table is not None:
-        steps = int(len(table) // batch * args.num_train_epochs) if args.max_steps < 1 else args.max_steps
-        captions = table.captions
-        print(f"train     {len(table)} images, {captions.num_captions} captions, {', '.join(captions.source_names)}")
-        print(f"steps     {steps}, {batch} pairs per contrastive batch on {args.world_size} device(s)")
-        if options.text_mode == "stored" and options.text_model:
-            width = AutoConfig.from_pretrained(options.text_model).get_text_config().hidden_size
-            size = captions.num_captions * width * (4 if options.store_dtype == "float32" else 2)
-            print(f"store     {size / 2**30:,.2f} GiB at width {width} in {options.store_dtype}")
-    if test is not None:
-        print(f"test      {len(test)} images, {test.captions.num_captions} captions")
-    if options.text_model:
-        rank = 16 if args.train_text == "lora" else None
-        print(describe_llm(options.text_model, lora_rank=rank, dtype=options.dtype))
+    check_choices(options, args)
+    check_settings(args)
+    check_store_options(options)
+    configs = find_models(options)
+    table, test = load_tables(options)
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    identity = run_identity("train-clip", options, args, {"pairs_per_step": pairs, **table_identity(table)})
+    claim_folder(args, identity, resume, write=False)
+    classes = load_classes(options.zero_shot_data) if options.zero_shot_data else None
+    check_evaluation(options, args, test, classes)
+    stored, captions = options.text_mode == "stored", dict[str, Any]()
+    if stored:
+        folder = options.store or str(Path(str(args.output_dir)) / "store")
+        captions[folder] = None if table is None else table.captions
+        captions |= {} if test is None else {f"{folder}-test": test.captions}
+        captions |= {} if classes is None else {f"{folder}-zero-shot": class_prompts(classes)}
+    stores = open_finished(captions)
+    set_seed(args.seed)  # before anything random is built
+    model, processor = load_model(options, with_llm=not (stored or options.check))
+    bundled = holds_llm(options, args, configs.get("model"))
+    needed = bundled or not stored or len(stores) < len(captions)
+    check_llm(options, configs, model, processor, needed)
+    if options.check and not stored:
+        model.text_model = outline_of_llm(model.config.text_config)
+    dataset = training_data(options, args, table, stores.get(next(iter(captions), "")), processor)
+    check_first_images(model, processor, dataset, [part.images for part in (test, classes) if part is not None])
+    parts = collator_and_clip_text(options, model, processor)
+    prepare_training(model, args, parts.get("clip_text_model"))
+    steps = count_steps(args, dataset)
+    for store in stores.values():
+        check_stores(model, store, processor)
+    check_finished_stores(options, stores)
+    return Plan(table, test, classes, captions, stores, model, processor, dataset, parts, steps, bundled, identity)
 
 
-def train_and_save(
-    options: TrainClipOptions,
-    args: "LLM2CLIPTrainingArguments",
-    table: "ImageTextTable | None",
-    test: "ImageTextTable | None",
-    resume: Any,
-) -> int:
+def train_and_save(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", plan: Plan, resume: Any) -> int:
     """Embeds what is not embedded yet, trains, measures and saves."""
-    from llm2clip_hf.evaluation import evaluate_retrieval
+    from transformers import EarlyStoppingCallback
+
     from llm2clip_hf.training import LLM2CLIPTrainer
     from llm2clip_hf.training.clip_evaluation import run_evaluators
 
-    stored = options.text_mode == "stored"
-    folder = options.store or str(Path(str(args.output_dir)) / "store")
-    if stored:
-        check_finished_stores(options, [folder] if test is None else [folder, f"{folder}-test"])
-    store = open_or_embed(options, table, folder) if stored else None
-    test_store = open_or_embed(options, test, f"{folder}-test") if stored and test is not None else None
-    model, processor = load_model(options, with_llm=not stored)
-    if store is not None:
-        store.check_compatible(model)
-    evaluators = {}
-    if test is not None:
-        test_captions = test.captions if test_store is None else test_store
-
-        def measure(model: Any, processor: Any) -> dict[str, float]:
-            length = None if test_store is not None else options.max_length
-            return evaluate_retrieval(model, test.images, test_captions, processor=processor, max_length=length)
-
-        evaluators["test"] = measure
+    for folder, captions in plan.captions.items():
+        if folder not in plan.stores:
+            plan.stores[folder] = embed_missing(options, plan, captions, folder)
+            plan.stores[folder].check_compatible(plan.model)
+    store = plan.stores.get(next(iter(plan.captions), ""))
+    if store is not plan.dataset.store:
+        plan.dataset = training_data(options, args, plan.table, store, plan.processor)
+    patience = options.early_stopping_patience
+    evaluators = make_evaluators(options, plan)
     trainer = LLM2CLIPTrainer(
-        model,
+        plan.model,
         args,
-        train_dataset=training_data(options, args, table, store, processor),
-        processing_class=processor,
+        train_dataset=plan.dataset,
+        processing_class=plan.processor,
         evaluators=evaluators,
-        **collator_and_clip_text(options, model, processor),
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+        **plan.parts,
     )
     with logs_to_stderr():
         trainer.train(resume_from_checkpoint=resume)
@@ -309,27 +345,16 @@ def train_and_save(
     # On all processes: under FSDP2 none has the whole model, and elsewhere they share the work.
     results: dict[str, Any] = dict(run_evaluators(trainer, evaluators))
     if args.should_save:
-        if options.text_weights == "bundled" and stored:
+        if plan.bundled:
             bundle(options, str(args.output_dir))
-        for name in ("image_to_text_recall@1", "text_to_image_recall@1"):
-            if "test" in results:
-                print(f"{name:<26}{100 * results['test'][name]:6.1f}")
+        for measured in results.values():
+            for name, value in measured.items():
+                if name.endswith(("to_text_recall@1", "to_image_recall@1", "top1")):
+                    print(f"{name:<43}{100 * value:6.1f}")
         results["training"] = {"steps": trainer.state.global_step}
         write_results(args.output_dir, results)
         print(f"written   {args.output_dir}")
     return 0
-
-
-def open_or_embed(options: TrainClipOptions, table: "ImageTextTable | None", folder: str) -> "CaptionEmbeddingStore":
-    """The store in `folder`, made from the captions of the table if it is not complete."""
-    from llm2clip_hf.data import CaptionEmbeddingStore
-
-    from .embed_captions import embed, read_shards
-
-    if (Path(folder) / "index.json").is_file():
-        return CaptionEmbeddingStore.open(folder)
-    captions, keys = (table.captions, table.keys) if table is not None else read_shards(options)
-    return embed(options, str(options.text_model or options.model), captions, keys, folder)
 
 
 def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPModel", Any]:
@@ -342,15 +367,16 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
     if options.model is not None:
         trust = options.trust_remote_code
         model = AutoModel.from_pretrained(options.model, trust_remote_code=trust, load_text_model=with_llm)
+        if options.text_model is not None:
+            model.config.text_weights, model.config.text_base_model = "external", options.text_model
+            model.config.text_base_revision = None
+        elif model.config.text_weights == "bundled" and not with_llm:
+            model.config.text_weights = "none"  # until it is put back at the end
         return model, AutoProcessor.from_pretrained(options.model, trust_remote_code=trust)
     vision, llm = str(options.vision_model), str(options.text_model)
     template = None if options.template == "none" else options.template
     processor = LLM2CLIPProcessor.from_vision_text_pretrained(vision, llm, text_template=template)
-    sizes: dict[str, Any] = {
-        "projection_dim": options.projection_dim,
-        "adapter_num_layers": options.adapter_num_layers,
-        "text_base_model": llm,
-    }
+    sizes = {**model_fields(options), "text_base_model": llm}
     if with_llm:
         kwargs = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
         model = LLM2CLIPModel.from_vision_text_pretrained(
@@ -385,9 +411,13 @@ def training_data(
     scale = (0.9, 1.0) if options.crop_scale is None else (options.crop_scale[0], options.crop_scale[1])
     transform = RandomResizedCropTransform.from_image_processor(processor.image_processor, scale=scale)
     weights = named_values(options.caption_weights, "caption_weights")
+    try:
+        weights = weights and {source: float(weight) for source, weight in weights.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`--caption_weights` must be numbers, got {weights}.") from error
     settings: dict[str, Any] = {
         "transform": transform,
-        "caption_weights": weights and {source: float(weight) for source, weight in weights.items()},
+        "caption_weights": weights,
         "seed": args.seed,
         "on_bad_image": options.on_bad_image,
     }
@@ -415,34 +445,3 @@ def collator_and_clip_text(options: TrainClipOptions, model: "LLM2CLIPModel", pr
     )
     tokenizer = AutoTokenizer.from_pretrained(options.clip_text_model)
     return {"clip_text_model": clip_text_model, "data_collator": ClipTextCollator(tokenizer, collator)}
-
-
-def bundle(options: TrainClipOptions, folder: str) -> None:
-    """
-    Puts the LLM into a saved model that only names it.
-
-    The new files are written beside and flushed to disk before they take the place of the old ones, which takes no
-    longer than to rename them. Meanwhile there is no config, so that the folder never passes for a finished model.
-    """
-    from llm2clip_hf import LLM2CLIPModel
-    from llm2clip_hf.training.checkpoints import UNFINISHED, publish_folder
-
-    kwargs = {} if options.dtype is None else {"dtype": options.dtype}
-    model = LLM2CLIPModel.from_pretrained(folder, text_model_kwargs=kwargs)
-    model.config.text_weights = "bundled"
-    target = Path(folder)
-    staging, complete = target / f"{UNFINISHED}model", target / f"{UNFINISHED}bundled-model"
-    for leftover in (staging, complete):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        model.save_pretrained(staging)
-        publish_folder(staging, complete)  # flushes the files
-    except OSError:
-        shutil.rmtree(staging, ignore_errors=True)  # what a full disk needs most is space
-        raise
-    (target / "config.json").unlink()
-    if not (complete / "model.safetensors").exists():
-        (target / "model.safetensors").unlink()  # would be read in place of several files
-    for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, target / file.name)
-    complete.rmdir()

@@ -10,7 +10,7 @@ Report, and keep the rows that are good.
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ class ImageTextTable:
         captions (`CaptionTable`): their captions.
         keys (`list[str]`, *optional*): one key per row, for `embed_captions`; the file names where there are files.
         report (`LoadReport`): rows and captions that were read and left out.
+        image_column (`str`): the column that the images or their paths come from.
+        caption_columns (`dict[str, str]`): the column of each caption source.
 
     Example:
     >>> import tempfile
@@ -64,6 +66,8 @@ class ImageTextTable:
     captions: CaptionTable
     keys: list[str] | None
     report: LoadReport
+    image_column: str = ""
+    caption_columns: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -175,7 +179,8 @@ def load_image_text(
     table = CaptionTable({name: texts[k].filter(keep) for k, name in enumerate(chosen)})
     bad.report.rows_kept, bad.report.texts_kept = len(table), table.num_captions
     bad.report.log(f"`{source}`" if isinstance(source, (str, Path)) else "the image-text table")
-    return ImageTextTable(images, table, None if keys is None else [keys[row] for row in kept.tolist()], bad.report)
+    kept_keys = None if keys is None else [keys[row] for row in kept.tolist()]
+    return ImageTextTable(images, table, kept_keys, bad.report, column, dict(chosen))
 
 
 class _ImageColumn(Sequence[Any]):

@@ -308,7 +308,7 @@ def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
         found = [Path(pattern)] if Path(pattern).is_file() else _matching(pattern)
         if not found:
-            raise ValueError(f"`{pattern}` matches no file. Check the path or pattern of the shards.")
+            raise ValueError(f"`{pattern}` matches no file. Check the paths and patterns in `shards`.")
         paths += found
     repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if repeated:

@@ -25,6 +25,7 @@ from .hub_publishing import PublishingEncoderTrainer
 from .run_checks import (
     UNUSED_ARGUMENTS,
     check_float32_weights,
+    check_one_device,
     check_whole_weights,
     describe_divergence,
     refuse_arguments,
@@ -126,11 +127,7 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             model.model_card_data.train_datasets = sets
 
     def _check_run(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. "
-                "Start with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
-            )
+        check_one_device(self.args)
         check_whole_weights(self)
         sources = [] if self._rows is None else self._rows.sources
         if any(getattr(source, INSTRUCTION, None) for source in [*sources, self._stream]):
@@ -228,11 +225,7 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
     def _check_sizes(self, sampler: SingleSourceBatchSampler) -> None:
         assert self._rows is not None, "there is a sampler of rows only"
         devices = f" on each of {sampler.num_processes} devices" if sampler.num_processes > 1 else " per device"
-        if not len(sampler):
-            raise ValueError(
-                f"The training set holds less than one batch of {sampler.batch_size} pairs{devices}: its sources have "
-                f"{sampler.sizes} rows. Lower `per_device_train_batch_size`."
-            )
+        sampler.check_not_empty()
         for number, name in enumerate(self._rows.names):
             if not sampler.batches_of(number):
                 logger.warning(

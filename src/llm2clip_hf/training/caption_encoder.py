@@ -19,11 +19,11 @@ import torch
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
-from ..modeling import apply_text_template, assert_bidirectional, text_prefix_length
+from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
 from ..modeling.processing_llm2clip import text_end_token
 from . import caption_pooling
 from .adapter_folder import AdapterFolder, find_adapter, write_adapter
@@ -317,6 +317,40 @@ def build_caption_encoder(
         transformer.get_embedding_dimension(), text_prefix_length(tokenizer), _prompt_overhead(tokenizer), chosen
     )
     return CaptionEncoder(modules=[transformer, module, *([Normalize()] if normalize else [])])
+
+
+def check_caption_encoder(
+    name_or_path: str,
+    config: Any,
+    *,
+    template: str | None = "auto",
+    pooling: Any = None,
+    lora: Any = None,
+    quantization: Any = None,
+    attn_implementation: str | None = None,
+) -> None:
+    """
+    What `build_caption_encoder` refuses, as far as it can be told without the LLM's weights.
+
+    Args:
+        name_or_path (`str`): As of `build_caption_encoder`, as are the other arguments.
+        config (`PreTrainedConfig`): The LLM's config.
+
+    Raises:
+        ValueError, ImportError, RuntimeError: as `build_caption_encoder`.
+    """
+    adapter = find_adapter(name_or_path)
+    if adapter is not None:
+        _check_adapter_options(adapter, True, lora)
+    elif lora is not None:
+        lora_config({} if lora == "default" else lora)
+    quantized_model_kwargs(quantization)
+    text_config = LLM2CLIPConfig(text_config=config.get_text_config()).text_config  # a decoder that looks both ways
+    with torch.device("meta"):
+        AutoModel.from_config(text_config, attn_implementation=attn_implementation)
+    trained = adapter.settings["pooling"] if adapter is not None else getattr(text_config, "text_pooling", None)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    _finished_tokenizer(tokenizer, template, _MAX_LENGTH, _chosen_pooling(pooling, trained))
 
 
 def _check_adapter_options(adapter: AdapterFolder, bidirectional: bool, lora: Any) -> None:

@@ -3,6 +3,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -13,11 +14,13 @@ from ..data import CaptionEmbeddingStore
 from ..data.fingerprint import weights_identity
 from ..data.store_identity import require_identity
 from ..data.text_encoders import model_settings
+from . import clip_text
 from .adapters import has_adapters
 from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
 from .clip_training_args import LLM2CLIPTrainingArguments
-from .run_checks import check_float32_weights
-from .trained_parts import has_llm, is_llm2clip
+from .run_checks import check_float32_weights, check_metric_options, check_one_device
+from .streams import shards_itself
+from .trained_parts import has_llm, is_llm2clip, prepare_trained_parts
 
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,78 @@ def resolve_loss_type(model: nn.Module, loss_type: str | None) -> Literal["softm
     if loss_type == "sigmoid" and not has_bias:
         raise ValueError(
             '`loss_type="sigmoid"` needs a logit bias, which the model has not. Build it with '
-            "`logit_bias_init_value=-10.0`."
+            "`logit_bias_init_value=-10.0` (`--model_config logit_bias_init_value=-10`)."
         )
     if loss_type is None:
         return "sigmoid" if has_bias else "softmax"
     return cast(Literal["softmax", "sigmoid"], loss_type)
+
+
+def prepare_training(
+    model: Any, args: LLM2CLIPTrainingArguments, clip_text_model: Any = None, compute_metrics: Any = None
+) -> None:
+    """
+    Freezes and extends a model as the arguments say, and checks that it can be trained; a second call changes nothing.
+
+    Args:
+        model: As of [`LLM2CLIPTrainer`].
+        args ([`LLM2CLIPTrainingArguments`]): The arguments.
+        clip_text_model, compute_metrics (*optional*): As of [`LLM2CLIPTrainer`].
+
+    Raises:
+        ValueError: for a model, arguments or a device setting that cannot be trained as described.
+    """
+    check_one_device(args)
+    check_metric_options(args, compute_metrics)
+    prepare_trained_parts(model, args)
+    clip_text.attach_clip_text_model(model, clip_text_model, args.integration)
+    check_trainable(model, args)
+    check_contrastive_batch(args)
+    resolve_loss_type(model, args.loss_type)
+
+
+def count_steps(args: LLM2CLIPTrainingArguments, dataset: Any) -> int:
+    """
+    Optimizer steps of a run, as the trainer counts them.
+
+    Args:
+        args ([`LLM2CLIPTrainingArguments`]): Batch, processes, epochs and steps.
+        dataset: The training set, of known length: of a stream that shards itself, that of one process.
+
+    Returns:
+        `int`: 1 or more.
+
+    Raises:
+        ValueError: if there is not one batch, or no step.
+    """
+    size, accumulated, rows = args.train_batch_size, args.gradient_accumulation_steps, len(dataset)
+
+    def quotient(count: int, divisor: int) -> int:
+        return count // divisor if args.dataloader_drop_last else -(-count // divisor)
+
+    def whole(count: int, per_step: int) -> int:
+        drops = args.dataloader_drop_last and args.accumulate_negatives
+        return count // per_step * per_step or count if drops else count
+
+    if shards_itself(dataset):
+        batches = whole(quotient(rows, size), accumulated)
+    else:
+        processes = 1 if cast(Any, args.accelerator_config).split_batches else args.world_size
+        batches = quotient(quotient(whole(rows, size * args.world_size * accumulated), size), processes)
+    if not batches:
+        raise ValueError(
+            f"The training set of {rows} rows holds less than one batch of {size} rows on each of {args.world_size} "
+            "device(s). Lower `--per_device_train_batch_size`."
+        )
+    steps = args.max_steps
+    if steps < 1:
+        steps = math.ceil(args.num_train_epochs * -(-batches // accumulated))
+    if steps < 1:
+        raise ValueError(
+            f"`--num_train_epochs {args.num_train_epochs:g}` with `--max_steps {args.max_steps}` is no step of "
+            "training. Raise one of them."
+        )
+    return steps
 
 
 def check_trainable(model: nn.Module, args: LLM2CLIPTrainingArguments) -> None:

@@ -6,11 +6,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction
 
+from ..data import CaptionEmbeddingStore, CaptionTable
+from ..evaluation import encode_images, encode_texts, evaluate_zero_shot_classification
+from ..evaluation.dataset_parts import ClassificationData
+from ..evaluation.encoding import encode_llm_embeds
 from ..evaluation.metrics import retrieval_metrics
+from ..evaluation.prompts import fill_template
+from ..evaluation.stored_texts import check_store
+from ..evaluation.text_towers import embed_texts
+from .clip_text import NAME as CLIP_TEXT
+from .clip_text_head import HEAD_NAME, concatenated_text_embeds
+
+
+# What `retrieval_metrics` names are of CLIP's own text encoder, and of the concatenated head.
+_HEADS = ("", "clip_text_", "concatenated_text_")
 
 
 def retrieval_of_pairs(prediction: EvalPrediction) -> dict[str, float]:
@@ -20,11 +34,106 @@ def retrieval_of_pairs(prediction: EvalPrediction) -> dict[str, float]:
     head under `concatenated_text_`.
     """
     image_embeds, *all_text_embeds = (torch.as_tensor(embeds) for embeds in prediction.predictions)
+    return _retrieval_of_heads(image_embeds, all_text_embeds, torch.arange(len(image_embeds)))
+
+
+def _retrieval_of_heads(
+    image_embeds: torch.Tensor, all_text_embeds: list[torch.Tensor], text_to_image: torch.Tensor
+) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for prefix, text_embeds in zip(("", "clip_text_", "concatenated_text_"), all_text_embeds):
-        found = retrieval_metrics(image_embeds, text_embeds, torch.arange(len(text_embeds)))
+    for prefix, text_embeds in zip(_HEADS, all_text_embeds):
+        found = retrieval_metrics(image_embeds, text_embeds, text_to_image)
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
     return metrics
+
+
+def evaluate_text_encoders(
+    model: Any,
+    images: Any,
+    captions: CaptionTable,
+    *,
+    processor: Any,
+    store: CaptionEmbeddingStore | None = None,
+    clip_tokenizer: Any = None,
+    max_length: int | None = None,
+) -> dict[str, float]:
+    """
+    Retrieval with every text encoder that a model trains: the LLM's, CLIP's own, and the concatenated head.
+
+    Args:
+        model: The model of [`LLM2CLIPTrainer`], with what `integration` attached to it.
+        images: As for `evaluate_retrieval`.
+        captions (`CaptionTable`): The captions of the images.
+        processor: Processor of the model.
+        store (`CaptionEmbeddingStore`, *optional*): Their embeddings; the LLM is not needed then.
+        clip_tokenizer (*optional*): Tokenizer of CLIP's own text encoder, where there is one.
+        max_length (`int`, *optional*): Tokens per caption for the LLM.
+
+    Returns:
+        `dict[str, float]`: Names of `retrieval_metrics`; those of CLIP's own text encoder begin with `clip_text_`,
+        those of the head with `concatenated_text_`.
+
+    Raises:
+        ValueError: if the store is of other embeddings than the model's.
+    """
+    texts = captions.rows(0, captions.num_captions)
+    if store is None:
+        text_embeds = [encode_texts(model, texts, processor=processor, max_length=max_length)]
+    else:
+        check_store(model, store, processor)
+        text_embeds = [encode_llm_embeds(model, store.gather, store.num_captions)]
+    if hasattr(model, CLIP_TEXT):
+        clip_text = embed_texts(getattr(model, CLIP_TEXT), texts, processor=clip_tokenizer)
+        text_embeds.append(torch.nn.functional.normalize(clip_text, dim=-1))
+    target = next(model.parameters()).device
+    text_embeds = [embeds.to(target) for embeds in text_embeds]
+    if hasattr(model, HEAD_NAME):
+        text_embeds.append(concatenated_text_embeds(getattr(model, HEAD_NAME), text_embeds[1], text_embeds[0]))
+    image_embeds = encode_images(model, images, processor=processor).to(target)
+    owners = np.repeat(np.arange(len(captions)), np.diff(captions.offsets))
+    return _retrieval_of_heads(image_embeds, text_embeds, torch.from_numpy(owners))
+
+
+def class_prompts(data: ClassificationData) -> CaptionTable:
+    """The prompts of each class, one per template; their stored embeddings are for `evaluate_classes`."""
+    return CaptionTable([[fill_template(each, name) for each in data.templates] for name in data.class_names])
+
+
+def evaluate_classes(
+    model: Any, data: ClassificationData, *, processor: Any, store: CaptionEmbeddingStore | None = None
+) -> dict[str, float]:
+    """
+    Zero-shot classification, also by a model without its LLM, from stored embeddings of the prompts.
+
+    Args:
+        model (`LLM2CLIPModel`): The model.
+        data (`ClassificationData`): Images, labels, class names and templates.
+        processor: Processor of the model.
+        store (`CaptionEmbeddingStore`, *optional*): The embeddings of `class_prompts(data)`.
+
+    Returns:
+        `dict[str, float]`: `top1`, `top5` with five classes or more, and `mean_per_class_recall`, in `[0, 1]`.
+
+    Raises:
+        ValueError: if the store is of other embeddings than the model's.
+    """
+    classifier = None
+    if store is not None:
+        check_store(model, store, processor)
+        embeds = encode_llm_embeds(model, store.gather, store.num_captions)
+        means = embeds.view(len(data.class_names), len(data.templates), -1).mean(dim=1)
+        classifier = torch.nn.functional.normalize(means, dim=-1)
+    metrics = evaluate_zero_shot_classification(
+        model,
+        data.images,
+        data.labels,
+        data.class_names,
+        data.templates,
+        processor=processor,
+        classifier=classifier,
+        allow_duplicates=True,
+    )
+    return {name.removeprefix("zero_shot_"): value for name, value in metrics.items()}
 
 
 def run_evaluators(trainer: Any, evaluators: Mapping[str, Callable[..., Any]]) -> dict[str, dict[str, float]]:

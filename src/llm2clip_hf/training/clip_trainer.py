@@ -16,14 +16,7 @@ from . import clip_text
 from .callbacks import EpochCallback, LogitScaleClamp
 from .chunking import CLIP_TEXT_NAMES, chunked_forward, split_rows
 from .clip_checkpoints import ClipCheckpointTrainer
-from .clip_checks import (
-    ROW_NAMES,
-    check_batch,
-    check_contrastive_batch,
-    check_stores,
-    check_trainable,
-    resolve_loss_type,
-)
+from .clip_checks import ROW_NAMES, check_batch, check_stores, prepare_training, resolve_loss_type
 from .clip_evaluation import held_back_announcement, retrieval_of_pairs, run_evaluators
 from .clip_loading import ClipLoadingTrainer
 from .clip_training_args import LLM2CLIPTrainingArguments
@@ -31,14 +24,13 @@ from .hub_publishing import PublishingClipTrainer
 from .optimizer_groups import build_optimizer_groups
 from .run_checks import (
     check_data_parallel,
-    check_metric_options,
     describe_divergence,
     largest_weight,
     refuse_arguments,
 )
 from .sharding import ready_for_fsdp2, register_feature_methods, whole_parameter
 from .streams import shards_itself
-from .trained_parts import frozen_towers, has_llm, prepare_trained_parts
+from .trained_parts import frozen_towers, has_llm
 
 
 logger = logging.getLogger(__name__)
@@ -121,16 +113,7 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             raise ValueError(f"`model` must be the model to train, got {type(model).__name__}. Build it and pass it.")
         if not isinstance(args, LLM2CLIPTrainingArguments):
             raise ValueError(f"`args` must be LLM2CLIPTrainingArguments, got {type(args).__name__}.")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "
-                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
-            )
-        check_metric_options(args, compute_metrics)
-        prepare_trained_parts(model, args)
-        clip_text.attach_clip_text_model(model, clip_text_model, args.integration)
-        check_trainable(model, args)
-        check_contrastive_batch(args)
+        prepare_training(model, args, clip_text_model, compute_metrics)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_stores(model, dataset, processing_class)
         loss_type = resolve_loss_type(model, args.loss_type)

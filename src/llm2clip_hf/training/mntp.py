@@ -205,7 +205,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         return MaskedTexts(
             texts,
             tokenizer,
-            mask_token_id=_mask_token_id(tokenizer, args.mask_token),
+            mask_token_id=mask_token_id(tokenizer, args.mask_token),
             mask_probability=args.mask_probability,
             max_length=min(args.max_length, limit),
             seed=args.seed,
@@ -319,7 +319,8 @@ def _with_pad_token(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _mask_token_id(tokenizer: Any, token: str | None) -> int:
+def mask_token_id(tokenizer: Any, token: str | None) -> int:
+    """The id of the token that stands for a masked one; a `ValueError` if it is not one token."""
     token = token or tokenizer.mask_token or "_"
     known = tokenizer.get_vocab()
     if token in known:

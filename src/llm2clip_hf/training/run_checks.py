@@ -6,8 +6,11 @@ from dataclasses import MISSING
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 
 
 def check_float32_weights(model: nn.Module, learning_rate: float, remedy: str) -> None:
@@ -183,3 +186,49 @@ def check_data_parallel(trainer: Any) -> None:
                 f"and {type(trainer).__name__} would take its rows for negatives of one another. Use data parallelism "
                 "only."
             )
+
+
+def check_one_device(args: Any) -> None:
+    """
+    Checks that a process trains on one device.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+
+    Raises:
+        ValueError: if it sees several GPUs.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "
+            "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def check_settings(args: Any) -> None:
+    """
+    Checks what a `Trainer` finds out only when it is made or begins: one device per process, what a run reports to,
+    its optimizer, its precision, and the right to push.
+
+    Args:
+        args (`TrainingArguments`): The arguments.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    check_one_device(args)
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("`--fp16` needs a GPU, and training runs on the CPU. Leave it out.")
+    for option in ("report_to", "optim", "push_to_hub"):
+        try:
+            if option == "report_to":
+                for callback in get_reporting_integration_callbacks(args.report_to):
+                    callback()
+            elif option == "optim":
+                Trainer.get_optimizer_cls_and_kwargs(args)
+            elif args.push_to_hub:
+                HfApi(token=args.hub_token).whoami()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            value = getattr(args, option)
+            given = " ".join(map(str, value)) if isinstance(value, list) else getattr(value, "value", value)
+            raise ValueError(f"`--{option} {given}` cannot be used: {error}") from error

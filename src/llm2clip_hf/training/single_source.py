@@ -6,7 +6,9 @@ In training a batch comes from one source, the same one on all processes, in an 
 evaluation every row is in one batch.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +77,15 @@ class SingleSourceBatchSampler(torch.utils.data.Sampler[list[int]]):
         rows, step = self.sizes[source], self.batch_size * self.num_processes
         return rows // step if self.drop_last else -(-rows // step)
 
+    def check_not_empty(self) -> None:
+        """Raises a `ValueError` if there is no batch."""
+        if not len(self):
+            devices = f"on each of {self.num_processes} devices" if self.num_processes > 1 else "per device"
+            raise ValueError(
+                f"The training set holds less than one batch of {self.batch_size} pairs {devices}: its sources have "
+                f"{self.sizes} rows. Lower `per_device_train_batch_size`."
+            )
+
     def __len__(self) -> int:
         return sum(self.batches_of(source) for source in range(len(self.sizes))) * self.num_processes
 
@@ -92,6 +103,34 @@ class SingleSourceBatchSampler(torch.utils.data.Sampler[list[int]]):
             batch = rows[source][begin : begin + step].tolist()
             for first in range(0, len(batch), self.batch_size):
                 yield batch[first : first + self.batch_size]
+
+
+def count_steps(args: Any, sizes: Sequence[int]) -> int:
+    """
+    Optimizer steps of a run of stage 1, as its trainer counts them.
+
+    Args:
+        args (`TrainingArguments`): Batch, processes, epochs and steps.
+        sizes (sequence of `int`): Rows of each source.
+
+    Returns:
+        `int`: 1 or more.
+
+    Raises:
+        ValueError: if there is not one batch, or no step.
+    """
+    processes = 1 if args.accelerator_config.split_batches else args.world_size
+    sampler = SingleSourceBatchSampler(sizes, args.train_batch_size, processes, drop_last=args.dataloader_drop_last)
+    sampler.check_not_empty()
+    steps: int = args.max_steps
+    if steps < 1:
+        steps = math.ceil(args.num_train_epochs * -(-(len(sampler) // processes) // args.gradient_accumulation_steps))
+    if steps < 1:
+        raise ValueError(
+            f"`--num_train_epochs {args.num_train_epochs:g}` with `--max_steps {args.max_steps}` is no step of "
+            "training. Raise one of them."
+        )
+    return steps
 
 
 class EvaluationBatchSampler(torch.utils.data.Sampler[list[int]]):

@@ -1,13 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run will need, told from configs alone: no weight is loaded."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from .adapter_folder import find_adapter
 
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}
+
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def find_model(name_or_path: str, option: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """
+    The config of a model whose weights are there; they are neither loaded nor fetched.
+
+    Args:
+        name_or_path (`str`): Folder or repository of a model, or of a caption encoder saved as adapters only, for
+            which its LLM is looked up.
+        option (`str`): The option that names it, for messages.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run the repository's own code.
+
+    Returns:
+        `PreTrainedConfig`
+
+    Raises:
+        ValueError: if there is no such model, its config cannot be read, or its weights are missing or cut off.
+    """
+    given = f"`--{option} {name_or_path}`"
+    try:
+        if not Path(name_or_path).is_dir() and (name_or_path[:1] in "/.~" or name_or_path.count("/") > 1):
+            raise OSError("there is no such folder.")
+        adapter = find_adapter(name_or_path)
+        name = name_or_path if adapter is None else adapter.settings["base_model"]
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{given} is no model that can be read: {' '.join(str(error).split())}") from error
+    folder: Path | None = Path(name)
+    if not Path(name).is_dir():
+        try:
+            folder, files = None, set(HfApi().list_repo_files(name))
+        except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError):
+            folder = Path(snapshot_download(name, local_files_only=True))
+    if folder is not None:
+        files = {file.name for file in folder.iterdir()}
+    found = [file for file in (*_WEIGHTS, getattr(config, "transformers_weights", None)) if file in files]
+    if not found:
+        raise ValueError(
+            f"{given} has a config, but no weights: none of {', '.join(_WEIGHTS)} is there. Give a folder that "
+            "`save_pretrained` wrote, or copy the weights there."
+        )
+    if folder is not None:
+        _check_files(folder, found[0], given)
+    return config
+
+
+def _check_files(folder: Path, file: str, given: str) -> None:
+    """Whether the shards that an index names are there, and safetensors files are as long as they say."""
+    names = [file]
+    if file.endswith(".index.json"):
+        names = sorted(set(json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{given} lacks the weights `{name}`, which its `{file}` names. Copy the folder again.")
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{given}: `{name}` is cut off or damaged ({error}). Copy it again.") from error
+
+
+def describe_trained(model: torch.nn.Module) -> str:
+    """
+    What of a model is trained, part by part, and the memory of that with AdamW.
+
+    Args:
+        model (`nn.Module`): A model that is ready for training.
+
+    Returns:
+        `str`: One line.
+    """
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition(".")[0]
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    parts = ", ".join(f"{part} {_count(number)}" for part, number in counts.items())
+    memory = 16 * sum(counts.values()) / 2**30
+    return f"trained   {parts}; about {memory:,.1f} GiB with gradients and AdamW, without activations"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 50_000 else str(number)
 
 
 def describe_llm(
@@ -25,7 +120,8 @@ def describe_llm(
     Returns:
         `str`: One line. Activations come on top; they grow with the tokens of a forward pass.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    adapter = find_adapter(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path if adapter is None else adapter.settings["base_model"])
     config = config.get_text_config()
     with torch.device("meta"):
         llm = AutoModel.from_config(config)

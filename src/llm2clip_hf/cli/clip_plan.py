@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `train-clip` is about to do: the parts that were made and checked before the expensive one, and in words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import json_values, named_values, nearest
+from .processes import is_main_process
+
+
+if TYPE_CHECKING:
+    from llm2clip_hf.data import CaptionEmbeddingStore, ImageTextTable
+    from llm2clip_hf.evaluation.datasets import ClassificationData
+
+
+# Fields of LLM2CLIPConfig that come from the parts, or have options of another name.
+OWN_FIELDS = (
+    "vision_config",
+    "vision_hidden_size",
+    "text_config",
+    "text_prefix_length",
+    "text_weights",
+    "text_base_model",
+    "text_base_revision",
+    "text_fingerprint",
+    "llm_hidden_size",
+)
+
+
+@dataclass
+class Plan:
+    """
+    What a run is made of.
+
+    Args:
+        table, test: the images with captions to train and to measure on; no `table` for shards.
+        classes: the labelled images to measure on.
+        captions: what each store is to hold, by its folder, that of the training first; `None` for the captions of
+            shards, read when embedded.
+        stores: the stores that are finished, by folder.
+        model, processor: the model, without its LLM unless that takes part in the training.
+        dataset: the training set; it gives text as long as its store is not finished.
+        parts: collator, and CLIP's own text encoder, as arguments of the trainer.
+        steps: number of optimizer steps.
+        bundled: whether the LLM is put into the model at the end.
+        identity: what determines the course of the run.
+    """
+
+    table: "ImageTextTable | None"
+    test: "ImageTextTable | None"
+    classes: "ClassificationData | None"
+    captions: dict[str, Any]
+    stores: "dict[str, CaptionEmbeddingStore]"
+    model: Any
+    processor: Any
+    dataset: Any
+    parts: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+    bundled: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def find_models(options: Any) -> dict[str, Any]:
+    """The configs of the models that are named, which are there with their weights, by option."""
+    from llm2clip_hf.training.size_estimate import find_model
+
+    configs = {
+        option: find_model(name, option, trust_remote_code=option == "model" and options.trust_remote_code)
+        for option in ("model", "vision_model", "text_model", "clip_text_model")
+        if (name := getattr(options, option)) is not None
+    }
+    if "model" in configs and configs["model"].model_type != "llm2clip":
+        raise ValueError(
+            f"`--model {options.model}` is of the type {configs['model'].model_type!r}, not an LLM2CLIP model. Give "
+            "it as `--vision_model`, with a `--text_model`."
+        )
+    return configs
+
+
+def holds_llm(options: Any, args: Any, config: Any) -> bool:
+    """Whether the LLM is put into the trained model; one that was trained with LoRA is saved with it anyway."""
+    was_bundled = config is not None and config.text_weights == "bundled" and options.text_model is None
+    return args.train_text != "lora" and (options.text_weights == "bundled" or was_bundled)
+
+
+def model_fields(options: Any) -> dict[str, Any]:
+    """The fields of the config of a new model that the user sets."""
+    import inspect
+
+    from llm2clip_hf import LLM2CLIPConfig
+
+    given = json_values(options.model_config, "model_config")
+    known = sorted({*inspect.signature(LLM2CLIPConfig).parameters} - {"kwargs", *OWN_FIELDS})
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"`--model_config` sets `{unknown[0]}`, which is no field that it may set{nearest(unknown[0], known)}; "
+            f"choose from {', '.join(known)}."
+        )
+    for name in ("projection_dim", "adapter_num_layers"):
+        value = getattr(options, name)
+        if value is not None and given.setdefault(name, value) != value:
+            raise ValueError(f"`--{name}` is {value} and `--model_config` says {given[name]}. Give one of them.")
+    return given
+
+
+def load_classes(source: str) -> "ClassificationData":
+    """The labelled images of `zero_shot_data`."""
+    from llm2clip_hf.evaluation.datasets import load_task_data
+    from llm2clip_hf.evaluation.definitions import TASKS
+    from llm2clip_hf.evaluation.task_specs import resolve_tasks
+
+    known = source in TASKS or source.startswith("zero-shot:")
+    [task] = resolve_tasks([source if known else f"zero-shot:{source}"])
+    if task.kind != "zero-shot":
+        raise ValueError(f"`--zero_shot_data {source}` is a task of the kind {task.kind}. Give images with labels.")
+    data: Any = load_task_data(task)
+    return data
+
+
+def load_tables(options: Any) -> "tuple[ImageTextTable | None, ImageTextTable | None]":
+    """Images with captions to train and to measure on; what both have in common is warned of."""
+    from llm2clip_hf.data import find_overlap, load_image_text
+
+    if options.shards and (options.split or options.subset):
+        raise ValueError("`--split` and `--subset` are of `--data`; `--shards` name their files themselves.")
+    if options.test_split and not (options.test_data or options.data):
+        raise ValueError(f"`--test_split {options.test_split}` is a split of `--test_data`, which is not given.")
+    settings: dict[str, Any] = {
+        "image_column": options.image_column,
+        "caption_columns": options.caption_columns,
+        "image_root": options.image_root,
+        "key_column": options.key_column,
+        "subset": options.subset,
+        "on_bad_row": options.on_bad_row,
+    }
+    table = load_image_text(options.data, split=options.split, **settings) if options.data else None
+    test_data = options.test_data or (options.data if options.test_split else None)
+    if test_data is None:
+        return table, None
+    if table is None:
+        settings |= {"image_column": None, "key_column": None}  # those of the shards
+    if test_data != options.data:
+        settings["subset"] = None
+    test = load_image_text(test_data, split=options.test_split, default_split="test", **settings)
+    if table is not None and is_main_process():
+        find_overlap(table, test).warn()
+    return table, test
+
+
+def open_finished(captions: Mapping[str, Any]) -> "dict[str, CaptionEmbeddingStore]":
+    """The stores that are finished already, by folder; one of other captions is refused."""
+    from llm2clip_hf.data import CaptionEmbeddingStore
+
+    stores = {}
+    for folder, table in captions.items():
+        if (Path(folder) / "index.json").is_file():
+            stores[folder] = CaptionEmbeddingStore.open(folder)
+            if table is not None and table.sha256 != stores[folder].captions_sha256:
+                raise ValueError(
+                    f"The store `{folder}` was made from other captions than those of this run. Give another "
+                    "`--store`, or delete the folder."
+                )
+    return stores
+
+
+def check_llm(options: Any, configs: dict[str, Any], model: Any, processor: Any, needed: bool) -> None:
+    """Whether the LLM that will embed captions is there and fits the adaptor, the pooling and the template."""
+    from llm2clip_hf.modeling.pretrained_llm2clip import check_end_token
+    from llm2clip_hf.training.caption_encoder import check_caption_encoder
+    from llm2clip_hf.training.size_estimate import find_model
+
+    config, llm = model.config, configs.get("text_model")
+    if llm is None:
+        if needed and configs["model"].text_weights == "none":
+            raise ValueError(
+                f"`--model {options.model}` holds no LLM and names none. Give the `--text_model` that embeds its "
+                "captions, or a finished `--store`."
+            )
+        if needed and config.text_weights == "external":
+            find_model(str(config.text_base_model), "text_model")
+        return
+    if options.model is not None and options.text_mode == "online":
+        raise ValueError(
+            "`--text_mode online` runs the LLM of `--model`, so `--text_model` has no effect. Leave it out, or attach "
+            "that LLM to the model and save it."
+        )
+    if llm.model_type != "llm2clip":
+        check_caption_encoder(
+            options.text_model,
+            llm,
+            template=None if options.template == "none" else options.template,
+            pooling=config.text_pooling,
+            attn_implementation=options.attn_implementation,
+        )
+    composite = llm.model_type == "llm2clip"
+    width = llm.llm_hidden_size if composite else llm.get_text_config().hidden_size
+    if width != config.llm_hidden_size:
+        raise ValueError(
+            f"`--text_model {options.text_model}` gives embeddings of width {width}, the adaptor of `--model "
+            f"{options.model}` takes {config.llm_hidden_size}. Give the LLM that it was trained with."
+        )
+    pooling = getattr(llm if composite else llm.get_text_config(), "text_pooling", None)
+    if pooling not in (None, config.text_pooling):
+        raise ValueError(
+            f"`--text_model {options.text_model}` was trained with the pooling {pooling!r}, `--model {options.model}` "
+            f"with {config.text_pooling!r}. Give the LLM that it was trained with."
+        )
+    if config.text_pooling == "eos":
+        check_end_token(processor.tokenizer, options.text_model)
+
+
+def check_evaluation(options: Any, args: Any, test: Any, classes: "ClassificationData | None") -> None:
+    """Whether there is something to measure during training where that is asked for, and the metric exists."""
+    import torch
+
+    from llm2clip_hf.evaluation import retrieval_metrics
+    from llm2clip_hf.evaluation.zero_shot import classification_metrics
+
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if evaluates and test is None and classes is None:
+        raise ValueError(
+            f"`--eval_strategy {args.eval_strategy.value}` has nothing to measure. Give `--test_data` or "
+            "`--zero_shot_data`."
+        )
+    if options.early_stopping_patience is not None:
+        if options.early_stopping_patience < 1:
+            raise ValueError(f"`--early_stopping_patience` must be 1 or more, got {options.early_stopping_patience}.")
+        if not evaluates or args.metric_for_best_model is None:
+            raise ValueError(
+                "`--early_stopping_patience` needs evaluations to count and a metric to compare, e.g. "
+                "`--eval_strategy epoch --metric_for_best_model test_text_to_image_recall@1`."
+            )
+    metric = args.metric_for_best_model
+    if metric is None or not evaluates:
+        return
+    two = torch.eye(2)
+    heads = ["", "clip_text_", "concatenated_text_"]
+    heads = heads[: {"replace": 1, "concatenated": 3}.get(args.integration, 2)]
+    ranks = retrieval_metrics(two, two, torch.arange(2)) if test is not None else {}
+    known = [f"test_{head}{name}" for head in heads for name in ranks]
+    if classes is not None:
+        number = len(classes.class_names)
+        known += classification_metrics(torch.zeros(1, number), torch.zeros(1, dtype=torch.long), "zero_shot")
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`--metric_for_best_model {metric}` is not measured{nearest(metric.removeprefix('eval_'), known)}; "
+            f"choose from {', '.join(known)}."
+        )
+    if metric.endswith("_rank") and args.greater_is_better:
+        raise ValueError(f"`{metric}` is better the smaller it is. Set `--greater_is_better False`.")
+
+
+def check_first_images(model: Any, processor: Any, dataset: Any, others: list[Any]) -> None:
+    """Puts the first image of each data set through the vision tower, as training and evaluation will."""
+    import copy
+
+    import torch
+
+    from llm2clip_hf.evaluation import encode_images
+
+    if hasattr(dataset, "shuffle_buffer"):
+        first = copy.copy(dataset)
+        first.shuffle_buffer = 0  # one sample, not thousands that are shuffled
+        sample = next(iter(first))
+    else:
+        sample = dataset[0]
+    with torch.no_grad():
+        model.get_image_features(pixel_values=sample["pixel_values"][None])
+    for images in others:
+        encode_images(model, images[:1] if isinstance(images, list) else [images[0]], processor=processor)
+
+
+def outline_of_llm(config: Any) -> Any:
+    """An LLM without weights, which takes its place where it is only asked what would be trained."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config).requires_grad_(False)
+
+
+def make_evaluators(options: Any, plan: Plan) -> dict[str, Any]:
+    """What is measured during training and after it, by name."""
+    from llm2clip_hf.training.clip_evaluation import evaluate_classes, evaluate_text_encoders
+
+    evaluators: dict[str, Any] = {}
+    tokenizer = getattr(plan.parts["data_collator"], "clip_tokenizer", None)
+    folder = next(iter(plan.captions), "")
+    if (test := plan.test) is not None:
+
+        def measure_test(model: Any, processor: Any) -> dict[str, float]:
+            return evaluate_text_encoders(
+                model,
+                test.images,
+                test.captions,
+                processor=processor,
+                store=plan.stores.get(f"{folder}-test"),
+                clip_tokenizer=tokenizer,
+                max_length=options.max_length,
+            )
+
+        evaluators["test"] = measure_test
+    if (classes := plan.classes) is not None:
+
+        def measure_classes(model: Any, processor: Any) -> dict[str, float]:
+            return evaluate_classes(model, classes, processor=processor, store=plan.stores.get(f"{folder}-zero-shot"))
+
+        evaluators["zero_shot"] = measure_classes
+    return evaluators
+
+
+def embed_missing(options: Any, plan: Plan, captions: Any, folder: str) -> "CaptionEmbeddingStore":
+    """The store in `folder`, made from captions, or from those of the shards."""
+    from .embed_captions import embed, read_shards
+
+    keys = plan.table.keys if plan.table is not None and captions is plan.table.captions else None
+    if captions is None:
+        captions, keys = read_shards(options)
+    llm, pooling = str(options.text_model or options.model), plan.model.config.text_pooling
+    return embed(options, llm, captions, keys, folder, pooling)
+
+
+def print_plan(options: Any, args: Any, plan: Plan) -> None:
+    """What would run: data, models, what is trained, steps, and the size of the stores."""
+    from llm2clip_hf.data import find_overlap
+    from llm2clip_hf.training.size_estimate import describe_llm, describe_trained
+
+    if plan.table is None:
+        fields = named_values(options.caption_fields, "caption_fields") or {}
+        names = tuple(fields) if plan.dataset.store is None else plan.dataset.store.source_names
+        print(f"shards    {' '.join(options.shards)}")
+        print(f"train     {plan.dataset.num_samples} images, {', '.join(names)}")
+    else:
+        names = plan.table.captions.source_names
+        describe_table("data", options.data, options.split or "train, or the only one", plan.table)
+        print(f"train     {len(plan.table)} images, {plan.table.captions.num_captions} captions, {', '.join(names)}")
+    weights = named_values(options.caption_weights, "caption_weights") or dict.fromkeys(names, 1.0)
+    total = sum(map(float, weights.values()))
+    print(f"captions  {', '.join(f'{name} {float(weights[name]) / total:.0%}' for name in names)} of the draws")
+    if plan.test is not None:
+        source = options.test_data or options.data
+        describe_table("test", source, options.test_split or "test, or the only one", plan.test)
+        print(f"test      {len(plan.test)} images, {plan.test.captions.num_captions} captions")
+        if plan.table is not None:
+            print(f"shared    {find_overlap(plan.table, plan.test).describe()}")
+    if plan.classes is not None:
+        counts = plan.classes.counts
+        print(f"zero-shot {counts['images']} images, {counts['classes']} classes, {counts['templates']} templates")
+    config = plan.model.config
+    tower = sum(parameter.numel() for parameter in plan.model.vision_model.parameters())
+    print(
+        f"vision    {type(plan.model.vision_model).__name__}, {tower / 1e6:,.1f} M parameters, pooling "
+        f"{config.vision_pooling}, projection {config.vision_projection} to {config.projection_dim}"
+    )
+    if options.text_model:
+        rank = 16 if args.train_text == "lora" else None
+        print(describe_llm(options.text_model, lora_rank=rank, dtype=options.dtype))
+    print(describe_trained(plan.model))
+    print(
+        f"steps     {plan.steps}, {args.contrastive_batch_size} pairs per contrastive batch on {args.world_size} "
+        "device(s)"
+    )
+    if plan.bundled:
+        print("saved     with the LLM in the model")
+    for folder, captions in plan.captions.items():
+        if folder in plan.stores:
+            print(f"store     {folder}: finished, {plan.stores[folder].num_captions} captions")
+        elif captions is None:
+            print(f"store     {folder}: to be made")
+        else:
+            size = captions.num_captions * config.llm_hidden_size * (4 if options.store_dtype == "float32" else 2)
+            print(
+                f"store     {folder}: to be made, {size / 2**30:,.2f} GiB at width {config.llm_hidden_size} in "
+                f"{options.store_dtype}"
+            )
+
+
+def describe_table(role: str, source: str, split: str, table: "ImageTextTable") -> None:
+    """Prints where a table comes from, and which columns it takes as what."""
+    columns = ", ".join(f"{name} from `{column}`" for name, column in table.caption_columns.items())
+    print(f"{role:<10}{source}, split {split}: images from `{table.image_column}`, captions {columns}")
