@@ -436,11 +436,10 @@ def pretrained_with_mntp(
     if (folder / "config.json").is_file():
         return str(folder)
     tables: Any = [source.table for source in train.values() if isinstance(source, CaptionPairDataset)]
-    settings = mntp_arguments(options, args)
     kwargs = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
     trainer = MNTPTrainer(
         options.llm,
-        settings,
+        mntp_arguments(options, args),
         train_dataset=ConcatDataset(tables),
         model_kwargs={key: value for key, value in kwargs.items() if value is not None},
     )
