@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, SiglipModel
 
 from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
+from llm2clip_hf.modeling import LLM2CLIPVisionModel
+from llm2clip_hf.modeling.inputs_llm2clip import measure_vision_tower
 
 
 SIZES: dict[str, Any] = {
@@ -90,3 +93,138 @@ def test_siglip_model_gives_the_logits_and_loss_of_transformers() -> None:
     given = model(pixel_values=images, llm_embeds=features, return_loss=True)
     torch.testing.assert_close(given.logits_per_image, wanted.logits_per_image, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(given.loss, wanted.loss, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- towers of every other kind
+
+SMALL: dict[str, Any] = {**SIZES, "image_size": 64, "patch_size": 16}
+STAGES: dict[str, Any] = {"depths": [1, 1, 1, 1], "image_size": 64}
+SWIN: dict[str, Any] = {**STAGES, "embed_dim": 8, "num_heads": [1, 1, 2, 2], "window_size": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "aimv2_vision_model": {**SMALL, "num_attention_heads": 3},
+    "altclip_vision_model": SMALL,
+    "beit": {**SMALL, "vocab_size": 20},
+    "blip_vision_model": SMALL,
+    "convnext": {**STAGES, "hidden_sizes": [8, 12, 16, 20]},
+    "data2vec-vision": SMALL,
+    "deit": SMALL,
+    "dinov2_with_registers": {**SMALL, "num_register_tokens": 3},
+    "dinov3_convnext": {**STAGES, "hidden_sizes": [8, 12, 16, 20]},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
+    "focalnet": {**STAGES, "embed_dim": 8, "hidden_sizes": [8, 8, 8, 8]},
+    "hiera": {
+        "image_size": [64, 64], "embed_dim": 8, "num_heads": [1, 1, 1, 1], "depths": [1, 1, 1, 1],
+        "query_stride": [1, 1],
+    },
+    "ijepa": SMALL,
+    "metaclip_2_vision_model": SMALL,
+    "mobilevit": {"image_size": 64, "hidden_sizes": [12, 16, 20], "neck_hidden_sizes": [8, 8, 12, 12, 16, 20, 28]},
+    "pvt": {
+        "image_size": 64, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1],
+    },
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "layer_type": "basic"},
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "vit": SMALL,
+    "vit_msn": SMALL,
+}  # fmt: skip
+# What each pooling is, of the tower's states and its pooled output; poolings left out are refused by the message.
+IMAGE_TOKENS: dict[str, int] = {"deit": 2, "dinov2_with_registers": 4, "aimv2_vision_model": 0, "ijepa": 0}
+IMAGE_TOKENS |= {"focalnet": 0, "hiera": 0, "swin": 0, "swinv2": 0}
+WITHOUT_POOLER = {"data2vec-vision", "ijepa", "pvt", "vit_msn"}
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+@torch.no_grad()
+def test_each_pooling_is_what_its_name_says_or_refused_at_once(name: str) -> None:
+    images = torch.randn(3, 3, 64, 64)
+    for pooling in ("pooler", "cls", "mean"):
+        fields: dict[str, Any] = {"llm_hidden_size": 20, "projection_dim": 22, "adapter_num_layers": 1}
+        config = LLM2CLIPConfig(vision_config={"model_type": name, **KINDS[name]}, vision_pooling=pooling, **fields)
+        try:
+            model = LLM2CLIPModel(config).eval()
+        except ValueError as error:
+            no_tokens = IMAGE_TOKENS.get(name, 1) == 0 or name == "dinov3_convnext"
+            wanted = {"pooler": "gives no pooled output", "cls": "no class token" if no_tokens else "have no tokens"}
+            assert wanted[pooling] in str(error)
+            assert pooling != "pooler" or name in WITHOUT_POOLER
+            continue
+        output = model.vision_model(images)
+        states = output.last_hidden_state
+        if pooling == "pooler":
+            expected = output.pooler_output.flatten(1)
+        elif pooling == "cls":
+            assert IMAGE_TOKENS.get(name, 1) > 0
+            expected = states[:, 0]
+        else:
+            tokens = states.flatten(2).mT if states.ndim == 4 else states[:, IMAGE_TOKENS.get(name, 1) :]
+            assert tokens.shape[1] == int(tokens.shape[1] ** 0.5) ** 2
+            expected = tokens.mean(1)
+        given = model.get_image_features(images).pooler_output
+        torch.testing.assert_close(given, expected @ model.visual_projection.weight.T, atol=1e-5, rtol=1e-4)
+        # An image has one embedding, alone or among others.
+        torch.testing.assert_close(model.get_image_features(images[1:2]).pooler_output, given[1:2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("vision", "pooling", "message"),
+    [
+        ({"model_type": "vit_mae", **SMALL}, "cls", "draws random numbers in evaluation mode.*ViTModel.from_pretrained"),
+        ({"model_type": "pixtral", **SIZES}, "mean", "1 output.s. for a batch of 2"),
+        ({"model_type": "siglip_vision_model", **SIZES}, "cls", "no class token.*top left patch"),
+        ({"model_type": "vjepa2"}, "mean", "does not run on a batch of images alone"),
+        ({"model_type": "qwen2_5_vl_vision"}, "mean", "does not run on a batch of images alone"),
+        ({"model_type": "yolos", **SMALL, "image_size": [64, 64]}, "mean", "not known which are the patches"),
+        ({"model_type": "sam2_vision_model"}, "mean", "not known which are the patches"),
+    ],
+)
+def test_towers_that_would_be_wrong_are_refused_by_name(vision: dict[str, Any], pooling: str, message: str) -> None:
+    config = LLM2CLIPConfig(vision_config=vision, vision_pooling=pooling)
+    with pytest.raises(ValueError, match=f"'{vision['model_type']}'.*{message}"):
+        LLM2CLIPModel(config)
+    with pytest.raises(ValueError, match=f"'{vision['model_type']}'.*{message}"):
+        LLM2CLIPVisionModel(config)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+@torch.no_grad()
+def test_naflex_images_do_not_depend_on_their_padding(pooling: str) -> None:
+    vision = {"model_type": "siglip2_vision_model", **SIZES, "num_patches": 16}
+    config = LLM2CLIPConfig(vision_config=vision, vision_pooling=pooling, llm_hidden_size=20, projection_dim=22)
+    model = LLM2CLIPModel(config).eval()
+    pixels, shape = torch.randn(1, 6, 3 * 6 * 6), torch.tensor([[2, 3]])
+    alone = model(pixel_values=pixels, pixel_attention_mask=torch.ones(1, 6), spatial_shapes=shape).image_embeds
+    padded = torch.cat([pixels, torch.full((1, 4, 3 * 6 * 6), 7.0)], 1)
+    mask = torch.cat([torch.ones(1, 6), torch.zeros(1, 4)], 1)
+    given = model(pixel_values=padded, pixel_attention_mask=mask, spatial_shapes=shape).image_embeds
+    torch.testing.assert_close(given, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_measuring_a_tower_draws_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    config = LLM2CLIPConfig(vision_config={"model_type": "siglip2_vision_model", **SIZES, "num_patches": 16})
+    assert measure_vision_tower(config) == 24
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_stated_width_of_the_pooled_vector_must_be_the_towers() -> None:
+    vision = {"model_type": "mobilevit", **KINDS["mobilevit"]}
+    config = LLM2CLIPConfig(vision_config=vision, llm_hidden_size=8)
+    assert LLM2CLIPModel(config).config.vision_hidden_size == 28
+    with pytest.raises(ValueError, match="`vision_hidden_size` is 20, but .* is 28 wide"):
+        LLM2CLIPModel(LLM2CLIPConfig(vision_config=vision, vision_hidden_size=20, llm_hidden_size=8))
+
+
+@torch.no_grad()
+def test_saved_pooler_that_is_not_pooled_is_left_out(tmp_path: Path) -> None:
+    """Folders saved by earlier versions hold one."""
+    vision = {"model_type": "vit", **SMALL}
+    model = LLM2CLIPModel(LLM2CLIPConfig(vision_config=vision, vision_pooling="cls", llm_hidden_size=8)).eval()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert not any(".pooler." in name for name in weights)
+    weights |= {"vision_model.pooler.dense.weight": torch.ones(24, 24), "vision_model.pooler.dense.bias": torch.ones(24)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    images = torch.randn(2, 3, 64, 64)
+    given = LLM2CLIPModel.from_pretrained(tmp_path)(pixel_values=images).image_embeds
+    torch.testing.assert_close(given, model(pixel_values=images).image_embeds)

@@ -15,7 +15,10 @@
 """Configuration of LLM2CLIP: a vision tower, a large language model and the adaptor between them."""
 
 import copy
+import difflib
+import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
@@ -72,6 +75,23 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
+    """
+    The error for a keyword that nothing takes, with the name that it is nearest to.
+
+    Args:
+        where (`str`): What was called.
+        name (`str`): The keyword.
+        known (iterable of `str`): Keywords that it takes.
+
+    Returns:
+        `TypeError`
+    """
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"Did you mean `{nearest[0]}`?" if nearest else "Leave it out."
+    return TypeError(f"{where} got `{name}`, which nothing takes. {hint}")
+
+
 def _check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
@@ -115,8 +135,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
             `"linear"` (no bias, CLIP), `"linear_bias"` (EVA02) or `"none"` (SigLIP: the pooled vector is the joint
             embedding, so its width must be `projection_dim`).
         vision_hidden_size (`int`, *optional*):
-            Width of the pooled vision vector. Read from `vision_config` where it is stated there; towers that do not
-            state it are measured when the model is built.
+            Width of the pooled vision vector. Read from `vision_config.hidden_size` where there is one, and measured
+            when the model is built.
         adapter_num_layers (`int`, *optional*, defaults to 4):
             Residual blocks of the text adaptor (paper table 8).
         adapter_expansion (`int`, *optional*, defaults to 2):
@@ -150,6 +170,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
             Repository or folder of the external LLM.
         text_base_revision (`str`, *optional*):
             Revision of that repository, best a commit hash.
+        vision_base_model (`str`, *optional*): Repository that the vision tower was loaded from; a record.
+        vision_base_revision (`str`, *optional*): Its commit.
         text_fingerprint (`dict`, *optional*):
             What made the stored LLM embeddings that the model was trained on: names and digests of the LLM, tokenizer
             and template. The trainer sets it from the embedding store, and refuses embeddings of another origin;
@@ -158,6 +180,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     Raises:
         ValueError: for a value outside the ranges above, an unknown tower type, or a decoder that cannot attend
             bidirectionally.
+        TypeError: for a keyword that is one of these but for a letter or two. Others are kept, as transformers does.
 
     Example:
 
@@ -196,8 +219,13 @@ class LLM2CLIPConfig(PreTrainedConfig):
         text_base_model: str | None = None,
         text_base_revision: str | None = None,
         text_fingerprint: dict[str, Any] | None = None,
+        vision_base_model: str | None = None,
+        vision_base_revision: str | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:
+            if difflib.get_close_matches(name, config_fields(), n=1, cutoff=0.9):
+                raise unknown_keyword("`LLM2CLIPConfig`", name, config_fields())
         self.vision_config = _sub_config(vision_config, "vision_config", "clip_vision_model")
         self.text_config = _sub_config(text_config, "text_config", None)
         self.projection_dim = projection_dim
@@ -218,13 +246,42 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.text_base_model = text_base_model
         self.text_base_revision = text_base_revision
         self.text_fingerprint: Any = text_fingerprint
+        self.vision_base_model = vision_base_model
+        self.vision_base_revision = vision_base_revision
         self._resolve_text()
         self._resolve_vision()
         self._check_values()
         # After the sub-configs, so that keywords such as `attn_implementation` reach them.
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_vision_text_configs(
+        cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig | None = None, **kwargs: Any
+    ) -> "LLM2CLIPConfig":
+        """
+        The config of a model of two parts.
+
+        Args:
+            vision_config (`PreTrainedConfig`): Of the vision tower.
+            text_config (`PreTrainedConfig`, *optional*): Of the decoder LLM.
+            kwargs: Further fields of this class, or of every config of transformers.
+
+        Returns:
+            [`LLM2CLIPConfig`]
+
+        Raises:
+            TypeError: for a keyword that is no field.
+            ValueError: see the class.
+        """
+        known = {*config_fields(), *vars(PreTrainedConfig())}
+        for name in kwargs:
+            if name not in known:
+                raise unknown_keyword("`LLM2CLIPConfig.from_vision_text_configs`", name, known)
+        return cls(vision_config=vision_config, text_config=text_config, **kwargs)
+
     def _resolve_text(self) -> None:
+        # Of a multimodal model, the language model.
+        self.text_config = getattr(self.text_config, "text_config", None) or self.text_config
         if self.text_config is None:
             self.llm_hidden_size = 4096 if self.llm_hidden_size is None else self.llm_hidden_size
             self.text_weights = self.text_weights or "none"
@@ -264,13 +321,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.text_pooling = self.text_pooling or trained or "mean"
 
     def _resolve_vision(self) -> None:
-        if self.vision_hidden_size is not None:
-            return
-        width = getattr(self.vision_config, "hidden_size", None)
-        if width is None:
-            widths = getattr(self.vision_config, "hidden_sizes", None)
-            width = widths[-1] if widths else None
-        self.vision_hidden_size = width
+        if self.vision_hidden_size is None:
+            self.vision_hidden_size = getattr(self.vision_config, "hidden_size", None)
 
     def _check_values(self) -> None:
         _check_choice("vision_pooling", self.vision_pooling, VISION_POOLINGS)
@@ -305,25 +357,42 @@ class LLM2CLIPConfig(PreTrainedConfig):
                 "`text_weights` is 'bundled', but there is no `text_config`. Give the config of the LLM, or set "
                 "`text_weights='none'` for a model that takes stored LLM embeddings."
             )
-        self.check_vision_width()
+        self._check_vision_width()
 
     def to_dict(self) -> dict[str, Any]:
         """See `PreTrainedConfig.to_dict`; where on this machine the parts were loaded from is left out."""
         return without_local_names(super().to_dict())
 
-    def check_vision_width(self) -> None:
+    def set_vision_width(self, width: int) -> None:
         """
-        Checks that a tower without a projection gives vectors of the joint space's width; the model repeats it for a
-        tower whose width it had to measure.
+        Takes the measured width of the pooled vision vector.
+
+        Args:
+            width (`int`): Of the tower, measured when the model is built.
 
         Raises:
-            ValueError: if it does not.
+            ValueError: if another one was given, or it does not equal `projection_dim` where nothing projects.
         """
+        if self.vision_hidden_size not in (None, width, getattr(self.vision_config, "hidden_size", None)):
+            raise ValueError(
+                f"`vision_hidden_size` is {self.vision_hidden_size}, but the vision tower's pooled vector is {width} "
+                "wide. Leave `vision_hidden_size` out."
+            )
+        self.vision_hidden_size = width
+        self._check_vision_width()
+
+    def _check_vision_width(self) -> None:
         if self.vision_projection == "none" and self.vision_hidden_size not in (None, self.projection_dim):
             raise ValueError(
                 f"`vision_projection='none'` needs `projection_dim` to equal the width of the vision tower, got "
                 f"{self.projection_dim} and {self.vision_hidden_size}."
             )
+
+
+def config_fields() -> list[str]:
+    """Names of the fields that [`LLM2CLIPConfig`] adds to those of every config."""
+    parameters = inspect.signature(LLM2CLIPConfig.__init__).parameters
+    return [name for name in parameters if name not in ("self", "kwargs")]
 
 
 LLM2CLIPConfig.register_for_auto_class()

@@ -14,9 +14,15 @@
 # limitations under the License.
 """Checks of the inputs of LLM2CLIP: every message says what was given, what is expected and what to do."""
 
+import copy
+import math
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .configuration_llm2clip import LLM2CLIPConfig
+from .modules_llm2clip import build_vision_tower, num_prefix_tokens, pool_image
 
 
 def check_ids(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, max_length: int | None) -> None:
@@ -81,4 +87,109 @@ def check_llm_embeds(llm_embeds: torch.Tensor, config: LLM2CLIPConfig) -> None:
         raise ValueError(f"`llm_embeds` is an empty batch, of shape {tuple(llm_embeds.shape)}.")
 
 
-__all__ = ["check_ids", "check_llm_embeds", "check_pixel_values"]
+class _RandomNumbers(TorchDispatchMode):
+    """Notes whether random numbers are drawn; attention kernels are marked so for a dropout that is off."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn |= torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def _trial(config: LLM2CLIPConfig, size: tuple[int, int], device: str) -> tuple[Any, Any, bool]:
+    """A tower of the config's own class run on two images: the tower, its outputs, whether it drew random numbers."""
+    vision_config, inputs = config.vision_config, {}
+    channels = getattr(vision_config, "num_channels", None) or 3
+    with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]), _RandomNumbers() as random_numbers:
+        tower = build_vision_tower(config).eval()
+        random_numbers.drawn = False
+        pixel_values = torch.zeros(2, channels, *size)
+        if vision_config.model_type == "siglip2_vision_model":
+            side = math.isqrt(vision_config.num_patches)
+            pixel_values = torch.zeros(2, side * side, channels * vision_config.patch_size**2)
+            inputs["pixel_attention_mask"] = torch.ones(2, side * side, dtype=torch.long)
+            inputs["spatial_shapes"] = torch.tensor([[side, side]] * 2, device="cpu")
+        return tower, tower(pixel_values=pixel_values, **inputs), random_numbers.drawn
+
+
+def measure_vision_tower(config: LLM2CLIPConfig) -> int:
+    """
+    Runs a tower without weights, and checks that it gives one vector per image, the same at each call.
+
+    Args:
+        config ([`LLM2CLIPConfig`]): `vision_config` and `vision_pooling` are read.
+
+    Returns:
+        `int`: width of the pooled vector.
+
+    Raises:
+        ValueError: if the tower takes something else than a batch of images, mixes them or draws random numbers, or
+            has no output of the kind that `vision_pooling` asks for.
+    """
+    vision_config = copy.deepcopy(config.vision_config)
+    config = copy.copy(config)
+    config.vision_config = vision_config
+    vision_config._attn_implementation = "eager"  # kernels need a device
+    name, pooling = vision_config.model_type, config.vision_pooling
+    size = getattr(vision_config, "image_size", None) or 224
+    size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    try:
+        try:
+            tower, outputs, is_random = _trial(config, size, "meta")
+        except Exception as error:
+            if "meta" not in str(error):
+                raise
+            # It reads values. One layer is enough.
+            if hasattr(vision_config, "num_hidden_layers"):
+                vision_config.num_hidden_layers = 1
+            tower, outputs, is_random = _trial(config, size, "cpu")
+    except Exception as error:  # of the tower: nothing in common but that it does not run
+        raise ValueError(
+            f"The vision tower {name!r} does not run on a batch of images alone ({' '.join(str(error).split())[:200]}). "
+            "Use one that does: CLIP, SigLIP, DINOv2, ViT, Swin, ConvNeXt, ..."
+        ) from error
+    if is_random:
+        raise ValueError(
+            f"The vision tower {name!r} draws random numbers in evaluation mode, so the same image would get another "
+            "embedding at each call. Use one that does not; the encoder of ViT-MAE loads as a ViT: "
+            "`ViTModel.from_pretrained(..., add_pooling_layer=False)`."
+        )
+    states = getattr(outputs, "last_hidden_state", None)
+    pooled = pool_image(outputs, config, *size)
+    if len(pooled) != 2 or (states is not None and len(states) != 2):
+        raise ValueError(
+            f"The vision tower {name!r} gives {len(pooled if states is None else states)} output(s) for a batch of 2 "
+            "images, so images would be mixed up. Use one that gives one output per image."
+        )
+    if pooling != "pooler":
+        _check_tokens(tower, states, config, size)
+    return pooled.shape[-1]
+
+
+def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size: tuple[int, int]) -> None:
+    """That there is a class token to pool, or that the tokens to average are those of the image."""
+    vision_config, count = config.vision_config, states.shape[1]
+    others = "'pooler' or 'mean'" if config.vision_pooling == "cls" else "'pooler'"
+    remedy = f"Set `vision_pooling` to {others}."
+    prefix = num_prefix_tokens(vision_config, count, *size) if states.ndim == 3 else 0
+    if config.vision_pooling == "cls":
+        names = [name for name, _ in tower.named_parameters()]
+        if prefix == 0 or not any("cls" in name or "class" in name for name in names):
+            raise ValueError(
+                f"The vision tower {vision_config.model_type!r} has no class token, so `vision_pooling='cls'` would "
+                f"take the top left patch. {remedy}"
+            )
+        return
+    channels_last = states.ndim == 4 and states.shape[1] == states.shape[2] != states.shape[3]
+    # Hierarchical towers do not say how many tokens an image becomes; a square has a square number of them.
+    patches = count - prefix
+    is_square = size[0] != size[1] or states.ndim == 4 or math.isqrt(patches) ** 2 == patches
+    if channels_last or not is_square or getattr(vision_config, "num_detection_tokens", 0):
+        raise ValueError(
+            f"The vision tower {vision_config.model_type!r} gives states of shape {tuple(states.shape)}, of which it "
+            f"is not known which are the patches, so `vision_pooling='mean'` cannot be used. {remedy}"
+        )
+
+
+__all__ = ["check_ids", "check_llm_embeds", "check_pixel_values", "measure_vision_tower"]

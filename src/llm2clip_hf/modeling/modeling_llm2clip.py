@@ -27,12 +27,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .inputs_llm2clip import check_ids, check_llm_embeds, check_pixel_values
+from .inputs_llm2clip import check_ids, check_llm_embeds, check_pixel_values, measure_vision_tower
 from .modeling_eva02 import Eva02VisionModel
 from .modules_llm2clip import (
     LLM2CLIPTextAdapter,
     assert_bidirectional,
-    measure_vision_width,
+    build_vision_tower,
+    floating_dtype,
     pool_image,
     pool_text,
 )
@@ -122,14 +123,12 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         self, config: LLM2CLIPConfig, vision_model: PreTrainedModel | None = None, load_text_model: bool = True
     ) -> None:
         super().__init__(config)
+        config.set_vision_width(measure_vision_tower(config))
         if vision_model is None:
-            vision_model = AutoModel.from_config(config.vision_config)
+            vision_model = build_vision_tower(config)
         self.vision_model = vision_model
         # The layers of a tower hold its config object, so it is the one that settings must reach.
         config.vision_config = vision_model.config
-        if config.vision_hidden_size is None:
-            config.vision_hidden_size = measure_vision_width(config)
-            config.check_vision_width()
         self.visual_projection: nn.Module
         if config.vision_projection == "none":
             self.visual_projection = nn.Identity()
@@ -140,8 +139,10 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if config.text_weights == "bundled" and load_text_model:
             self.text_model = AutoModel.from_config(config.text_config)
             config.text_config = self.text_model.config
-        elif config.text_weights == "bundled":
-            self._keys_to_ignore_on_load_unexpected = {r"^text_model\."}
+        surplus = [r"^text_model\."] if config.text_weights == "bundled" and self.text_model is None else []
+        # Not built where it is not pooled; earlier folders hold one.
+        surplus += [] if config.vision_pooling == "pooler" else [r"^vision_model\.pooler\."]
+        self._keys_to_ignore_on_load_unexpected = set(surplus)
         self.text_adapter = LLM2CLIPTextAdapter(config)
         # Shape (1,): FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
@@ -282,10 +283,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         pixel_values = pixel_values.to(self.vision_model.dtype)
         outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
-        pooled = pool_image(outputs, self.config, pixel_values.shape[-2], pixel_values.shape[-1])
+        height, width = pixel_values.shape[-2:]
+        pooled = pool_image(outputs, self.config, height, width, kwargs.get("pixel_attention_mask"))
         projection: Any = self.visual_projection  # none, a linear layer, or an adapter around one
         if not isinstance(projection, nn.Identity):
-            pooled = projection(pooled.to(projection.weight.dtype))
+            pooled = projection(pooled.to(floating_dtype(projection)))
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooled,

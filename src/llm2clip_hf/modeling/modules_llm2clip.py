@@ -15,12 +15,14 @@
 """Building blocks of LLM2CLIP: the text adaptor, the poolings, and what is checked of a decoder."""
 
 import hashlib
+import importlib
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 
 from .configuration_llm2clip import TEXT_POOLINGS, LLM2CLIPConfig
 
@@ -28,6 +30,14 @@ from .configuration_llm2clip import TEXT_POOLINGS, LLM2CLIPConfig
 # What `sampled_weights_digest` looks at.
 SAMPLES_PER_PARAMETER = 16
 SAMPLED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Towers without patches of a stated size that put a pooled or class token before the tokens of the image.
+POOLED_TOKEN_FIRST = ("dinov3_convnext", "pvt")
+
+
+def floating_dtype(layer: Any) -> torch.dtype:
+    """The dtype that a layer computes in: that of its weight, or float32 where quantised weights are integers."""
+    dtype: torch.dtype = layer.weight.dtype
+    return dtype if dtype.is_floating_point else torch.float32
 
 
 class LLM2CLIPAdapterLinear(nn.Linear):
@@ -69,7 +79,7 @@ class LLM2CLIPTextAdapter(nn.Module):
         self.projection = LLM2CLIPAdapterLinear(config.llm_hidden_size, config.projection_dim)
 
     def forward(self, llm_embeds: torch.Tensor) -> torch.Tensor:
-        hidden_states = llm_embeds.to(self.projection.weight.dtype)
+        hidden_states = llm_embeds.to(floating_dtype(self.projection))
         if self.normalize_input:
             hidden_states = F.normalize(hidden_states, dim=-1)
         for block in self.blocks:
@@ -252,53 +262,116 @@ def check_text_fingerprint(text_model: Any, config: LLM2CLIPConfig) -> None:
     )
 
 
-def measure_vision_width(config: LLM2CLIPConfig) -> int:
-    """Width of the pooled vector of a tower whose config does not state it, found on the meta device."""
-    vision_config = config.vision_config
-    size = getattr(vision_config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    with torch.device("meta"), torch.no_grad():
-        tower = AutoModel.from_config(vision_config).eval()
-        outputs = tower(torch.empty(1, getattr(vision_config, "num_channels", 3), height, width))
-        return pool_image(outputs, config, height, width).shape[-1]
+def vision_class(vision_config: Any) -> Any:
+    """
+    The class of a vision tower, also where the Auto classes of transformers leave it out (AltCLIP, BLIP, MetaCLIP 2).
+
+    Args:
+        vision_config (`PreTrainedConfig`): Config of the tower.
+
+    Returns:
+        `type`: from now on `AutoModel` knows it.
+
+    Raises:
+        ValueError: if transformers has none.
+    """
+    config_class = type(vision_config)
+    if config_class not in MODEL_MAPPING:
+        module = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+        found = [name for name in dir(module) if name.endswith("VisionModel")]
+        found = [name for name in found if getattr(getattr(module, name), "config_class", None) is config_class]
+        if not found:
+            raise ValueError(
+                f"transformers has no model of images alone for a config of type {vision_config.model_type!r}. Use a "
+                "vision backbone, such as CLIP, SigLIP, DINOv2, ViT, Swin or ConvNeXt."
+            )
+        AutoModel.register(config_class, getattr(module, found[0]), exist_ok=True)
+    return MODEL_MAPPING[config_class]
 
 
-def pool_image(outputs: Any, config: LLM2CLIPConfig, height: int, width: int) -> torch.Tensor:
-    """One vector per image, `(batch, vision_hidden_size)`, as `config.vision_pooling` says."""
-    if config.vision_pooling == "pooler":
+def pooler_options(vision_config: Any, pooling: str) -> dict[str, Any]:
+    """Keywords that leave out a tower's pooler where its output is not used, and checkpoints often have none (ViT)."""
+    parameters = inspect.signature(vision_class(vision_config).__init__).parameters
+    return {"add_pooling_layer": False} if pooling != "pooler" and "add_pooling_layer" in parameters else {}
+
+
+def build_vision_tower(config: LLM2CLIPConfig) -> Any:
+    """A new vision tower, with no more than its pooling needs."""
+    return AutoModel.from_config(config.vision_config, **pooler_options(config.vision_config, config.vision_pooling))
+
+
+def _num_patches(vision_config: Any, height: int, width: int) -> int | None:
+    patch = getattr(vision_config, "patch_size", None)
+    if patch is None:
+        return None
+    patch = getattr(vision_config, "patch_stride", None) or patch  # where patches overlap (Hiera)
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    return (height // patch_height) * (width // patch_width)
+
+
+def num_prefix_tokens(vision_config: Any, num_tokens: int, height: int, width: int) -> int:
+    """How many of a tower's tokens stand before those of the image: class, register and pooled tokens."""
+    patches = _num_patches(vision_config, height, width)
+    if patches is None:
+        return int(vision_config.model_type in POOLED_TOKEN_FIRST)
+    # A tower that merges patches has fewer tokens than patches, and none before them.
+    return max(num_tokens - patches, 0)
+
+
+def pool_image(
+    outputs: Any, config: LLM2CLIPConfig, height: int, width: int, patch_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    One vector per image.
+
+    Args:
+        outputs (`ModelOutput`): Of the vision tower.
+        config ([`LLM2CLIPConfig`]): `vision_pooling` says how.
+        height, width (`int`): Of the images, in pixels.
+        patch_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+            1 for patches, 0 for padding, which the mean leaves out (SigLIP2 NaFlex).
+
+    Returns:
+        `torch.Tensor` of shape `(batch, vision_hidden_size)`.
+
+    Raises:
+        ValueError: if the tower has no such output.
+    """
+    name, pooling = config.vision_config.model_type, config.vision_pooling
+    if pooling == "pooler":
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is None:
             raise ValueError(
-                f"The vision tower {config.vision_config.model_type!r} gives no pooled output, so "
-                "`vision_pooling='pooler'` cannot be used. Set `vision_pooling` to 'cls' or 'mean'."
+                f"The vision tower {name!r} gives no pooled output, so `vision_pooling='pooler'` cannot be used. Set "
+                "`vision_pooling` to 'cls' or 'mean'."
             )
         return pooled.flatten(1)
-    states = outputs.last_hidden_state
-    if states.ndim == 4 and config.vision_pooling == "mean":  # convolutional: (batch, channels, height, width)
+    states = getattr(outputs, "last_hidden_state", None)
+    if states is not None and states.ndim == 4 and pooling == "mean":  # (batch, channels, height, width)
         return states.mean((2, 3))
-    if states.ndim != 3:
+    if states is None or states.ndim != 3:
+        shape = None if states is None else tuple(states.shape)
         raise ValueError(
-            f"The vision tower {config.vision_config.model_type!r} gives states of shape {tuple(states.shape)}, which "
-            f"have no tokens, so `vision_pooling={config.vision_pooling!r}` cannot be used. Set it to 'pooler' or "
-            "'mean'."
+            f"The vision tower {name!r} gives states of shape {shape}, which have no tokens, so "
+            f"`vision_pooling={pooling!r}` cannot be used. Set it to 'pooler' or 'mean'."
         )
-    if config.vision_pooling == "cls":
+    if pooling == "cls":
         return states[:, 0]
-    # Class and register tokens come first; the mean is over patches.
-    patch = getattr(config.vision_config, "patch_size", None)
-    if patch is not None:
-        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-        num_patches = (height // patch_height) * (width // patch_width)
-        states = states[:, max(states.shape[1] - num_patches, 0) :]
-    return states.mean(1)
+    if patch_mask is not None:
+        weights = patch_mask.to(states.dtype).unsqueeze(-1)
+        return (states * weights).sum(1) / weights.sum(1)
+    return states[:, num_prefix_tokens(config.vision_config, states.shape[1], height, width) :].mean(1)
 
 
 __all__ = [
     "LLM2CLIPTextAdapter",
     "assert_bidirectional",
+    "build_vision_tower",
     "check_text_fingerprint",
-    "measure_vision_width",
+    "num_prefix_tokens",
     "pool_image",
     "pool_text",
+    "pooler_options",
     "sampled_weights_digest",
+    "vision_class",
 ]

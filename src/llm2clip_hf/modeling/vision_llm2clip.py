@@ -17,14 +17,14 @@
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .inputs_llm2clip import check_pixel_values
+from .inputs_llm2clip import check_pixel_values, measure_vision_tower
 from .loading_llm2clip import check_complete
-from .modules_llm2clip import pool_image
+from .modules_llm2clip import build_vision_tower, pool_image
 
 
 class LLM2CLIPVisionModel(PreTrainedModel):
@@ -68,7 +68,8 @@ class LLM2CLIPVisionModel(PreTrainedModel):
 
     def __init__(self, config: LLM2CLIPConfig) -> None:
         super().__init__(config)
-        self.vision_model: Any = AutoModel.from_config(config.vision_config)
+        config.set_vision_width(measure_vision_tower(config))
+        self.vision_model: Any = build_vision_tower(config)
         # The layers of the tower hold its config object, so it is the one that settings must reach.
         config.vision_config = self.vision_model.config
         self.post_init()
@@ -128,9 +129,11 @@ class LLM2CLIPVisionModel(PreTrainedModel):
         if interpolate_pos_encoding is not None:
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         outputs = self.vision_model(pixel_values=pixel_values.to(self.vision_model.dtype), **kwargs)
+        height, width = pixel_values.shape[-2:]
+        mask = kwargs.get("pixel_attention_mask")
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pool_image(outputs, self.config, pixel_values.shape[-2], pixel_values.shape[-1]),
+            pooler_output=pool_image(outputs, self.config, height, width, mask),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
