@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from llm2clip_hf import LLM2CLIPModel
+from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
 
 
 TARGETS = {
@@ -119,7 +119,7 @@ def quantization(name: str) -> tuple[Any, str, float]:
 @pytest.mark.parametrize("name", ["torchao", "quanto", "bitsandbytes-8bit", "bitsandbytes-nf4"])
 def test_only_the_llm_is_quantised(name: str, tmp_path: Path) -> None:
     config, weights_class, least_cosine = quantization(name)
-    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
     text_config = tiny_models.text_config()
     for field, value in sizes.items():
         setattr(text_config, field, value)
@@ -146,6 +146,55 @@ def test_only_the_llm_is_quantised(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         again = LLM2CLIPModel.from_pretrained(tmp_path / "again")(**inputs())
     torch.testing.assert_close(again.text_embeds, wanted.text_embeds, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["model", "text_model_kwargs", "external"])
+@pytest.mark.parametrize("name", ["torchao", "quanto", "bitsandbytes-8bit", "bitsandbytes-nf4"])
+def test_quantising_the_whole_model_quantises_its_llm(name: str, place: str, tmp_path: Path) -> None:
+    config, weights_class, least_cosine = quantization(name)
+    text_config = tiny_models.text_config()
+    for field, value in {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}.items():
+        setattr(text_config, field, value)
+    plain = LLM2CLIPModel(
+        LLM2CLIPConfig(
+            vision_config=tiny_models.vision_config("clip"), text_config=text_config, projection_dim=64,
+            text_base_model=str(tmp_path / "llm"),
+        )
+    ).eval()  # fmt: skip
+    plain.text_model.save_pretrained(tmp_path / "llm")
+    plain.save_pretrained(tmp_path / "clip", text_weights="external" if place == "external" else "bundled")
+    given = {"quantization_config": config}
+    kwargs = {"text_model_kwargs": given} if place == "text_model_kwargs" else given
+    model = AutoModel.from_pretrained(tmp_path / "clip", **kwargs)
+    layers = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.nn.Parameter)}
+    quantised = {n for n, m in layers.items() if type(m.weight).__name__ == weights_class}
+    linear = {n for n in plain.state_dict() if n.startswith("text_model.layers") and n.endswith("_proj.weight")}
+    assert quantised >= {n.removesuffix(".weight") for n in linear}
+    assert all(n.startswith("text_model.") for n in quantised)
+    with torch.no_grad():
+        found, wanted = model(**inputs()), plain(**inputs())
+    assert (found.image_embeds * wanted.image_embeds).sum(1).min() > 1 - 1e-5
+    assert least_cosine < (found.text_embeds * wanted.text_embeds).sum(1).min() < 1.0 - 1e-7
+
+
+def test_arguments_for_an_llm_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.model(text_base_model=str(tmp_path / "llm"))
+    model.save_pretrained(tmp_path / "clip")
+    model.text_model.save_pretrained(tmp_path / "llm")
+    half = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs=half)
+    assert (loaded.text_model.dtype, loaded.vision_model.dtype) == (torch.bfloat16, torch.float32)
+    assert loaded.text_model.config._attn_implementation == "eager"
+    assert loaded.vision_model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="bundled with the model.*cannot take 'device_map', 'revision'"):
+        LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs={"device_map": "cpu", "revision": "v1"})
+    for without in ({"load_text_model": False}, {"text_model": model.text_model}):
+        with pytest.raises(ValueError, match="`dtype`, `attn_implementation` would hold for an LLM, and none is loaded"):
+            LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs=half, **without)
+    model.save_pretrained(tmp_path / "none", text_weights="none")
+    with pytest.raises(ValueError, match="`quantization_config` would hold for an LLM, and none is loaded"):
+        LLM2CLIPModel.from_pretrained(tmp_path / "none", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 # ------------------------------------------------------------------------------------------- compiled, and offloaded

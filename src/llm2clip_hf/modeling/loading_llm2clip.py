@@ -58,6 +58,56 @@ def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -
     return {name: value for name, value in found.items() if value is not None} | given
 
 
+def stored_text_weights(name: Any, kwargs: dict[str, Any]) -> str:
+    """Where the LLM of a stored model is, `config.text_weights`, read before the model is loaded."""
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        fields = PreTrainedConfig.get_config_dict(config or name, **source_keywords(kwargs))[0]
+        return str(fields.get("text_weights") or ("none" if fields.get("text_config") is None else "bundled"))
+    return str(getattr(config, "text_weights", None))
+
+
+def text_keywords(text_weights: str, kwargs: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    Brings keywords for loading an LLM to where the LLM is loaded.
+
+    Args:
+        text_weights (`str`): Where that is: `"bundled"`, `"external"`, or `"none"` if no LLM is to be loaded.
+        kwargs (`dict`): Keywords of the model's `from_pretrained`; changed.
+        given (`dict`): `text_model_kwargs`.
+
+    Returns:
+        `dict`, *optional*: what remains of `given`: keywords for an external LLM.
+
+    Raises:
+        ValueError: for a keyword that cannot be used.
+    """
+    given = dict(given)
+    if text_weights == "external":
+        quantization = kwargs.pop("quantization_config", None)
+        return given if quantization is None else {"quantization_config": quantization, **given}
+    if text_weights == "none":
+        names = [*given, *(["quantization_config"] if kwargs.get("quantization_config") is not None else [])]
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in names)} would hold for an LLM, and none is loaded here. Leave it out, "
+            "or pass it where the LLM itself is loaded."
+        )
+    for name in ("quantization_config", "dtype", "torch_dtype"):
+        if name in given:
+            kwargs["dtype" if name == "torch_dtype" else name] = given.pop(name)
+    if "attn_implementation" in given:
+        other = kwargs.get("attn_implementation")
+        both = other if isinstance(other, dict) else {name: other for name in ("", "vision_config") if other}
+        kwargs["attn_implementation"] = {**both, "text_config": given.pop("attn_implementation")}
+    if given:
+        raise ValueError(
+            f"The LLM is bundled with the model, so `text_model_kwargs` cannot take {', '.join(map(repr, given))}: of "
+            "`quantization_config`, `dtype` and `attn_implementation` it can. Pass other arguments to "
+            "`from_pretrained` itself, where they hold for all parts."
+        )
+    return None
+
+
 def _attention(requested: Any, config: Any) -> Any:
     """The attention that was asked for; Auto classes put it into the config before they call the model's class."""
     if requested is None and isinstance(config, PreTrainedConfig):
@@ -153,4 +203,6 @@ __all__ = [
     "load_pretrained_text",
     "load_pretrained_tokenizer",
     "load_pretrained_vision",
+    "stored_text_weights",
+    "text_keywords",
 ]

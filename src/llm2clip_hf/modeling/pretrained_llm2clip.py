@@ -35,6 +35,8 @@ from .loading_llm2clip import (
     load_pretrained_text,
     load_pretrained_tokenizer,
     load_pretrained_vision,
+    stored_text_weights,
+    text_keywords,
 )
 from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional, check_text_fingerprint
 from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
@@ -83,6 +85,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
     accepts_loss_kwargs = False
     _no_split_modules = ["LLM2CLIPAdapterBlock"]
     _keep_in_fp32_modules_strict = ["vision_model", "visual_projection", "text_adapter", "logit_scale", "logit_bias"]
+    # By this list a quantisation of the whole model leaves all parts but the LLM as they are.
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -155,21 +159,26 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 Whether to load the LLM. Without it the model takes images and stored LLM embeddings.
             text_model (`PreTrainedModel`, *optional*): An LLM to attach instead of the bundled or named one.
             text_model_kwargs (`dict`, *optional*):
-                Arguments for loading an external LLM, such as `quantization_config`. Those of the model that concern
-                any part hold for it too, unless they are given here: `dtype`, `attn_implementation`, `device_map`,
-                `token`, `cache_dir`, `local_files_only`, ..., but neither `revision` nor `trust_remote_code`.
+                Arguments for loading an external LLM. Those of the model that concern any part hold for it too, unless
+                they are given here: `dtype`, `attn_implementation`, `device_map`, `quantization_config`, `token`,
+                `cache_dir`, `local_files_only`, ..., but neither `revision` nor `trust_remote_code`. For a bundled LLM
+                `quantization_config`, `dtype` and `attn_implementation` alone.
             output_loading_info (`bool`, *optional*, defaults to `False`):
                 Return also the dictionary of missing and unexpected keys instead of raising an error for them.
-            kwargs: As for any transformers model.
+            kwargs: As for any transformers model. `dtype` and `quantization_config` are the LLM's; all other parts
+                stay float32.
 
         Returns:
             [`LLM2CLIPModel`] in evaluation mode.
 
         Raises:
             ValueError: if weights are missing, unexpected or (without `ignore_mismatched_sizes=True`) of another
-                shape, or the LLM does not fit.
+                shape, the LLM does not fit, or an argument for loading it cannot be used.
         """
         bundled = load_text_model and text_model is None
+        if text_model_kwargs or kwargs.get("quantization_config") is not None:
+            where = stored_text_weights(pretrained_model_name_or_path, kwargs) if bundled else "none"
+            text_model_kwargs = text_keywords(where, kwargs, text_model_kwargs or {})
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
         )
