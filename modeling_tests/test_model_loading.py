@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from stub_hub import TOKEN, StubHub, stub_hub
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
-from llm2clip_hf.modeling import assert_bidirectional
+from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip_hf.modeling import LLM2CLIPVisionModel, assert_bidirectional, pool_text
 from llm2clip_hf.modeling.loading_llm2clip import external_text_kwargs
 
 
@@ -112,6 +113,211 @@ def test_offloaded_decoders_are_probed(parts: Path, tmp_path: Path) -> None:
         assert_bidirectional(causal)
 
 
+# -------------------------------------------------------------------------------------------- a model of two parts
+
+
+def build(parts: Path, **kwargs: Any) -> Any:
+    return LLM2CLIPModel.from_vision_text_pretrained(str(parts / "vision"), str(parts / "llm"), **kwargs)
+
+
+@torch.no_grad()
+def test_keywords_reach_the_part_that_they_name(parts: Path, tmp_path: Path) -> None:
+    batch = tiny_models.processor()(text=["a red boat", "two dogs"])
+
+    def attention(model: Any) -> tuple[str, str]:
+        return model.vision_model.config._attn_implementation, model.text_model.config._attn_implementation
+
+    assert attention(build(parts)) == ("sdpa", "sdpa")
+    assert attention(build(parts, attn_implementation="eager")) == ("eager", "eager")
+    assert attention(build(parts, vision_attn_implementation="eager")) == ("eager", "sdpa")
+    assert attention(build(parts, text_attn_implementation="eager")) == ("sdpa", "eager")
+    split = {"vision_config": "eager", "text_config": "sdpa"}
+    assert attention(build(parts, attn_implementation=split)) == ("eager", "sdpa")
+
+    def dtypes(model: Any) -> tuple[torch.dtype, torch.dtype]:
+        return model.vision_model.dtype, model.text_model.dtype
+
+    # As with `from_pretrained`, what is trained stays in full precision.
+    for name in ("dtype", "torch_dtype", "text_dtype"):
+        assert dtypes(build(parts, **{name: torch.bfloat16})) == (torch.float32, torch.bfloat16)
+    assert dtypes(build(parts, vision_dtype=torch.bfloat16)) == (torch.bfloat16, torch.float32)
+    split = {"": "cpu", "text_model": "disk"}
+    offloaded = build(parts, device_map=split, offload_folder=str(tmp_path))
+    assert {p.device.type for p in offloaded.vision_model.parameters()} == {"cpu"}
+    assert {p.device.type for p in offloaded.text_model.parameters()} == {"meta"}
+    torch.testing.assert_close(offloaded.get_llm_embeds(**batch), build(parts).get_llm_embeds(**batch))
+    model = build(parts, vision_attention_dropout=0.25, text_attention_dropout=0.125)
+    assert (model.config.vision_config.attention_dropout, model.config.text_config.attention_dropout) == (0.25, 0.125)
+    assert (model.vision_model.config.attention_dropout, model.text_model.config.attention_dropout) == (0.25, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("projecton_dim", "projection_dim"),
+        ("vision_poling", "vision_pooling"),
+        ("text_prefix_lenght", "text_prefix_length"),
+        ("text_atn_implementation", "text_attn_implementation"),
+        ("tokens", "token"),
+        ("gguf_file", "text_gguf_file"),
+        ("vision_quantization_config", ""),
+    ],
+)
+def test_a_keyword_that_nothing_takes_is_refused(given: str, nearest: str, parts: Path) -> None:
+    hint = f"Did you mean `{nearest}`" if nearest else ""
+    with pytest.raises(TypeError, match=f"got `{given}`, which nothing takes. {hint}"):
+        build(parts, **{given: "x"})
+
+
+def test_a_keyword_for_an_llm_needs_one(parts: Path) -> None:
+    for given in ({"dtype": torch.float16}, {"text_dtype": torch.float16}, {"text_model_kwargs": {"token": "x"}}):
+        with pytest.raises(ValueError, match="would hold for an LLM, and none is named"):
+            LLM2CLIPModel.from_vision_text_pretrained(str(parts / "vision"), **given)
+    for given in ({"revision": "v1"}, {"vision_revision": "v1"}, {"text_base_revision": "v1"}):
+        with pytest.raises(ValueError, match="is a folder, which has no revision 'v1'"):
+            build(parts, **given)
+
+
+def test_config_of_two_configs() -> None:
+    vision, text = tiny_models.vision_config("clip"), tiny_models.text_config()
+    config = LLM2CLIPConfig.from_vision_text_configs(vision, text, projection_dim=7, output_hidden_states=True)
+    assert (config.projection_dim, config.vision_config.hidden_size, config.output_hidden_states) == (7, 24, True)
+    with pytest.raises(TypeError, match="got `projecton_dim`.*Did you mean `projection_dim`"):
+        LLM2CLIPConfig.from_vision_text_configs(vision, text, projecton_dim=7)
+    with pytest.raises(TypeError, match="got `projecton_dim`.*Did you mean `projection_dim`"):
+        LLM2CLIPConfig(projecton_dim=7)
+    # What later versions and other libraries put into a config is kept.
+    assert LLM2CLIPConfig(llm_hidden_size=8, custom_pipelines={"a": 1}, note="kept").note == "kept"
+
+
+def test_processor_of_two_parts_takes_the_same_keywords(parts: Path) -> None:
+    where = (str(parts / "vision"), str(parts / "llm"))
+    processor = LLM2CLIPProcessor.from_vision_text_pretrained(*where, local_files_only=True, text_token="x", token="y")
+    assert processor(text="a")["input_ids"].tolist() == tiny_models.processor()(text="a")["input_ids"].tolist()
+    with pytest.raises(TypeError, match="got `tokn`.*Did you mean `token`"):
+        LLM2CLIPProcessor.from_vision_text_pretrained(*where, tokn="x")
+    with pytest.raises(TypeError, match="got `text_dtype`, which nothing takes"):
+        LLM2CLIPProcessor.from_vision_text_pretrained(*where, text_dtype=torch.float16)
+
+
+# ------------------------------------------------------------------------------------ parts out of larger checkpoints
+
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3",
+        {"mm_tokens_per_image": 1, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5},
+    ),
+    "llava": ("llama", {"image_token_index": 5}),
+    "mistral3": ("mistral", {"image_token_index": 5}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {}),
+    "qwen3_vl": ("qwen3_vl_text", {}),
+}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 20, "patch_size": 4,
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "fullatt_block_indexes": [0],
+}  # fmt: skip
+
+
+def multimodal(name: str) -> Any:
+    base, fields = MULTIMODAL[name]
+    text: dict[str, Any] = {**tiny_models.TEXT["gemma3" if base == "gemma3" else "llama"], "num_key_value_heads": 2}
+    text["model_type"] = {"gemma3": "gemma3_text"}.get(base, base)
+    if base.startswith("qwen"):
+        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        vision: dict[str, Any] = QWEN_VISION
+    elif name == "mistral3":
+        vision = {"model_type": "pixtral", **tiny_models._VIT, "intermediate_size": 37, "head_dim": 8}
+    else:
+        vision = tiny_models.VISION["siglip" if name == "gemma3" else "clip"]
+    config = AutoConfig.for_model(name, vision_config=vision, text_config=text, **fields)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", list(MULTIMODAL))
+@torch.no_grad()
+def test_language_model_of_a_multimodal_repository(name: str, parts: Path, tmp_path: Path) -> None:
+    whole = multimodal(name)
+    whole.save_pretrained(tmp_path / "llm")
+    tiny_models.llama3_tokenizer().save_pretrained(tmp_path / "llm")
+    model = LLM2CLIPModel.from_vision_text_pretrained(
+        str(parts / "vision"), str(tmp_path / "llm"), projection_dim=20, text_weights="external"
+    )
+    decoder = whole.model.language_model
+    assert type(model.text_model) is type(decoder)
+    given, wanted = model.text_model.state_dict(), decoder.state_dict()
+    assert given.keys() == wanted.keys() and all(torch.equal(given[key], wanted[key]) for key in wanted)
+    batch = tiny_models.processor()(text=["a red boat", "two dogs run"])
+    decoder.config.is_causal = False
+    states = decoder(**batch, use_cache=False).last_hidden_state
+    expected = pool_text(states, batch["attention_mask"], model.config.text_prefix_length)
+    torch.testing.assert_close(model.get_llm_embeds(**batch), expected, atol=1e-5, rtol=1e-4)
+    # Named and bundled, it is found again.
+    for text_weights in ("external", "bundled"):
+        model.save_pretrained(tmp_path / text_weights, text_weights=text_weights)
+        again = LLM2CLIPModel.from_pretrained(tmp_path / text_weights)
+        torch.testing.assert_close(again.get_llm_embeds(**batch), expected, atol=1e-5, rtol=1e-4)
+    whole_config = LLM2CLIPConfig(vision_config=tiny_models.vision_config("clip"), text_config=whole.config)
+    assert whole_config.text_config.model_type == model.config.text_config.model_type
+
+
+def test_missing_weights_of_a_multimodal_language_model_are_an_error(parts: Path, tmp_path: Path) -> None:
+    multimodal("llava").save_pretrained(tmp_path)
+    tiny_models.llama3_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight") and "language_model" in name)
+    save_file({k: v for k, v in weights.items() if k != key}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: .*language_model\.layers\.1\.mlp\.up_proj"):
+        LLM2CLIPModel.from_vision_text_pretrained(str(parts / "vision"), str(tmp_path))
+
+
+VIT: dict[str, Any] = {**tiny_models._VIT, "intermediate_size": 37}
+TEXT_TOWER: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 20,
+}  # fmt: skip
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "vit": ("ViTForImageClassification", VIT, "vit"),
+    "deit": ("DeiTForImageClassification", VIT, "deit"),
+    "clip": ("CLIPModel", {"vision_config": VIT, "text_config": TEXT_TOWER, "projection_dim": 8}, "vision_model"),
+    "metaclip_2": ("MetaClip2Model", {"vision_config": VIT, "text_config": TEXT_TOWER}, "vision_model"),
+    "altclip": (
+        "AltCLIPModel",
+        {"vision_config": VIT, "text_config": {**TEXT_TOWER, "project_dim": 8}},
+        "vision_model",
+    ),
+    "blip": ("BlipModel", {"vision_config": VIT, "text_config": TEXT_TOWER}, "vision_model"),
+    "aimv2": ("Aimv2Model", {"vision_config": VIT, "text_config": TEXT_TOWER}, "vision_model"),
+    "siglip": ("SiglipModel", {"vision_config": VIT, "text_config": TEXT_TOWER}, "vision_model"),
+}
+
+
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+@torch.no_grad()
+def test_vision_tower_of_a_larger_checkpoint(name: str, tmp_path: Path) -> None:
+    class_name, fields, part = CHECKPOINTS[name]
+    whole = getattr(transformers, class_name)(AutoConfig.for_model(name, **fields)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    model = LLM2CLIPModel.from_vision_text_pretrained(str(tmp_path / "whole"), llm_hidden_size=8, projection_dim=9)
+    images = tiny_models.images()
+    output = getattr(whole, part)(images)
+    classifier = name in ("vit", "deit")
+    assert model.config.vision_pooling == ("cls" if classifier else "pooler")
+    pooled = output.last_hidden_state[:, 0] if classifier else output.pooler_output
+    expected = torch.nn.functional.normalize(pooled @ model.visual_projection.weight.T, dim=-1)
+    torch.testing.assert_close(model(pixel_values=images).image_embeds, expected, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(again(pixel_values=images).image_embeds, expected, atol=1e-5, rtol=1e-4)
+    tower = LLM2CLIPVisionModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(tower(images).pooler_output, pooled, atol=1e-5, rtol=1e-4)
+
+
+def test_pooler_without_weights_is_not_used(tmp_path: Path) -> None:
+    transformers.ViTForImageClassification(AutoConfig.for_model("vit", **VIT)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no weights for the pooler of 'vit'.*Set `vision_pooling='cls'`"):
+        LLM2CLIPModel.from_vision_text_pretrained(str(tmp_path), vision_pooling="pooler")
+
+
 # ------------------------------------------------------------------------------------------------ what is accepted
 
 
@@ -178,6 +384,12 @@ token, old = sys.argv[1:3]
 build = {"token": token, "text_base_revision": old}
 model = LLM2CLIPModel.from_vision_text_pretrained("org/vision", "org/llm", projection_dim=20, **build)
 processor = LLM2CLIPProcessor.from_vision_text_pretrained("org/vision", "org/llm", **build)
+refused = []
+for name in ("vision_revision", "text_revision", "text_base_revision", "revision"):
+    try:
+        LLM2CLIPModel.from_vision_text_pretrained("org/vision", "org/llm", token=token, **{name: "nothing"})
+    except OSError as error:
+        refused.append("nothing" in str(error))
 own = {"token": token, "revision": old}
 public = LLM2CLIPModel.from_vision_text_pretrained("org/public", "org/llm", projection_dim=20, text_model_kwargs=own)
 external = AutoModel.from_pretrained("org/model", token=token, cache_dir="cache")
@@ -188,6 +400,9 @@ print(json.dumps({
     "revision": [model.config.text_base_revision, public.config.text_base_revision],
     "layers": [len(each.text_model.layers) for each in (model, public, external)],
     "cached": sorted(name for name in os.listdir("cache") if name.startswith("models--")),
+    "vision": [model.config.vision_base_model, model.config.vision_base_revision],
+    "refused": refused,
+    "latest": LLM2CLIPModel.from_vision_text_pretrained("org/vision", "org/llm", token=token).config.text_base_revision,
     "leaked": token in open("saved/config.json").read(),
 }))
 """
@@ -198,14 +413,14 @@ def test_token_and_revision_reach_all_that_is_fetched(hub: StubHub, parts: Path,
     def files(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    hub.add("org/vision", files(parts / "vision"), private=True)
+    vision = hub.add("org/vision", files(parts / "vision"), private=True)
     hub.add("org/public", files(parts / "vision"))
     old = hub.add("org/llm", files(parts / "llm"), private=True)
     # Later, the LLM is another one with another tokenizer, without a template.
     later = tiny_models.model(seed=3).text_model
     later.save_pretrained(tmp_path / "later")
     tiny_models.llama3_tokenizer(instruct=False).save_pretrained(tmp_path / "later")
-    hub.repositories["org/llm"].commit(files(tmp_path / "later"))
+    latest = hub.repositories["org/llm"].commit(files(tmp_path / "later"))
     tiny_models.model(text_base_model="org/llm", text_base_revision=old).save_pretrained(
         tmp_path / "model", text_weights="external"
     )
@@ -216,4 +431,7 @@ def test_token_and_revision_reach_all_that_is_fetched(hub: StubHub, parts: Path,
     assert found["ids"] == tiny_models.processor()(text="a red boat")["input_ids"].tolist()
     assert set(found["layers"]) == {len(later.layers)}
     assert {"models--org--llm", "models--org--model"} <= set(found["cached"])
+    # What "main" means today is written down, and a revision that is not there is none.
+    assert found["vision"] == ["org/vision", vision] and found["latest"] == latest
+    assert found["refused"] == [True] * 4
     assert not found["leaked"]

@@ -190,7 +190,9 @@ def test_arguments_for_an_llm_that_cannot_be_used_are_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match="bundled with the model.*cannot take 'device_map', 'revision'"):
         LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs={"device_map": "cpu", "revision": "v1"})
     for without in ({"load_text_model": False}, {"text_model": model.text_model}):
-        with pytest.raises(ValueError, match="`dtype`, `attn_implementation` would hold for an LLM, and none is loaded"):
+        with pytest.raises(
+            ValueError, match="`dtype`, `attn_implementation` would hold for an LLM, and none is loaded"
+        ):
             LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs=half, **without)
     model.save_pretrained(tmp_path / "none", text_weights="none")
     with pytest.raises(ValueError, match="`quantization_config` would hold for an LLM, and none is loaded"):

@@ -163,13 +163,19 @@ def test_each_pooling_is_what_its_name_says_or_refused_at_once(name: str) -> Non
         given = model.get_image_features(images).pooler_output
         torch.testing.assert_close(given, expected @ model.visual_projection.weight.T, atol=1e-5, rtol=1e-4)
         # An image has one embedding, alone or among others.
-        torch.testing.assert_close(model.get_image_features(images[1:2]).pooler_output, given[1:2], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.get_image_features(images[1:2]).pooler_output, given[1:2], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
     ("vision", "pooling", "message"),
     [
-        ({"model_type": "vit_mae", **SMALL}, "cls", "draws random numbers in evaluation mode.*ViTModel.from_pretrained"),
+        (
+            {"model_type": "vit_mae", **SMALL},
+            "cls",
+            "draws random numbers in evaluation mode.*ViTModel.from_pretrained",
+        ),
         ({"model_type": "pixtral", **SIZES}, "mean", "1 output.s. for a batch of 2"),
         ({"model_type": "siglip_vision_model", **SIZES}, "cls", "no class token.*top left patch"),
         ({"model_type": "vjepa2"}, "mean", "does not run on a batch of images alone"),
@@ -223,7 +229,10 @@ def test_saved_pooler_that_is_not_pooled_is_left_out(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert not any(".pooler." in name for name in weights)
-    weights |= {"vision_model.pooler.dense.weight": torch.ones(24, 24), "vision_model.pooler.dense.bias": torch.ones(24)}
+    weights |= {
+        "vision_model.pooler.dense.weight": torch.ones(24, 24),
+        "vision_model.pooler.dense.bias": torch.ones(24),
+    }
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     images = torch.randn(2, 3, 64, 64)
     given = LLM2CLIPModel.from_pretrained(tmp_path)(pixel_values=images).image_embeds

@@ -145,8 +145,9 @@ def measure_vision_tower(config: LLM2CLIPConfig) -> int:
                 vision_config.num_hidden_layers = 1
             tower, outputs, is_random = _trial(config, size, "cpu")
     except Exception as error:  # of the tower: nothing in common but that it does not run
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"The vision tower {name!r} does not run on a batch of images alone ({' '.join(str(error).split())[:200]}). "
+            f"The vision tower {name!r} does not run on a batch of images alone ({reason}). "
             "Use one that does: CLIP, SigLIP, DINOv2, ViT, Swin, ConvNeXt, ..."
         ) from error
     if is_random:

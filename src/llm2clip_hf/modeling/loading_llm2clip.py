@@ -15,11 +15,16 @@
 """Loading of the parts: a vision tower, and an LLM that a model names or is built from."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file, logging
+from transformers.utils.hub import extract_commit_hash
+
+from .configuration_llm2clip import config_fields, unknown_keyword
+from .modules_llm2clip import pooler_options, vision_class
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +32,114 @@ logger = logging.get_logger(__name__)
 # How files are fetched, the same for every repository. Not among them, since they belong to one repository: its
 # revision, and the permission to run its code.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-_SOURCE_KEYWORDS = (*HUB_KEYWORDS, "code_revision", "revision", "subfolder", "trust_remote_code")
+_SOURCE_KEYWORDS = (*HUB_KEYWORDS, "code_revision", "gguf_file", "revision", "subfolder", "trust_remote_code")
+# Those that can be said of both parts at once, and those that can be said of one.
+_PLACING = (
+    "attn_implementation",
+    "device_map",
+    "dtype",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "torch_dtype",
+)
+SHARED_KEYWORDS = (*HUB_KEYWORDS, *_PLACING, "quantization_config", "revision", "trust_remote_code")
+_PART_KEYWORDS = (*_SOURCE_KEYWORDS, *_PLACING, "experts_implementation", "key_mapping", "use_safetensors", "variant")
+
+
+def route_keywords(
+    where: str, kwargs: dict[str, Any], fields: Collection[str], shared: Collection[str] = SHARED_KEYWORDS
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """
+    Sorts keywords by whom they are for, by their names.
+
+    Args:
+        where (`str`): What was called, for the error.
+        kwargs (`dict`): The keywords.
+        fields (collection of `str`): Names that are the caller's own, whatever they begin with.
+        shared (collection of `str`): Names that are said of both parts.
+
+    Returns:
+        Four dictionaries: the caller's own, those of both parts, and those of the vision tower and of the LLM, without
+        `vision_` and `text_`.
+
+    Raises:
+        TypeError: for any other name.
+    """
+    own: dict[str, Any] = {}
+    both: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
+    for name, value in kwargs.items():
+        part, _, rest = name.partition("_")
+        if name in shared:
+            both[name] = value
+        elif name in fields:
+            own[name] = value
+        elif part in parts and rest:
+            parts[part][rest] = value
+        else:
+            raise unknown_keyword(where, name, _known(fields, shared))
+    return own, both, parts["vision"], parts["text"]
+
+
+def _known(fields: Collection[str], shared: Collection[str] = SHARED_KEYWORDS) -> list[str]:
+    return [*fields, *shared, *(f"{part}_{name}" for part in ("vision", "text") for name in _PART_KEYWORDS)]
+
+
+def _check_part_keywords(where: str, part: str, names: Collection[str], known: Collection[str]) -> None:
+    """Refuses keywords of one part that are none of `known`."""
+    for name in names:
+        if name not in known:
+            raise unknown_keyword(where, f"{part}_{name}", [*_known(config_fields()), *(f"{part}_{n}" for n in known)])
+
+
+def source_of_parts(
+    where: str, kwargs: dict[str, Any], text_revision: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords of a processor that say where the files of the vision tower and of the LLM are; others are refused."""
+    _, both, vision, text = route_keywords(where, kwargs, (), (*HUB_KEYWORDS, "revision", "trust_remote_code"))
+    for part, given in (("vision", vision), ("text", text)):
+        _check_part_keywords(where, part, given, (*_SOURCE_KEYWORDS, "use_fast"))
+    return {**both, **vision}, {**both, **({"revision": text_revision} if text_revision else {}), **text}
+
+
+def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Keywords for loading from a repository, with the commit that its revision means now.
+
+    Args:
+        name (`str`): Repository or folder.
+        kwargs (`dict`): Keywords, among them perhaps `revision`.
+
+    Returns:
+        `dict`: with `revision` a commit hash; for a folder as given.
+
+    Raises:
+        ValueError: for a revision of a folder.
+        OSError: if the repository or revision is not found.
+    """
+    if os.path.isdir(name):
+        if kwargs.get("revision") is not None:
+            raise ValueError(f"{str(name)!r} is a folder, which has no revision {kwargs['revision']!r}. Leave it out.")
+        return kwargs
+    options = {key: kwargs[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if kwargs.get(key) is not None}
+    file = cached_file(str(name), "config.json", _raise_exceptions_for_missing_entries=False, **options)
+    commit = extract_commit_hash(file, None)
+    return kwargs if commit is None else {**kwargs, "revision": commit}
+
+
+def vision_kwargs(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for loading the vision tower: those of both parts that hold for it, and its own, which win."""
+    names = (*HUB_KEYWORDS, "max_memory", "offload_buffers", "revision", "trust_remote_code")
+    found = {name: shared[name] for name in names if name in shared}
+    attention = shared.get("attn_implementation")
+    if isinstance(attention, dict):
+        attention = attention.get("vision_config", attention.get(""))
+    found["attn_implementation"] = attention
+    found["device_map"] = _part_device_map(shared.get("device_map"), "vision_model")
+    if shared.get("offload_folder") is not None:
+        found["offload_folder"] = os.path.join(shared["offload_folder"], "vision_model")
+    return {name: value for name, value in found.items() if value is not None} | given
 
 
 def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
@@ -51,7 +163,7 @@ def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -
         found["dtype"] = dtype
     found["attn_implementation"] = _attention(kwargs.get("attn_implementation"), kwargs.get("config"))
     if kwargs.get("device_map") is not None and "device_map" not in given:
-        found["device_map"] = _text_device_map(kwargs["device_map"])
+        found["device_map"] = _part_device_map(kwargs["device_map"], "text_model")
     if kwargs.get("offload_folder") is not None:
         # A folder of its own: the index of a folder names the weights of one model.
         found["offload_folder"] = os.path.join(kwargs["offload_folder"], "text_model")
@@ -89,8 +201,8 @@ def text_keywords(text_weights: str, kwargs: dict[str, Any], given: dict[str, An
     if text_weights == "none":
         names = [*given, *(["quantization_config"] if kwargs.get("quantization_config") is not None else [])]
         raise ValueError(
-            f"{', '.join(f'`{name}`' for name in names)} would hold for an LLM, and none is loaded here. Leave it out, "
-            "or pass it where the LLM itself is loaded."
+            f"{', '.join(f'`{name}`' for name in names)} would hold for an LLM, and none is loaded here. Leave it "
+            "out, or pass it where the LLM itself is loaded."
         )
     for name in ("quantization_config", "dtype", "torch_dtype"):
         if name in given:
@@ -118,19 +230,16 @@ def _attention(requested: Any, config: Any) -> Any:
     return requested
 
 
-def _text_device_map(device_map: Any) -> Any:
-    """The part of a device map that is about the LLM; one device, or a strategy such as `"auto"`, is for all parts."""
+def _part_device_map(device_map: Any, part: str) -> Any:
+    """The part of a device map that is about one part; one device, or a strategy such as `"auto"`, is for all."""
     if not isinstance(device_map, dict):
         return device_map
     parts = {"": device_map[""]} if "" in device_map else {}
     for name, device in device_map.items():
-        if name.split(".")[0] == "text_model":
-            parts[name.removeprefix("text_model").removeprefix(".")] = device
+        if name.split(".")[0] == part:
+            parts[name.removeprefix(part).removeprefix(".")] = device
     if not parts:
-        logger.warning(
-            "`device_map` has no entry for `text_model`, so the external LLM is loaded to the CPU. Add one, or pass "
-            "`text_model_kwargs={'device_map': ...}`."
-        )
+        logger.warning(f"`device_map` has no entry for `{part}`, so it is loaded to the CPU. Add one.")
     return parts or None
 
 
@@ -158,19 +267,78 @@ def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) 
     return found if revision is None else {"revision": revision, **found}
 
 
-def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[str, Any] | None) -> PreTrainedModel:
+def _part_config(name: str, source: dict[str, Any], kwargs: dict[str, Any], part: str) -> tuple[Any, Any]:
+    """The config that a repository holds, and in it that of the part, with the fields that `kwargs` set, taken out."""
+    whole = AutoConfig.from_pretrained(name, **source)
+    # A composite model, such as CLIP or LLaVA, has one config for each of its parts.
+    config = getattr(whole, f"{part}_config", None) or whole
+    # A vision tower is trained, so it is not quantised.
+    taken = (*_PART_KEYWORDS, *(["quantization_config"] if part == "text" else []))
+    fields = [key for key in kwargs if key not in taken]
+    _check_part_keywords(
+        f"The {'LLM' if part == 'text' else 'vision tower'} {name!r}", part, fields, list(vars(config))
+    )
+    for field in fields:
+        setattr(config, field, kwargs.pop(field))
+    return whole, config
+
+
+def _load_within(name: str, whole: Any, part_class: Any, kwargs: dict[str, Any]) -> Any:
+    """A part of a composite model, which is loaded whole, as transformers knows the names of all its weights."""
+    model, info = AutoModel.from_pretrained(name, config=whole, output_loading_info=True, **kwargs)
+    found = next(((path, each) for path, each in model.named_modules() if type(each) is part_class), None)
+    if found is None:
+        raise ValueError(
+            f"{name!r} is a {whole.model_type!r} model, whose part of class {part_class.__name__} is not found. Save "
+            "that part to a folder, and give the folder."
+        )
+    path, part = found
+    for kind in ("missing_keys", "mismatched_keys"):
+        info[kind] = [
+            key for key in info[kind] if str(key[0] if isinstance(key, tuple) else key).startswith(f"{path}.")
+        ]
+    check_complete(name, info)
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None:
+        part.config.quantization_config = quantization
+    return part
+
+
+def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[str, Any] | None) -> Any:
+    """
+    A decoder without a head, out of its own repository or out of that of a multimodal model.
+
+    Args:
+        name (`str`): Repository or folder.
+        revision (`str`, *optional*): Of the repository, unless `kwargs` says.
+        kwargs (`dict`, *optional*): Arguments of `from_pretrained`, and fields of the LLM's config.
+
+    Returns:
+        `PreTrainedModel` with `config.is_causal=False`.
+
+    Raises:
+        ValueError: if there is no name, weights are missing, or no decoder is found.
+        TypeError: for an argument that is neither.
+    """
     if not name:
         raise ValueError(
             "The config says that the LLM is external, but `text_base_model` does not name it. Pass `text_model=`, or "
             "`load_text_model=False` to do without it."
         )
+    kwargs = dict(kwargs or {})
     source = source_keywords(kwargs, revision)
-    config = AutoConfig.from_pretrained(name, **source)
+    whole, config = _part_config(name, source, kwargs, "text")
     # Set here, since loading drops it from keyword arguments.
     config.is_causal = False
-    model, info = AutoModel.from_pretrained(
-        name, config=config, output_loading_info=True, **{**(kwargs or {}), **source}
-    )
+    kwargs |= source
+    if config is not whole:
+        if type(config) not in MODEL_MAPPING:
+            raise ValueError(
+                f"The language model of {name!r}, of type {config.model_type!r}, is none that transformers runs by "
+                "itself. Use another LLM."
+            )
+        return _load_within(name, whole, MODEL_MAPPING[type(config)], kwargs)
+    model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
     check_complete(name, info)
     return model
 
@@ -180,19 +348,48 @@ def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str,
     return AutoTokenizer.from_pretrained(name, **{"revision": "main", **source_keywords(kwargs, revision)})
 
 
-def load_pretrained_vision(name: str, kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    source = source_keywords(kwargs)
-    config = AutoConfig.from_pretrained(name, **source)
-    model_class: Any = AutoModel
-    if getattr(config, "vision_config", None) is not None:
-        # A CLIP-like model: its tower loads from the whole checkpoint by the names of its weights.
-        config = config.vision_config
-        model_class = MODEL_MAPPING[type(config)]
-    model, info = model_class.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True, **source
-    )
+def load_pretrained_vision(
+    name: str, kwargs: dict[str, Any] | None = None, pooling: str | None = None
+) -> tuple[Any, str | None]:
+    """
+    A vision tower, out of its own repository or out of that of a CLIP-like model.
+
+    Args:
+        name (`str`): Repository or folder.
+        kwargs (`dict`, *optional*): Arguments of `from_pretrained`, and fields of the tower's config.
+        pooling (`str`, *optional*): How it is to be pooled; one that needs no pooler is loaded without.
+
+    Returns:
+        The tower, float32 unless `kwargs` says; and `pooling`, `"cls"` where nothing was asked for and the checkpoint,
+        of a classifier for example, has no weights for the tower's pooler.
+
+    Raises:
+        ValueError: if weights are missing.
+        TypeError: for an argument that is neither.
+    """
+    kwargs = {"dtype": torch.float32, **(kwargs or {})}
+    whole, config = _part_config(name, source_keywords(kwargs), kwargs, "vision")
+    tower_class = vision_class(config)
+
+    def load(chosen: str) -> tuple[Any, Any]:
+        options = {"config": config, "output_loading_info": True, **kwargs, **pooler_options(config, chosen)}
+        loaded: tuple[Any, Any] = tower_class.from_pretrained(name, **options)
+        return loaded
+
+    model, info = load(pooling or "pooler")
+    if info["missing_keys"] and config is not whole:
+        return _load_within(name, whole, tower_class, kwargs), pooling
+    without_pooler = {key for key in info["missing_keys"] if key.startswith("pooler.")}
+    if without_pooler and without_pooler == set(info["missing_keys"]) and pooler_options(config, "cls"):
+        if pooling is not None:
+            raise ValueError(
+                f"{name!r} has no weights for the pooler of {config.model_type!r}, which would be random. Set "
+                "`vision_pooling='cls'`."
+            )
+        pooling = "cls"
+        model, info = load(pooling)
     check_complete(name, info)
-    return model
+    return model, pooling
 
 
 __all__ = [
@@ -203,6 +400,10 @@ __all__ = [
     "load_pretrained_text",
     "load_pretrained_tokenizer",
     "load_pretrained_vision",
+    "pin_revision",
+    "route_keywords",
+    "source_of_parts",
     "stored_text_weights",
     "text_keywords",
+    "vision_kwargs",
 ]

@@ -24,19 +24,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_llm2clip import LLM2CLIPConfig
+from .card_llm2clip import is_repository
+from .configuration_llm2clip import LLM2CLIPConfig, config_fields
 from .loading_llm2clip import (
-    HUB_KEYWORDS,
     check_loading_info,
     external_text_kwargs,
     load_pretrained_text,
     load_pretrained_tokenizer,
     load_pretrained_vision,
+    pin_revision,
+    route_keywords,
     stored_text_weights,
     text_keywords,
+    vision_kwargs,
 )
 from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional, check_text_fingerprint
 from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
@@ -203,7 +206,7 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         *,
         text_template: str | None = "auto",
         text_model_kwargs: dict[str, Any] | None = None,
-        **config_kwargs: Any,
+        **kwargs: Any,
     ) -> Any:
         r"""
         Builds an untrained model from a pretrained vision tower and a pretrained LLM.
@@ -214,41 +217,61 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         Args:
             vision_model_name_or_path (`str`):
                 Repository or folder of a vision backbone, or of a CLIP-like model, whose vision tower is taken.
-            text_model_name_or_path (`str`, *optional*): Repository or folder of a decoder LLM.
+            text_model_name_or_path (`str`, *optional*):
+                Repository or folder of a decoder LLM, or of a multimodal model, whose language model is taken.
             text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
             text_model_kwargs (`dict`, *optional*):
                 Arguments for loading the LLM: `dtype`, `quantization_config`, `revision`, `token`, ...
-            config_kwargs: Further fields of [`LLM2CLIPConfig`], for example `text_weights="external"`, and `token`,
-                `cache_dir`, `local_files_only`, `force_download` and `proxies`, by which both parts are fetched.
+            kwargs: Fields of [`LLM2CLIPConfig`], for example `text_weights="external"`; arguments for loading both
+                parts: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`, `revision`,
+                `trust_remote_code`, `attn_implementation`, `device_map` and what goes with it; of these `dtype` and
+                `quantization_config` are the LLM's, as in `from_pretrained`. With `vision_` or `text_` before it, an
+                argument, or a field of the part's own config, is for one part: `vision_revision`, `text_dtype`,
+                `vision_image_size`. `vision_pooling` is `"pooler"` if left out, but `"cls"` for a checkpoint without
+                weights for its pooler.
 
         Returns:
-            [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen.
+            [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen. Its config records repositories and commits.
 
         Raises:
             ValueError: if a part has missing weights, the LLM cannot attend bidirectionally, or `text_pooling` is not
                 the one it was trained with or does not fit its tokenizer.
+            TypeError: for an argument that nothing takes.
         """
-        # Taken out, since a config keeps, and saves, whatever it is given.
-        hub_kwargs = {name: config_kwargs.pop(name) for name in HUB_KEYWORDS if name in config_kwargs}
-        vision_model = load_pretrained_vision(vision_model_name_or_path, hub_kwargs)
+        where = f"`{cls.__name__}.from_vision_text_pretrained`"
+        own, shared, vision, text = route_keywords(where, kwargs, [*config_fields(), *vars(PreTrainedConfig())])
+        vision = pin_revision(vision_model_name_or_path, vision_kwargs(shared, vision))
+        vision_model, pooling = load_pretrained_vision(vision_model_name_or_path, vision, own.get("vision_pooling"))
+        own["vision_pooling"] = pooling or "pooler"
+        if is_repository(vision_model_name_or_path):
+            own.setdefault("vision_base_model", vision_model_name_or_path)
+            own.setdefault("vision_base_revision", vision.get("revision"))
+        of_llm = {name: shared[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in shared}
+        text = {**of_llm, **text, **(text_model_kwargs or {})}
         if text_model_name_or_path is None:
-            return cls(LLM2CLIPConfig(vision_config=vision_model.config, **config_kwargs), vision_model).eval()
-        text_kwargs = {**hub_kwargs, **(text_model_kwargs or {})}
-        config_kwargs.setdefault("text_base_model", str(text_model_name_or_path))
-        config_kwargs.setdefault("text_base_revision", text_kwargs.get("revision"))
-        revision = config_kwargs["text_base_revision"]
-        text_model = load_pretrained_text(text_model_name_or_path, revision, text_kwargs)
-        pooling = config_kwargs.get("text_pooling") or getattr(text_model.config, "text_pooling", None)
-        if "text_prefix_length" not in config_kwargs or pooling == "eos":
-            tokenizer = load_pretrained_tokenizer(text_model_name_or_path, revision, text_kwargs)
+            if text:
+                raise ValueError(
+                    f"{', '.join(map(repr, text))} would hold for an LLM, and none is named. Give "
+                    "`text_model_name_or_path`, or leave it out."
+                )
+            return _with_new_parts(cls(LLM2CLIPConfig(vision_config=vision_model.config, **own), vision_model))
+        shared["revision"] = own.get("text_base_revision") or shared.get("revision")
+        of_llm = {name: shared[name] for name in ("revision", "trust_remote_code") if shared.get(name) is not None}
+        text = pin_revision(text_model_name_or_path, external_text_kwargs(shared, {**of_llm, **text}))
+        own.setdefault("text_base_model", str(text_model_name_or_path))
+        own["text_base_revision"] = text.get("revision")
+        text_model = load_pretrained_text(text_model_name_or_path, None, text)
+        text_pooling = own.get("text_pooling") or getattr(text_model.config, "text_pooling", None)
+        if "text_prefix_length" not in own or text_pooling == "eos":
+            tokenizer = load_pretrained_tokenizer(text_model_name_or_path, None, text)
             tokenizer = apply_text_template(tokenizer, text_template)
-            config_kwargs.setdefault("text_prefix_length", text_prefix_length(tokenizer))
-            if pooling == "eos":
+            own.setdefault("text_prefix_length", text_prefix_length(tokenizer))
+            if text_pooling == "eos":
                 check_end_token(tokenizer, text_model_name_or_path)
-        config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **config_kwargs)
+        config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **own)
         model = cls(config, vision_model, load_text_model=False)
         model.attach_text_model(text_model)
-        return model.eval()
+        return _with_new_parts(model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -337,6 +360,20 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             if quantization is not None:
                 text_fields["quantization_config"] = quantization
             self._dtype_to_save = None
+
+
+def _with_new_parts(model: Any) -> Any:
+    """The model in evaluation mode, its new parts on the devices of those they follow."""
+    parts = (model.vision_model, nn.Module() if model.text_model is None else model.text_model)
+    vision, text = ([each.device for each in part.parameters()] for part in parts)
+    image_device = next((device for device in reversed(vision) if device.type != "meta"), torch.device("cpu"))
+    text_device = next((device for device in reversed(text) if device.type != "meta"), image_device)
+    model.visual_projection.to(image_device)
+    model.text_adapter.to(text_device)
+    for scale in (model.logit_scale, model.logit_bias):
+        if scale is not None:
+            scale.data = scale.data.to(image_device)
+    return model.eval()
 
 
 def check_end_token(tokenizer: Any, name: str) -> None:

@@ -15,7 +15,6 @@
 """Processor of LLM2CLIP, and the text template that travels in its tokenizer."""
 
 import json
-import os
 import warnings
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
+from .loading_llm2clip import source_of_parts
 from .publishing_llm2clip import PushedProcessor, take_push_options
 
 
@@ -314,9 +314,7 @@ class LLM2CLIPProcessor(PushedProcessor):
         text_template: str | None = "auto",
         max_length: int = MAX_TEXT_LENGTH,
         text_base_revision: str | None = None,
-        token: bool | str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        **kwargs: Any,
     ) -> "LLM2CLIPProcessor":
         """
         The processor for a model built by `LLM2CLIPModel.from_vision_text_pretrained` from the same two parts.
@@ -327,18 +325,18 @@ class LLM2CLIPProcessor(PushedProcessor):
             text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
             max_length (`int`, *optional*, defaults to 512): Longest text in tokens.
             text_base_revision (`str`, *optional*): Revision of the LLM, the one that the model is given.
-            token (`str` or `bool`, *optional*): Token to read both repositories with; the stored one by default.
-            cache_dir (`str`, *optional*): Folder of downloaded files, instead of the common one.
-            local_files_only (`bool`, *optional*, defaults to `False`): Whether to use downloaded files only.
+            kwargs: Where and how to read both, such as `token`, `revision` or `trust_remote_code`, or with `vision_`
+                or `text_` before it, one of them.
 
         Returns:
             [`LLM2CLIPProcessor`]
+
+        Raises:
+            TypeError: for an argument that nothing takes.
         """
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(
-            text_model_name_or_path, revision=text_base_revision or "main", **hub
-        )
+        vision, text = source_of_parts(f"`{cls.__name__}.from_vision_text_pretrained`", kwargs, text_base_revision)
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **vision)
+        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **text)
         return cls(image_processor, apply_text_template(tokenizer, text_template, max_length))
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
