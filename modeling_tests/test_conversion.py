@@ -412,6 +412,66 @@ def save_start(model_type: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("model_type", ["clip", "siglip"])
+def test_both_roads_start_from_the_same_temperature(model_type: str, tmp_path: Path) -> None:
+    trained = save_start(model_type, tmp_path / "source").logit_scale.item()
+    tiny_models.image_processor().save_pretrained(tmp_path / "source")
+    assert abs(trained - 2.6592) > 0.5 or model_type == "siglip"
+    for number, (given, expected) in enumerate([(None, 2.6592), ("pretrained", trained), (1.5, 1.5)]):
+        output = tmp_path / f"out{number}"
+        convert_checkpoint(tmp_path / "source", output, logit_scale_init_value=given)
+        fields = {} if given is None else {"logit_scale_init_value": given}
+        built = LLM2CLIPModel.from_vision_text_pretrained(
+            str(tmp_path / "source"), projection_dim=16, llm_hidden_size=8, **fields
+        )
+        built.save_pretrained(tmp_path / "built")
+        for folder in (output, tmp_path / "built"):
+            scale = LLM2CLIPModel.from_pretrained(folder).logit_scale
+            assert scale.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_temperature_that_is_not_there_or_not_free_is_refused(tmp_path: Path) -> None:
+    tiny_models.model("dinov2").vision_model.save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(ValueError, match="'pretrained', but .* has no `logit_scale`"):
+        LLM2CLIPModel.from_vision_text_pretrained(str(tmp_path / "dinov2"), logit_scale_init_value="pretrained")
+    weights = original.transformers_clip(original.model(CLIP, "linear"))
+    (tmp_path / "source").mkdir()
+    save_file(weights, tmp_path / "source" / "model.safetensors")
+    config = {"model_type": "clip", "projection_dim": 22, "vision_config": {"num_attention_heads": 2}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="`logit_scale_init_value` is 1.5, but .* is no tower to start from"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", logit_scale_init_value=1.5)
+
+
+def test_code_of_a_repository_is_neither_run_nor_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: Any) -> str:
+        raise AssertionError("asked whether to run code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    code = "raise SystemExit('code of the repository was run')"
+    source = tmp_path / "source"
+    save_start("clip", source)
+    for name in ("configuration_own", "processing_own"):
+        (source / f"{name}.py").write_text(code)
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
+    (source / "config.json").write_text(json.dumps(config))
+    preprocessing = {"auto_map": {"AutoImageProcessor": "processing_own.OwnProcessor"}}
+    (source / "preprocessor_config.json").write_text(json.dumps({**preprocessing, "image_processor_type": "Own"}))
+    with pytest.raises(ValueError, match="image preprocessing of .* cannot be read.*never run"):
+        convert_checkpoint(source, tmp_path / "out")
+    native = {**tiny_models.image_processor().to_dict(), **preprocessing}
+    (source / "preprocessor_config.json").write_text(json.dumps(native))
+    convert_checkpoint(source, tmp_path / "out")
+    llm = Path(str(save_llm(tmp_path / "llm")))
+    tokenizer = json.loads((llm / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (llm / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (llm / "tokenization_own.py").write_text(code)
+    convert_checkpoint(llm, tmp_path / "converted")
+    convert_checkpoint(source, tmp_path / "out", text_model=str(llm), text_weights="bundled")
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip"])
 @torch.no_grad()
 def test_starting_towers_of_transformers(model_type: str, tmp_path: Path) -> None:
     start = save_start(model_type, tmp_path / "source")
@@ -421,8 +481,7 @@ def test_starting_towers_of_transformers(model_type: str, tmp_path: Path) -> Non
     images = tiny_models.images()
     expected = start.vision_model(images).pooler_output
     torch.testing.assert_close(loaded.vision_model(images).pooler_output, expected, atol=1e-6, rtol=1e-6)
-    assert torch.equal(loaded.logit_scale, start.logit_scale.reshape(1))
-    assert all(key.startswith(("visual_projection.", "text_adapter.")) for key in report.new_keys)
+    assert all(key.startswith(("visual_projection.", "text_adapter.", "logit_scale")) for key in report.new_keys)
     if model_type == "siglip":
         assert torch.equal(loaded.logit_bias, start.logit_bias)
         assert torch.equal(loaded.get_image_features(images).pooler_output, loaded.vision_model(images).pooler_output)
@@ -448,7 +507,7 @@ def test_starting_tower_of_open_clip_needs_its_activation(tmp_path: Path) -> Non
     report = convert_checkpoint(source, tmp_path / "out", text_model=str(save_llm(tmp_path / "llm")))
     loaded, images = LLM2CLIPModel.from_pretrained(tmp_path / "out"), tiny_models.images()
     torch.testing.assert_close(loaded.vision_model(images).pooler_output, model.vision_model(images).pooler_output)
-    assert set(report.dropped_keys) == {*text, "text_projection", "visual.proj"}
+    assert set(report.dropped_keys) == {*text, "text_projection", "visual.proj", "logit_scale"}
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -393,6 +393,7 @@ for name in ("vision_revision", "text_revision", "text_base_revision", "revision
 own = {"token": token, "revision": old}
 public = LLM2CLIPModel.from_vision_text_pretrained("org/public", "org/llm", projection_dim=20, text_model_kwargs=own)
 external = AutoModel.from_pretrained("org/model", token=token, cache_dir="cache")
+latest = LLM2CLIPModel.from_vision_text_pretrained("org/vision", "org/llm", token=token)
 model.save_pretrained("saved")
 print(json.dumps({
     "prefix": [model.config.text_prefix_length, public.config.text_prefix_length],
@@ -402,10 +403,67 @@ print(json.dumps({
     "cached": sorted(name for name in os.listdir("cache") if name.startswith("models--")),
     "vision": [model.config.vision_base_model, model.config.vision_base_revision],
     "refused": refused,
-    "latest": LLM2CLIPModel.from_vision_text_pretrained("org/vision", "org/llm", token=token).config.text_base_revision,
+    "latest": latest.config.text_base_revision,
     "leaked": token in open("saved/config.json").read(),
 }))
 """
+
+
+def test_files_of_the_llm_alone_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip_hf.modeling.pretrained_llm2clip.SMALL_LLM", 40_000)
+    model, images, texts = tiny_models.model(), tiny_models.images(), torch.randn(3, tiny_models.TEXT_WIDTH)
+    model.save_pretrained(tmp_path / "grouped")
+    # Other software saves in any order: the vision tower is in several files then, and one holds parts of two.
+    model.save_pretrained(tmp_path / "mixed", max_shard_size=20_000)
+    with torch.no_grad():
+        wanted = model(pixel_values=images, llm_embeds=texts)
+    for folder in (tmp_path / "grouped", tmp_path / "mixed"):
+        files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        whole = LLM2CLIPModel.from_pretrained(folder)
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+        llm = set(files.values()) - {file for name, file in files.items() if not name.startswith("text_model.")}
+        assert llm
+        for file in llm:
+            (folder / file).unlink()
+        for load in (LLM2CLIPModel.from_pretrained, AutoModel.from_pretrained):
+            loaded = load(folder, load_text_model=False)
+            with torch.no_grad():
+                given = loaded(pixel_values=images, llm_embeds=texts)
+            torch.testing.assert_close(given.logits_per_image, wanted.logits_per_image)
+        assert LLM2CLIPModel.from_pretrained(folder, text_model=model.text_model).text_model is model.text_model
+        others = {file for name, file in files.items() if not name.startswith("vision_model.")}
+        for file in others - {file for name, file in files.items() if name.startswith("vision_model.")} - llm:
+            (folder / file).unlink()
+        tower = LLM2CLIPVisionModel.from_pretrained(folder)
+        assert type(tower.config) is LLM2CLIPConfig
+        states = model.vision_model(images).last_hidden_state
+        torch.testing.assert_close(tower(images).last_hidden_state, states)
+        loaded.save_pretrained(tmp_path / "again", text_weights="none")
+        assert "transformers_weights" not in (tmp_path / "again" / "config.json").read_text()
+        LLM2CLIPModel.from_pretrained(tmp_path / "again")
+
+
+WITHOUT_LLM = """
+from llm2clip_hf.modeling import LLM2CLIPModel, LLM2CLIPVisionModel
+from transformers import AutoModel
+
+LLM2CLIPVisionModel.from_pretrained("org/bundled")
+AutoModel.from_pretrained("org/bundled", load_text_model=False)
+LLM2CLIPModel.from_pretrained("org/bundled", load_text_model=False, revision="main")
+"""
+
+
+@pytest.mark.slow
+def test_files_of_the_llm_alone_are_not_fetched(hub: StubHub, tmp_path: Path) -> None:
+    tiny_models.model().save_pretrained(tmp_path / "model", max_shard_size=20_000)
+    hub.add("org/bundled", {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()})
+    files = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in files.items() if not name.startswith("text_model.")}
+    assert needed < set(files.values())
+    hub.requests.clear()
+    hub.run(WITHOUT_LLM, tmp_path)
+    fetched = {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET")}
+    assert fetched & set(files.values()) == needed
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_siglip_model_gives_the_logits_and_loss_of_transformers() -> None:
     torch.testing.assert_close(given.loss, wanted.loss, atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- towers of every other kind
+# ------------------------------------------------------------------------------------------ towers of every other kind
 
 SMALL: dict[str, Any] = {**SIZES, "image_size": 64, "patch_size": 16}
 STAGES: dict[str, Any] = {"depths": [1, 1, 1, 1], "image_size": 64}
@@ -128,9 +128,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "vit": SMALL,
     "vit_msn": SMALL,
 }  # fmt: skip
-# What each pooling is, of the tower's states and its pooled output; poolings left out are refused by the message.
-IMAGE_TOKENS: dict[str, int] = {"deit": 2, "dinov2_with_registers": 4, "aimv2_vision_model": 0, "ijepa": 0}
-IMAGE_TOKENS |= {"focalnet": 0, "hiera": 0, "swin": 0, "swinv2": 0}
+# How many tokens stand before those of the image, if not one; and what is refused, by name.
+PREFIX_TOKENS = {"deit": 2, "dinov2_with_registers": 4}
+CONVOLUTIONAL = {"convnext", "efficientnet", "mobilevit", "resnet"}
+WITHOUT_CLASS_TOKEN = {"aimv2_vision_model", "dinov3_convnext", "focalnet", "hiera", "ijepa", "swin", "swinv2"}
+PREFIX_TOKENS |= dict.fromkeys(WITHOUT_CLASS_TOKEN - {"dinov3_convnext"}, 0)
 WITHOUT_POOLER = {"data2vec-vision", "ijepa", "pvt", "vit_msn"}
 
 
@@ -141,23 +143,21 @@ def test_each_pooling_is_what_its_name_says_or_refused_at_once(name: str) -> Non
     for pooling in ("pooler", "cls", "mean"):
         fields: dict[str, Any] = {"llm_hidden_size": 20, "projection_dim": 22, "adapter_num_layers": 1}
         config = LLM2CLIPConfig(vision_config={"model_type": name, **KINDS[name]}, vision_pooling=pooling, **fields)
-        try:
-            model = LLM2CLIPModel(config).eval()
-        except ValueError as error:
-            no_tokens = IMAGE_TOKENS.get(name, 1) == 0 or name == "dinov3_convnext"
-            wanted = {"pooler": "gives no pooled output", "cls": "no class token" if no_tokens else "have no tokens"}
-            assert wanted[pooling] in str(error)
-            assert pooling != "pooler" or name in WITHOUT_POOLER
+        without_class_token = name in WITHOUT_CLASS_TOKEN or name in CONVOLUTIONAL
+        if (pooling == "pooler" and name in WITHOUT_POOLER) or (pooling == "cls" and without_class_token):
+            messages = {"pooler": "gives no pooled output", "cls": "no class token"}
+            with pytest.raises(ValueError, match="have no tokens" if name in CONVOLUTIONAL else messages[pooling]):
+                LLM2CLIPModel(config)
             continue
+        model = LLM2CLIPModel(config).eval()
         output = model.vision_model(images)
         states = output.last_hidden_state
         if pooling == "pooler":
             expected = output.pooler_output.flatten(1)
         elif pooling == "cls":
-            assert IMAGE_TOKENS.get(name, 1) > 0
             expected = states[:, 0]
         else:
-            tokens = states.flatten(2).mT if states.ndim == 4 else states[:, IMAGE_TOKENS.get(name, 1) :]
+            tokens = states.flatten(2).mT if states.ndim == 4 else states[:, PREFIX_TOKENS.get(name, 1) :]
             assert tokens.shape[1] == int(tokens.shape[1] ** 0.5) ** 2
             expected = tokens.mean(1)
         given = model.get_image_features(images).pooler_output

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .options import VerbParser
+from .options import VerbParser, read_logit_scale
 
 
 EXAMPLES = """\
@@ -46,6 +46,12 @@ def run(argv: Sequence[str]) -> int:
         help="the original model JSON, for what weights do not tell: head_width, postnorm, quick_gelu (default: the "
         "JSON of the same name beside the weights, if there is one)",
     )
+    parser.add_argument(
+        "--logit-scale-init-value",
+        metavar="NUMBER",
+        help="for a tower to start from: the logarithm of the logit scale that training starts with, 2.6592 if left "
+        "out, or `pretrained` for the checkpoint's own",
+    )
     arguments = parser.parse_args(list(argv))
     # Not left to argparse, which would name them before an option that does not exist.
     if arguments.source is None or arguments.output_dir is None:
@@ -61,6 +67,7 @@ def run(argv: Sequence[str]) -> int:
         text_model=arguments.text_model,
         text_weights=arguments.text_weights,
         model_config=arguments.model_config,
+        logit_scale_init_value=read_logit_scale(arguments.logit_scale_init_value, "--logit-scale-init-value"),
     )
     config: Any = report.config
     print(f"found     {report.kind}")

@@ -269,3 +269,25 @@ def _instance(cls: type, values: Mapping[str, Any]) -> Any:
     from dataclasses import fields
 
     return cls(**{field.name: values[field.name] for field in fields(cls) if field.init})
+
+
+def read_logit_scale(value: str | None, name: str) -> float | str | None:
+    """
+    The start of the logit scale as it is given to a model: its logarithm, or `"pretrained"`.
+
+    Args:
+        value (`str`, *optional*): As written by the user.
+        name (`str`): Of the option, for the error.
+
+    Returns:
+        `float`, `"pretrained"` or `None`
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value is None or value == "pretrained":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"`{name}` must be a number or `pretrained`, got {value!r}.") from None

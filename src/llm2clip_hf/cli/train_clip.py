@@ -229,6 +229,9 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
         raise ValueError("Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.")
     if options.vision_model is not None and options.text_model is None:
         raise ValueError("`text_model` is missing: the LLM that the captions are embedded with.")
+    if options.model is not None and options.logit_scale_init_value is not None:
+        raise ValueError("`logit_scale_init_value` starts a new model, and `model` has its own. Leave one out.")
+    read_logit_scale(options.logit_scale_init_value, "logit_scale_init_value")
     if (options.clip_text_model is None) != (args.integration == "replace"):
         raise ValueError(
             f"`clip_text_model` ({options.clip_text_model}) names CLIP's own text encoder, which every `integration` "
@@ -363,6 +366,7 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
 
     from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
     from llm2clip_hf.modeling import text_prefix_length
+    from llm2clip_hf.modeling.loading_llm2clip import pin_revision
 
     if options.model is not None:
         trust = options.trust_remote_code
@@ -391,6 +395,7 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
     model = LLM2CLIPModel.from_vision_text_pretrained(
         vision,
         text_config=AutoConfig.from_pretrained(llm).get_text_config(),
+        text_base_revision=pin_revision(llm, {}).get("revision"),
         text_prefix_length=text_prefix_length(processor.tokenizer),
         text_weights="external",
         **sizes,

@@ -95,6 +95,7 @@ def convert_checkpoint(
     text_model: str | None = None,
     text_weights: str = "external",
     model_config: str | Path | None = None,
+    logit_scale_init_value: float | str | None = None,
 ) -> ConversionReport:
     r"""
     Converts a published checkpoint of LLM2CLIP, a vision tower to start one from, or a caption-tuned LLM.
@@ -122,6 +123,11 @@ def convert_checkpoint(
             a JSON file of the same name beside the weights or `open_clip_config.json`, if there is one, else to the
             published towers' values.
 
+        logit_scale_init_value (`float` or `str`, *optional*):
+            Of a starting tower, the logarithm of the logit scale that training starts from; `"pretrained"` keeps the
+            trained one of the checkpoint. Defaults to 2.6592, as in `LLM2CLIPModel.from_vision_text_pretrained`. A
+            whole LLM2CLIP keeps its own.
+
     Returns:
         [`ConversionReport`]
 
@@ -140,6 +146,7 @@ def convert_checkpoint(
     if is_language_model(found.config):
         if text_model not in (None, "none"):
             raise ValueError(f"{found.name!r} is an LLM itself. Leave `text_model` out, got {text_model!r}.")
+        _check_no_scale(found.name, logit_scale_init_value)
         return _convert_language_model(found, output)
     checkpoint = read_checkpoint(found)
     prefix = next((p for p in _ADAPTOR_PREFIXES if any(key.startswith(p) for key in checkpoint.weights)), None)
@@ -150,8 +157,13 @@ def convert_checkpoint(
     if is_online:
         tower.droppable += _ONLINE_LLM
     weights, dropped = _collect(checkpoint, tower, adaptor)
+    scale = _starting_scale(checkpoint, weights, adaptor, logit_scale_init_value)
+    if scale is not None:
+        dropped += ["logit_scale"] if weights.pop("logit_scale", None) is not None else []
     text = read_text_model(text_model, None if adaptor is None else adaptor.llm_hidden_size)
     config = _build_config(checkpoint, tower, adaptor, text, normalize=not is_online)
+    if scale is not None:
+        config.logit_scale_init_value = scale
     with quiet_transformers():
         # Step (3)
         model, new_keys = _build_model(checkpoint, config, weights, is_start=adaptor is None)
@@ -164,6 +176,32 @@ def convert_checkpoint(
         difference = _write(model, checkpoint, text, output, render_conversion_card(facts))
     logger.info("%s is %s; left behind: %s", checkpoint.name, kind, ", ".join(dropped) or "nothing")
     return ConversionReport(kind, output, model.config, dropped, new_keys, difference)
+
+
+def _check_no_scale(name: str, given: float | str | None) -> None:
+    if given is not None:
+        raise ValueError(
+            f"`logit_scale_init_value` is {given!r}, but {name!r} is no tower to start from. Leave it out."
+        )
+
+
+def _starting_scale(
+    checkpoint: Checkpoint, weights: dict[str, torch.Tensor], adaptor: Adaptor | None, given: float | str | None
+) -> float | None:
+    """The logarithm of the logit scale that a starting tower gets; `None` where the checkpoint's own is kept."""
+    if adaptor is not None or _is_vision_side(checkpoint.weights):
+        _check_no_scale(checkpoint.name, given)
+        return None
+    if given == "pretrained":
+        if "logit_scale" not in weights:
+            raise ValueError(
+                f"`logit_scale_init_value` is 'pretrained', but {checkpoint.name!r} has no `logit_scale`. Give a "
+                "number, or leave it out."
+            )
+        return None
+    if isinstance(given, str):
+        raise ValueError(f"`logit_scale_init_value` must be a number or 'pretrained', got {given!r}.")
+    return LLM2CLIPConfig().logit_scale_init_value if given is None else given
 
 
 def _convert_language_model(source: Source, output: Path) -> ConversionReport:
@@ -212,7 +250,7 @@ def _read_tower(checkpoint: Checkpoint, is_start: bool) -> tuple[str, Tower]:
 def _transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
     """The vision tower of a CLIP or SigLIP folder, loaded by transformers itself."""
     folder = str(checkpoint.folder)
-    vision_config = AutoConfig.from_pretrained(folder).vision_config
+    vision_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).vision_config
     model_class: Any = MODEL_MAPPING[type(vision_config)]
     with quiet_transformers():
         model, info = model_class.from_pretrained(
@@ -239,8 +277,8 @@ def _collect(
     if adaptor is None:
         droppable += tower.start_droppable
         if not _is_vision_side(checkpoint.weights):
-            # The original starts from a CLIP with a new projection, but keeps the temperature. The vision side of an
-            # LLM2CLIP, which comes without any text tower, keeps both.
+            # The original starts from a CLIP with a new projection. The vision side of an LLM2CLIP, which comes
+            # without any text tower, keeps its own.
             left_out = tower.projection_keys
             weights = {key: value for key, value in weights.items() if not key.startswith("visual_projection.")}
     else:
@@ -312,7 +350,7 @@ def _build_config(
             text_config=text.config,
             text_weights="external",
             text_base_model=text.name,
-            text_base_revision=getattr(text.config, "_commit_hash", None),
+            text_base_revision=text.revision,
             text_prefix_length=text_prefix_length(text.tokenizer),
         )
     return LLM2CLIPConfig(**fields)
@@ -369,7 +407,7 @@ def _build_model(
 
 def _bundle_text_model(model: LLM2CLIPModel) -> None:
     config = model.config
-    text_model = load_pretrained_text(config.text_base_model, config.text_base_revision, None)
+    text_model = load_pretrained_text(config.text_base_model, config.text_base_revision, {"trust_remote_code": False})
     vars(text_model.config).pop("auto_map", None)
     model.attach_text_model(text_model, text_weights="bundled")
 

@@ -26,11 +26,20 @@ def read_image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
         An image processor of transformers.
 
     Raises:
-        ValueError: if open_clip's JSON asks for a preprocessing that is not known.
+        ValueError: if open_clip's JSON asks for a preprocessing that is not known, or the checkpoint's own is not
+            readable without running its code, which is never done.
     """
     folder = checkpoint.folder
     if checkpoint.config is not None and folder and any((folder / name).is_file() for name in _FILES):
-        return AutoImageProcessor.from_pretrained(folder)
+        try:
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"The image preprocessing of {checkpoint.name!r} cannot be read ({reason}). "
+                "Code of a repository is never run: put a `preprocessor_config.json` of transformers beside the "
+                "weights, or remove the one that is there for the original's preprocessing."
+            ) from error
     fields: dict[str, Any] = {
         "size": {"shortest_edge": image_size},
         "crop_size": {"height": image_size, "width": image_size},

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, A
 from transformers.utils import logging
 
 from llm2clip_hf.modeling import apply_text_template, assert_bidirectional
+from llm2clip_hf.modeling.loading_llm2clip import pin_revision
 
 from .checkpoint_files import Source, read_weights
 
@@ -36,9 +37,10 @@ _DROPPABLE = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 class TextModel(NamedTuple):
-    """An LLM that a converted model names: where it is, its config, its tokenizer with the template."""
+    """An LLM that a converted model names: where it is, its commit, its config, its tokenizer with the template."""
 
     name: str
+    revision: str | None
     config: PreTrainedConfig
     tokenizer: Any
 
@@ -97,14 +99,16 @@ def read_text_model(name: str | None, width: int | None) -> TextModel | None:
     if name is None or name == "none":
         return None
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        source = pin_revision(name, {"trust_remote_code": False})
+        config = AutoConfig.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"The LLM {name!r} cannot be read ({reason}). Give the repository or folder of a decoder with its "
             "tokenizer, or 'none'."
         ) from error
+    config = getattr(config, "text_config", None) or config  # of a multimodal model, the language model
     found = getattr(config, "hidden_size", None)
     if width is not None and found is not None and found != width:
         published = PUBLISHED_LLMS.get(width)
@@ -116,7 +120,7 @@ def read_text_model(name: str | None, width: int | None) -> TextModel | None:
     vars(config).pop("auto_map", None)
     # A folder is found again from anywhere.
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return TextModel(name, config, caption_tokenizer(tokenizer))
+    return TextModel(name, source.get("revision"), config, caption_tokenizer(tokenizer))
 
 
 def is_language_model(config: dict[str, Any] | None) -> bool:
@@ -144,7 +148,9 @@ def read_language_model(source: Source) -> LanguageModel:
     """
     config = _language_config(source)
     try:
-        tokenizer = caption_tokenizer(AutoTokenizer.from_pretrained(source.folder, config=config))
+        tokenizer = caption_tokenizer(
+            AutoTokenizer.from_pretrained(source.folder, config=config, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -254,8 +260,10 @@ def save_language_model(language_model: LanguageModel, folder: Path) -> float:
     if written:
         raise ValueError(f"The written folder lacks {', '.join(sorted(written)[:5])}.")
     model.to("meta")
-    loaded = AutoModel.from_pretrained(folder, dtype=model.dtype).eval()
-    again = AutoTokenizer.from_pretrained(folder)(["a red boat", "two dogs run over the grass"], padding=True)
+    loaded = AutoModel.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False).eval()
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
+        ["a red boat", "two dogs run over the grass"], padding=True
+    )
     after = loaded(**batch, use_cache=False).last_hidden_state.float()
     difference = float((before - after).abs().max())
     if again["input_ids"] != batch["input_ids"].tolist() or not difference <= 1e-5 * float(before.abs().max()):

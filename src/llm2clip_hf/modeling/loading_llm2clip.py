@@ -14,17 +14,17 @@
 # limitations under the License.
 """Loading of the parts: a vision tower, and an LLM that a model names or is built from."""
 
+import copy
+import json
 import os
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_llm2clip import config_fields, unknown_keyword
-from .modules_llm2clip import pooler_options, vision_class
 
 
 logger = logging.get_logger(__name__)
@@ -128,20 +128,6 @@ def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs if commit is None else {**kwargs, "revision": commit}
 
 
-def vision_kwargs(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords for loading the vision tower: those of both parts that hold for it, and its own, which win."""
-    names = (*HUB_KEYWORDS, "max_memory", "offload_buffers", "revision", "trust_remote_code")
-    found = {name: shared[name] for name in names if name in shared}
-    attention = shared.get("attn_implementation")
-    if isinstance(attention, dict):
-        attention = attention.get("vision_config", attention.get(""))
-    found["attn_implementation"] = attention
-    found["device_map"] = _part_device_map(shared.get("device_map"), "vision_model")
-    if shared.get("offload_folder") is not None:
-        found["offload_folder"] = os.path.join(shared["offload_folder"], "vision_model")
-    return {name: value for name, value in found.items() if value is not None} | given
-
-
 def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
     """
     Keywords for loading an external LLM: those of the model that hold for it too, unless it has its own.
@@ -163,7 +149,7 @@ def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -
         found["dtype"] = dtype
     found["attn_implementation"] = _attention(kwargs.get("attn_implementation"), kwargs.get("config"))
     if kwargs.get("device_map") is not None and "device_map" not in given:
-        found["device_map"] = _part_device_map(kwargs["device_map"], "text_model")
+        found["device_map"] = part_device_map(kwargs["device_map"], "text_model")
     if kwargs.get("offload_folder") is not None:
         # A folder of its own: the index of a folder names the weights of one model.
         found["offload_folder"] = os.path.join(kwargs["offload_folder"], "text_model")
@@ -230,7 +216,7 @@ def _attention(requested: Any, config: Any) -> Any:
     return requested
 
 
-def _part_device_map(device_map: Any, part: str) -> Any:
+def part_device_map(device_map: Any, part: str) -> Any:
     """The part of a device map that is about one part; one device, or a strategy such as `"auto"`, is for all."""
     if not isinstance(device_map, dict):
         return device_map
@@ -267,7 +253,7 @@ def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) 
     return found if revision is None else {"revision": revision, **found}
 
 
-def _part_config(name: str, source: dict[str, Any], kwargs: dict[str, Any], part: str) -> tuple[Any, Any]:
+def part_config(name: str, source: dict[str, Any], kwargs: dict[str, Any], part: str) -> tuple[Any, Any]:
     """The config that a repository holds, and in it that of the part, with the fields that `kwargs` set, taken out."""
     whole = AutoConfig.from_pretrained(name, **source)
     # A composite model, such as CLIP or LLaVA, has one config for each of its parts.
@@ -283,7 +269,7 @@ def _part_config(name: str, source: dict[str, Any], kwargs: dict[str, Any], part
     return whole, config
 
 
-def _load_within(name: str, whole: Any, part_class: Any, kwargs: dict[str, Any]) -> Any:
+def load_within(name: str, whole: Any, part_class: Any, kwargs: dict[str, Any]) -> Any:
     """A part of a composite model, which is loaded whole, as transformers knows the names of all its weights."""
     model, info = AutoModel.from_pretrained(name, config=whole, output_loading_info=True, **kwargs)
     found = next(((path, each) for path, each in model.named_modules() if type(each) is part_class), None)
@@ -327,7 +313,7 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
         )
     kwargs = dict(kwargs or {})
     source = source_keywords(kwargs, revision)
-    whole, config = _part_config(name, source, kwargs, "text")
+    whole, config = part_config(name, source, kwargs, "text")
     # Set here, since loading drops it from keyword arguments.
     config.is_causal = False
     kwargs |= source
@@ -337,7 +323,7 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
                 f"The language model of {name!r}, of type {config.model_type!r}, is none that transformers runs by "
                 "itself. Use another LLM."
             )
-        return _load_within(name, whole, MODEL_MAPPING[type(config)], kwargs)
+        return load_within(name, whole, MODEL_MAPPING[type(config)], kwargs)
     model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
     check_complete(name, info)
     return model
@@ -348,62 +334,70 @@ def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str,
     return AutoTokenizer.from_pretrained(name, **{"revision": "main", **source_keywords(kwargs, revision)})
 
 
-def load_pretrained_vision(
-    name: str, kwargs: dict[str, Any] | None = None, pooling: str | None = None
-) -> tuple[Any, str | None]:
+def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
     """
-    A vision tower, out of its own repository or out of that of a CLIP-like model.
+    Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for.
 
     Args:
-        name (`str`): Repository or folder.
-        kwargs (`dict`, *optional*): Arguments of `from_pretrained`, and fields of the tower's config.
-        pooling (`str`, *optional*): How it is to be pooled; one that needs no pooler is loaded without.
+        name (`str`): Folder or repository of the model.
+        kwargs (`dict`): Keywords of `from_pretrained`.
+        config_class (`type`): Of the model's config.
+        unused (tuple of `str`): How the names of weights begin that are not to be loaded.
 
     Returns:
-        The tower, float32 unless `kwargs` says; and `pooling`, `"cls"` where nothing was asked for and the checkpoint,
-        of a classifier for example, has no weights for the tower's pooler.
-
-    Raises:
-        ValueError: if weights are missing.
-        TypeError: for an argument that is neither.
+        `dict`: the keywords; with a `config` that names files, which [`forget_shards`] undoes, where some are left out.
     """
-    kwargs = {"dtype": torch.float32, **(kwargs or {})}
-    whole, config = _part_config(name, source_keywords(kwargs), kwargs, "vision")
-    tower_class = vision_class(config)
+    source = source_keywords(kwargs)
+    options = {key: source[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if source.get(key) is not None}
+    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    single = os.path.isfile(os.path.join(name, options.get("subfolder", ""), SAFE_WEIGHTS_NAME))
+    if single or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
+        return kwargs
+    index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, **missing_is_none, **options)
+    if index is None:
+        return kwargs
+    with open(index, encoding="utf-8") as file:
+        shards: dict[str, str] = json.load(file)["weight_map"]
+    needed = sorted({shard for key, shard in shards.items() if not key.startswith(unused)})
+    can_be_named = len(needed) == 1 or hasattr(PreTrainedConfig, "extra_files")
+    if len(needed) == len(set(shards.values())) or not can_be_named:
+        return kwargs
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        fields = {*config_fields(), *vars(PreTrainedConfig())} - {"dtype"}
+        given = {key: value for key, value in kwargs.items() if key in fields}
+        kwargs = {key: value for key, value in kwargs.items() if key not in fields}
+        config = config_class.from_pretrained(config or name, **source, **given)
+    # The two places where transformers lets a config say which files hold the weights.
+    config = copy.copy(config)
+    config.transformers_weights = needed[0]
+    base = type(config)
+    config.__class__ = type(base.__name__, (base,), {"extra_files": tuple(needed[1:]), "__module__": base.__module__})
+    return {**kwargs, "config": config}
 
-    def load(chosen: str) -> tuple[Any, Any]:
-        options = {"config": config, "output_loading_info": True, **kwargs, **pooler_options(config, chosen)}
-        loaded: tuple[Any, Any] = tower_class.from_pretrained(name, **options)
-        return loaded
 
-    model, info = load(pooling or "pooler")
-    if info["missing_keys"] and config is not whole:
-        return _load_within(name, whole, tower_class, kwargs), pooling
-    without_pooler = {key for key in info["missing_keys"] if key.startswith("pooler.")}
-    if without_pooler and without_pooler == set(info["missing_keys"]) and pooler_options(config, "cls"):
-        if pooling is not None:
-            raise ValueError(
-                f"{name!r} has no weights for the pooler of {config.model_type!r}, which would be random. Set "
-                "`vision_pooling='cls'`."
-            )
-        pooling = "cls"
-        model, info = load(pooling)
-    check_complete(name, info)
-    return model, pooling
+def forget_shards(config: Any) -> None:
+    """Takes back what [`choose_shards`] put into a config: a saved one would look for these files."""
+    if vars(config).pop("transformers_weights", None) is not None:
+        config.__class__ = type(config).__mro__[1]
 
 
 __all__ = [
     "HUB_KEYWORDS",
     "check_complete",
     "check_loading_info",
+    "choose_shards",
     "external_text_kwargs",
+    "forget_shards",
     "load_pretrained_text",
     "load_pretrained_tokenizer",
-    "load_pretrained_vision",
+    "load_within",
+    "part_config",
+    "part_device_map",
     "pin_revision",
     "route_keywords",
+    "source_keywords",
     "source_of_parts",
     "stored_text_weights",
     "text_keywords",
-    "vision_kwargs",
 ]

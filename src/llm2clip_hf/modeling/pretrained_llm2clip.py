@@ -31,19 +31,20 @@ from .card_llm2clip import is_repository
 from .configuration_llm2clip import LLM2CLIPConfig, config_fields
 from .loading_llm2clip import (
     check_loading_info,
+    choose_shards,
     external_text_kwargs,
+    forget_shards,
     load_pretrained_text,
     load_pretrained_tokenizer,
-    load_pretrained_vision,
     pin_revision,
     route_keywords,
     stored_text_weights,
     text_keywords,
-    vision_kwargs,
 )
 from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional, check_text_fingerprint
 from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
 from .publishing_llm2clip import PushedModel, take_push_options
+from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
 
 
 ATTACH_HINT = (
@@ -51,6 +52,8 @@ ATTACH_HINT = (
     "`llm_embeds`."
 )
 
+# Bytes of an LLM that are not worth a file of their own.
+SMALL_LLM = 10**9
 # The pipeline of transformers takes the softmax over the labels, which is not what a sigmoid model means.
 SIGMOID_PIPELINES = {
     "zero-shot-image-classification": {
@@ -159,7 +162,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         Args:
             pretrained_model_name_or_path (`str`): Repository or folder.
             load_text_model (`bool`, *optional*, defaults to `True`):
-                Whether to load the LLM. Without it the model takes images and stored LLM embeddings.
+                Whether to load the LLM. Without it the model takes images and stored LLM embeddings, and of a bundled
+                one only those files are fetched that hold other weights too.
             text_model (`PreTrainedModel`, *optional*): An LLM to attach instead of the bundled or named one.
             text_model_kwargs (`dict`, *optional*):
                 Arguments for loading an external LLM. Those of the model that concern any part hold for it too, unless
@@ -182,10 +186,13 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         if text_model_kwargs or kwargs.get("quantization_config") is not None:
             where = stored_text_weights(pretrained_model_name_or_path, kwargs) if bundled else "none"
             text_model_kwargs = text_keywords(where, kwargs, text_model_kwargs or {})
+        if not bundled and pretrained_model_name_or_path is not None:
+            kwargs = choose_shards(pretrained_model_name_or_path, kwargs, cls.config_class, ("text_model.",))
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
         )
         model, info = loaded
+        forget_shards(model.config)
         if not output_loading_info:
             accepted = ("mismatched_keys",) if kwargs.get("ignore_mismatched_sizes") else ()
             check_loading_info(pretrained_model_name_or_path, info, accepted)
@@ -227,7 +234,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 `trust_remote_code`, `attn_implementation`, `device_map` and what goes with it; of these `dtype` and
                 `quantization_config` are the LLM's, as in `from_pretrained`. With `vision_` or `text_` before it, an
                 argument, or a field of the part's own config, is for one part: `vision_revision`, `text_dtype`,
-                `vision_image_size`. `vision_pooling` is `"pooler"` if left out, but `"cls"` for a checkpoint without
+                `vision_image_size`. `logit_scale_init_value="pretrained"` keeps the trained temperature of a CLIP, where
+                a new one starts at ln(1 / 0.07). `vision_pooling` is `"pooler"` if left out, but `"cls"` for a checkpoint without
                 weights for its pooler.
 
         Returns:
@@ -243,6 +251,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         vision = pin_revision(vision_model_name_or_path, vision_kwargs(shared, vision))
         vision_model, pooling = load_pretrained_vision(vision_model_name_or_path, vision, own.get("vision_pooling"))
         own["vision_pooling"] = pooling or "pooler"
+        if own.get("logit_scale_init_value") == "pretrained":
+            own["logit_scale_init_value"] = pretrained_logit_scale(vision_model_name_or_path, vision)
         if is_repository(vision_model_name_or_path):
             own.setdefault("vision_base_model", vision_model_name_or_path)
             own.setdefault("vision_base_revision", vision.get("revision"))
@@ -298,6 +308,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
         self._check_merged(weights_given=kwargs.get("state_dict") is not None)
         with self._saving(text_weights or str(self.config.text_weights)):
+            if self.config.text_weights == "bundled":
+                kwargs = {**_llm_last(kwargs.pop("state_dict", None) or self.state_dict()), **kwargs}
             super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_sentence_files(Path(save_directory))
@@ -374,6 +386,18 @@ def _with_new_parts(model: Any) -> Any:
         if scale is not None:
             scale.data = scale.data.to(image_device)
     return model.eval()
+
+
+def _llm_last(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `save_pretrained` by which the files of an LLM can be left out of a download: after all others."""
+    is_llm = {name: name.startswith("text_model.") for name in state_dict}
+    size = {kind: 0 for kind in (True, False)}
+    for name, value in state_dict.items():
+        size[is_llm[name]] += value.numel() * value.element_size()
+    ordered = dict(sorted(state_dict.items(), key=lambda item: is_llm[item[0]]))
+    # One file as long as it is small; else the first file ends where the LLM begins.
+    large = size[True] > SMALL_LLM
+    return {"state_dict": ordered, **({"max_shard_size": max(size[False], SMALL_LLM)} if large else {})}
 
 
 def check_end_token(tokenizer: Any, name: str) -> None:

@@ -12,19 +12,29 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The vision tower of an LLM2CLIP model by itself: a backbone for other models."""
+"""The vision tower: loaded to start a model from, and that of a model by itself, a backbone for other models."""
 
+import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .inputs_llm2clip import check_pixel_values, measure_vision_tower
-from .loading_llm2clip import check_complete
-from .modules_llm2clip import build_vision_tower, pool_image
+from .loading_llm2clip import (
+    HUB_KEYWORDS,
+    check_complete,
+    choose_shards,
+    forget_shards,
+    load_within,
+    part_config,
+    part_device_map,
+    source_keywords,
+)
+from .modules_llm2clip import build_vision_tower, pool_image, pooler_options, vision_class
 
 
 class LLM2CLIPVisionModel(PreTrainedModel):
@@ -97,8 +107,11 @@ class LLM2CLIPVisionModel(PreTrainedModel):
             ValueError: if weights of the tower are missing.
         """
         kwargs.setdefault("dtype", torch.float32)
+        others = ("text_model.", "text_adapter.", "visual_projection.", "logit_")
+        kwargs = choose_shards(pretrained_model_name_or_path, kwargs, cls.config_class, others)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        forget_shards(model.config)
         if not output_loading_info:
             check_complete(pretrained_model_name_or_path, info)
         return (model, info) if output_loading_info else model
@@ -139,4 +152,102 @@ class LLM2CLIPVisionModel(PreTrainedModel):
         )
 
 
-__all__ = ["LLM2CLIPVisionModel"]
+def vision_kwargs(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for loading the vision tower: those of both parts that hold for it, and its own, which win."""
+    names = (*HUB_KEYWORDS, "max_memory", "offload_buffers", "revision", "trust_remote_code")
+    found = {name: shared[name] for name in names if name in shared}
+    attention = shared.get("attn_implementation")
+    if isinstance(attention, dict):
+        attention = attention.get("vision_config", attention.get(""))
+    found["attn_implementation"] = attention
+    found["device_map"] = part_device_map(shared.get("device_map"), "vision_model")
+    if shared.get("offload_folder") is not None:
+        found["offload_folder"] = os.path.join(shared["offload_folder"], "vision_model")
+    return {name: value for name, value in found.items() if value is not None} | given
+
+
+def load_pretrained_vision(
+    name: str, kwargs: dict[str, Any] | None = None, pooling: str | None = None
+) -> tuple[Any, str | None]:
+    """
+    A vision tower, out of its own repository or out of that of a CLIP-like model.
+
+    Args:
+        name (`str`): Repository or folder.
+        kwargs (`dict`, *optional*): Arguments of `from_pretrained`, and fields of the tower's config.
+        pooling (`str`, *optional*): How it is to be pooled; one that needs no pooler is loaded without.
+
+    Returns:
+        The tower, float32 unless `kwargs` says; and `pooling`, `"cls"` where nothing was asked for and the checkpoint,
+        of a classifier for example, has no weights for the tower's pooler.
+
+    Raises:
+        ValueError: if weights are missing.
+        TypeError: for an argument that is neither.
+    """
+    kwargs = {"dtype": torch.float32, **(kwargs or {})}
+    whole, config = part_config(name, source_keywords(kwargs), kwargs, "vision")
+    tower_class = vision_class(config)
+
+    def load(chosen: str) -> tuple[Any, Any]:
+        options = {"config": config, "output_loading_info": True, **kwargs, **pooler_options(config, chosen)}
+        loaded: tuple[Any, Any] = tower_class.from_pretrained(name, **options)
+        return loaded
+
+    model, info = load(pooling or "pooler")
+    if info["missing_keys"] and config is not whole:
+        return load_within(name, whole, tower_class, kwargs), pooling
+    without_pooler = {key for key in info["missing_keys"] if key.startswith("pooler.")}
+    if without_pooler and without_pooler == set(info["missing_keys"]) and pooler_options(config, "cls"):
+        if pooling is not None:
+            raise ValueError(
+                f"{name!r} has no weights for the pooler of {config.model_type!r}, which would be random. Set "
+                "`vision_pooling='cls'`."
+            )
+        pooling = "cls"
+        model, info = load(pooling)
+    check_complete(name, info)
+    return model, pooling
+
+
+class _LogitScale(PreTrainedModel):
+    """Reads one parameter out of a checkpoint of any format."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "scale"
+    _keys_to_ignore_on_load_unexpected = [r".*"]
+
+    def __init__(self, config: PreTrainedConfig, size: tuple[int, ...] = ()) -> None:
+        super().__init__(config)
+        self.logit_scale = torch.nn.Parameter(torch.zeros(size))
+        self.post_init()
+
+
+def pretrained_logit_scale(name: str, kwargs: dict[str, Any]) -> float:
+    """
+    The trained logarithm of the logit scale of a CLIP-like checkpoint.
+
+    Args:
+        name (`str`): Repository or folder.
+        kwargs (`dict`): Keywords by which the tower is loaded.
+
+    Returns:
+        `float`
+
+    Raises:
+        ValueError: if there is none.
+    """
+    source = source_keywords(kwargs)
+    for size in ((), (1,)):
+        model, info = _LogitScale.from_pretrained(
+            name, size, config=PreTrainedConfig(), output_loading_info=True, ignore_mismatched_sizes=True, **source
+        )
+        if not info["missing_keys"] and not info["mismatched_keys"]:
+            return float(model.logit_scale.detach())
+    raise ValueError(
+        f"`logit_scale_init_value` is 'pretrained', but {name!r} has no `logit_scale` of one number. Give a number, or "
+        "leave it out."
+    )
+
+
+__all__ = ["LLM2CLIPVisionModel", "load_pretrained_vision", "pretrained_logit_scale", "vision_kwargs"]
