@@ -156,7 +156,7 @@ def measure_vision_tower(config: LLM2CLIPConfig) -> int:
             "embedding at each call. Use one that does not; the encoder of ViT-MAE loads as a ViT: "
             "`ViTModel.from_pretrained(..., add_pooling_layer=False)`."
         )
-    states = getattr(outputs, "last_hidden_state", None)
+    states: Any = getattr(outputs, "last_hidden_state", None)
     pooled = pool_image(outputs, config, *size)
     if len(pooled) != 2 or (states is not None and len(states) != 2):
         raise ValueError(
@@ -186,7 +186,7 @@ def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size
     # Hierarchical towers do not say how many tokens an image becomes; a square has a square number of them.
     patches = count - prefix
     is_square = size[0] != size[1] or states.ndim == 4 or math.isqrt(patches) ** 2 == patches
-    if channels_last or not is_square or getattr(vision_config, "num_detection_tokens", 0):
+    if channels_last or not is_square or hasattr(vision_config, "num_detection_tokens"):
         raise ValueError(
             f"The vision tower {vision_config.model_type!r} gives states of shape {tuple(states.shape)}, of which it "
             f"is not known which are the patches, so `vision_pooling='mean'` cannot be used. {remedy}"

@@ -345,7 +345,7 @@ def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: 
         unused (tuple of `str`): How the names of weights begin that are not to be loaded.
 
     Returns:
-        `dict`: the keywords; with a `config` that names files, which [`forget_shards`] undoes, where some are left out.
+        `dict`: the keywords; where files are left out, with a `config` that names the others ([`forget_shards`]).
     """
     source = source_keywords(kwargs)
     options = {key: source[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if source.get(key) is not None}

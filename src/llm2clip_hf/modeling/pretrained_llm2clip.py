@@ -234,9 +234,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 `trust_remote_code`, `attn_implementation`, `device_map` and what goes with it; of these `dtype` and
                 `quantization_config` are the LLM's, as in `from_pretrained`. With `vision_` or `text_` before it, an
                 argument, or a field of the part's own config, is for one part: `vision_revision`, `text_dtype`,
-                `vision_image_size`. `logit_scale_init_value="pretrained"` keeps the trained temperature of a CLIP, where
-                a new one starts at ln(1 / 0.07). `vision_pooling` is `"pooler"` if left out, but `"cls"` for a checkpoint without
-                weights for its pooler.
+                `vision_image_size`. `vision_pooling` is `"pooler"` if left out, but `"cls"` for a checkpoint without
+                weights for its pooler. `logit_scale_init_value="pretrained"` keeps the trained temperature of a CLIP;
+                else a new model starts at ln(1 / 0.07), as its projection is new.
 
         Returns:
             [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen. Its config records repositories and commits.
@@ -256,8 +256,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         if is_repository(vision_model_name_or_path):
             own.setdefault("vision_base_model", vision_model_name_or_path)
             own.setdefault("vision_base_revision", vision.get("revision"))
-        of_llm = {name: shared[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in shared}
-        text = {**of_llm, **text, **(text_model_kwargs or {})}
+        names = ("dtype", "torch_dtype", "quantization_config")
+        text = {**{name: shared[name] for name in names if name in shared}, **text, **(text_model_kwargs or {})}
         if text_model_name_or_path is None:
             if text:
                 raise ValueError(
@@ -266,8 +266,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 )
             return _with_new_parts(cls(LLM2CLIPConfig(vision_config=vision_model.config, **own), vision_model))
         shared["revision"] = own.get("text_base_revision") or shared.get("revision")
-        of_llm = {name: shared[name] for name in ("revision", "trust_remote_code") if shared.get(name) is not None}
-        text = pin_revision(text_model_name_or_path, external_text_kwargs(shared, {**of_llm, **text}))
+        of_one = {name: shared.get(name) for name in ("revision", "trust_remote_code")}
+        text = {**{name: value for name, value in of_one.items() if value is not None}, **text}
+        text = pin_revision(text_model_name_or_path, external_text_kwargs(shared, text))
         own.setdefault("text_base_model", str(text_model_name_or_path))
         own["text_base_revision"] = text.get("revision")
         text_model = load_pretrained_text(text_model_name_or_path, None, text)
@@ -348,6 +349,7 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         # How this copy of the LLM is quantised is no matter of the folder; written, it would be applied to all parts.
         text_fields = {} if config.text_config is None else vars(config.text_config)
         quantization = text_fields.pop("quantization_config", None)
+        whole = None if text_weights == "bundled" else vars(config).pop("quantization_config", None)
         config.text_weights = text_weights
         if text_model is not None and text_weights != "bundled":
             text_keys = {f"text_model.{key}" for key in text_model.state_dict()}
@@ -371,6 +373,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             config.text_weights, self._keys_to_ignore_on_save = restore
             if quantization is not None:
                 text_fields["quantization_config"] = quantization
+            if whole is not None:
+                config.quantization_config = whole
             self._dtype_to_save = None
 
 
@@ -391,7 +395,7 @@ def _with_new_parts(model: Any) -> Any:
 def _llm_last(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `save_pretrained` by which the files of an LLM can be left out of a download: after all others."""
     is_llm = {name: name.startswith("text_model.") for name in state_dict}
-    size = {kind: 0 for kind in (True, False)}
+    size = {True: 0, False: 0}
     for name, value in state_dict.items():
         size[is_llm[name]] += value.numel() * value.element_size()
     ordered = dict(sorted(state_dict.items(), key=lambda item: is_llm[item[0]]))

@@ -239,9 +239,10 @@ def pretrained_logit_scale(name: str, kwargs: dict[str, Any]) -> float:
     """
     source = source_keywords(kwargs)
     for size in ((), (1,)):
-        model, info = _LogitScale.from_pretrained(
+        loaded: Any = _LogitScale.from_pretrained(
             name, size, config=PreTrainedConfig(), output_loading_info=True, ignore_mismatched_sizes=True, **source
         )
+        model, info = loaded
         if not info["missing_keys"] and not info["mismatched_keys"]:
             return float(model.logit_scale.detach())
     raise ValueError(
