@@ -246,8 +246,8 @@ def pretrained_logit_scale(name: str, kwargs: dict[str, Any]) -> float:
         if not info["missing_keys"] and not info["mismatched_keys"]:
             return float(model.logit_scale.detach())
     raise ValueError(
-        f"`logit_scale_init_value` is 'pretrained', but {name!r} has no `logit_scale` of one number. Give a number, or "
-        "leave it out."
+        f"`logit_scale_init_value` is 'pretrained', but {name!r} has no `logit_scale` of one number. Give a number, "
+        "or leave it out."
     )
 
 
