@@ -4,13 +4,11 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 
 from llm2clip_hf.cli.options import parse_options, read_logit_scale
-from llm2clip_hf.cli.train_clip import TrainClipOptions, check_choices
 
 
 @dataclass
@@ -120,7 +118,3 @@ def test_start_of_the_logit_scale() -> None:
     assert [read_logit_scale(value, "scale") for value in (None, "pretrained", "1.5")] == [None, "pretrained", 1.5]
     with pytest.raises(ValueError, match="`scale` must be a number or `pretrained`, got 'high'"):
         read_logit_scale("high", "scale")
-    options = TrainClipOptions(model="clip", data="data", logit_scale_init_value="pretrained")
-    args: Any = SimpleNamespace(integration="replace", train_text="none")
-    with pytest.raises(ValueError, match="`logit_scale_init_value` starts a new model, and `model` has its own"):
-        check_choices(options, args)

@@ -229,8 +229,6 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
         raise ValueError("Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.")
     if options.vision_model is not None and options.text_model is None:
         raise ValueError("`text_model` is missing: the LLM that the captions are embedded with.")
-    if read_logit_scale(options.logit_scale_init_value, "logit_scale_init_value") is not None and options.model:
-        raise ValueError("`logit_scale_init_value` starts a new model, and `model` has its own. Leave one out.")
     if (options.clip_text_model is None) != (args.integration == "replace"):
         raise ValueError(
             f"`clip_text_model` ({options.clip_text_model}) names CLIP's own text encoder, which every `integration` "
