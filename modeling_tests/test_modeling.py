@@ -11,7 +11,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, LlamaModel, PreTrainedModel
 
 from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 from llm2clip_hf.modeling import LLM2CLIPTextAdapter, assert_bidirectional, pool_text
@@ -194,6 +194,70 @@ def test_causal_decoders_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     for model_type in ("gpt2", "mamba"):
         with pytest.raises(ValueError, match=f"{model_type!r}, which does not attend bidirectionally"):
             LLM2CLIPConfig(text_config={"model_type": model_type})
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+EXPERTS = {**HEADS, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+HONEST = {
+    "llama": HEADS,
+    "qwen2": HEADS,
+    "gemma2": {**HEADS, "head_dim": 8},
+    "gpt_oss": {**EXPERTS, "head_dim": 8},
+    "mixtral": EXPERTS,
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+}
+DISHONEST: dict[str, dict[str, Any]] = {
+    "falcon_mamba": {},
+    "recurrent_gemma": {"num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 3},
+    "gpt_bigcode": {"n_head": 4},
+    "bloom": {"n_head": 4},
+    "biogpt": {"num_attention_heads": 4, "intermediate_size": 40},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_of_the_weights_does_not_change_what_is_said_of_an_architecture(dtype: torch.dtype) -> None:
+    for model_type, fields in HONEST.items():
+        llm = decoder(model_type, **{**fields, "num_hidden_layers": 12})
+        with torch.no_grad():
+            for parameter in llm.parameters():
+                if parameter.ndim > 1:  # as far from linear as trained weights are: rounding shows
+                    parameter.mul_(8)
+        state = torch.random.get_rng_state()
+        assert_bidirectional(llm.to(dtype))
+        assert torch.equal(torch.random.get_rng_state(), state)
+    for model_type, fields in DISHONEST.items():
+        with pytest.raises(ValueError, match="attends causally|padded left"):
+            assert_bidirectional(decoder(model_type, **fields).to(dtype))
+
+
+@pytest.mark.parametrize("model_type", list(DISHONEST))
+def test_a_model_is_not_built_around_a_causal_decoder(model_type: str) -> None:
+    llm = decoder(model_type, **DISHONEST[model_type]).config
+    for device in ("cpu", "meta"):
+        with torch.device(device), pytest.raises(ValueError, match="attends causally|padded left"):
+            LLM2CLIPModel(LLM2CLIPConfig(vision_config=tiny_models.vision_config("clip"), text_config=llm))
+
+
+def test_an_llm_without_a_small_copy_is_judged_by_its_own_weights_in_float32() -> None:
+    class Odd(LlamaModel):
+        def __init__(self, config: Any) -> None:
+            if config.vocab_size != 99:
+                raise RuntimeError("another size")
+            super().__init__(config)
+
+    config = AutoConfig.for_model("llama", vocab_size=99, hidden_size=32, num_hidden_layers=2, **HEADS)
+    config.is_causal = False
+    llm = Odd(config).eval()
+    llm.config.vocab_size = 98
+    assert_bidirectional(llm)
+    llm.config.is_causal = True
+    with pytest.raises(ValueError, match="Odd attends causally"):
+        assert_bidirectional(llm)
+    with pytest.raises(
+        ValueError, match="No small copy of Odd .*another size.* in torch.bfloat16. Load it in float32"
+    ):
+        assert_bidirectional(llm.to(torch.bfloat16))
 
 
 def test_llm_embeds_give_the_same_features_as_token_ids() -> None:

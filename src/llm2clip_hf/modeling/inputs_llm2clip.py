@@ -12,14 +12,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of the inputs of LLM2CLIP: every message says what was given, what is expected and what to do."""
+"""Checks of the inputs of LLM2CLIP, and of the LLM that it is given: what came, what is expected, what to do."""
 
 import copy
 import math
+import re
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .modules_llm2clip import build_vision_tower, num_prefix_tokens, pool_image
@@ -193,4 +195,186 @@ def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size
         )
 
 
-__all__ = ["check_ids", "check_llm_embeds", "check_pixel_values", "measure_vision_tower"]
+_CAUSAL = "attends causally"
+_USE = "Use a decoder that honours `is_causal=False`, for example Llama, Qwen3, Mistral, Gemma or Phi-3."
+# Sizes of a decoder's twin, by what the name of a field holds; the first that fits counts. Head widths stay.
+_TWIN_LAYERS, _TWIN_HEADS = 8, 4
+_TWIN_SIZES = (
+    ("vocab", 128),
+    ("chunk_size$", 16),
+    ("position|layer|window|head|rank", None),
+    ("experts_per|top_?k|moe_k|shared_expert|n_group|num_expert_group", 1),
+    ("intermediate|ffn|n_inner|inner_dim|expert.*size", 64),
+    ("expert", 4),
+)
+
+
+def _twin_size(name: str, value: Any, heads: int) -> Any:
+    """A field of a decoder's config in that of its twin."""
+    if isinstance(value, list):
+        return [_twin_size(name, each, heads) for each in value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if name in ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads"):
+        return _TWIN_HEADS if value >= heads else min(value, _TWIN_HEADS // 2)
+    if name.endswith(("token_id", "token_index")):
+        return 0 if name.startswith("pad") else 1
+    size = next((size for part, size in _TWIN_SIZES if re.search(part, name)), None)
+    return value if size is None else min(value, size)
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field by its common name; also one that differs from layer to layer, which a config does not give."""
+    return vars(config).get(config.attribute_map.get(name, name))
+
+
+def _twin_config(config: Any, layers: int) -> Any:
+    """The config of a small decoder of the same kind: kinds of layers, attention, positions and routing stay."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    heads, head_width, width = (_field(config, name) for name in ("num_attention_heads", "head_dim", "hidden_size"))
+    small, depth = _TWIN_HEADS * (head_width or width // heads), config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            value = value[:layers]
+        if isinstance(value, int) and "shared_layers" in name:
+            value = min(value, layers // 3)
+        vars(config)[name] = small if value == width and "position" not in name else _twin_size(name, value, heads)
+    config.num_hidden_layers = layers
+    # Layers that differ from the others in such a field, as those with global attention of Gemma 4.
+    per_layer = getattr(config, "_heterogeneity_spec", None)
+    for layer, overrides in list(per_layer.per_layer_overrides.items()) if per_layer else ():
+        overrides.update({name: _twin_size(name, value, heads) for name, value in overrides.items()})
+        if layer >= layers:
+            del per_layer.per_layer_overrides[layer]
+    if hasattr(config, "mamba_d_head"):
+        config.mamba_n_heads = config.mamba_expand * small // config.mamba_d_head
+    return config
+
+
+def _twin(text_model: Any, layers: int) -> Any:
+    """
+    A small decoder with random float32 weights on the CPU, of the class and the config of an LLM: what it does of
+    attention and padding, the LLM does, whose own weights would hide it behind rounding.
+    """
+    config = _twin_config(text_model.config.get_text_config(), layers)
+    model_class: Any = type(text_model) if isinstance(text_model, PreTrainedModel) else MODEL_MAPPING[type(config)]
+    attention = text_model.config._attn_implementation
+    if attention not in ("eager", "sdpa"):  # others need an accelerator
+        attention = "sdpa" if model_class._supports_sdpa else "eager"
+    config._attn_implementation = attention
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            return model_class(config).eval()
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _find_twin_fault(text_model: Any) -> str | None:
+    """What `_find_fault` says of the twin of few layers and, where that fails or is causal, of one of all layers."""
+    config = text_model.config.get_text_config()
+    if _field(config, "num_attention_heads") is None:
+        return f"{_CAUSAL}: it has no attention heads. {_USE}"
+    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+        return f"{_CAUSAL}: its ALiBi ranks a later token the higher the further away it is. {_USE}"
+    depth = config.num_hidden_layers
+    kinds = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
+    kinds = [str(kind) for kind in zip(*kinds)]
+    # As many layers as show each of their kinds.
+    layers = min(depth, max(_TWIN_LAYERS, 1 + max(map(kinds.index, kinds), default=0)))
+    try:
+        fault = _find_fault(_twin(text_model, layers))
+    except Exception:
+        if layers == depth:
+            raise
+        fault = _CAUSAL
+    if fault is None or layers == depth or not fault.startswith(_CAUSAL):
+        return fault
+    return _find_fault(_twin(text_model, depth))
+
+
+@torch.no_grad()
+def _find_fault(text_model: Any) -> str | None:
+    """Why a decoder cannot be an LLM of LLM2CLIP, after its class name; `None` if it can."""
+    device = text_model.device
+    ids = torch.arange(1, 7, device=device).repeat(2, 1)
+    ids[1, -1] += 1
+    pad, mask = torch.ones(2, 3, dtype=torch.long, device=device), torch.ones_like(ids)
+    layouts = {
+        "without a mask": (ids, None, 0),
+        "padded right": (torch.cat([ids, pad], 1), torch.cat([mask, 0 * pad], 1), 0),
+        "padded left": (torch.cat([pad, ids], 1), torch.cat([0 * pad, mask], 1), 3),
+    }
+    states = {}
+    for layout, (input_ids, attention_mask, start) in layouts.items():
+        output = text_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states[layout] = output.last_hidden_state[:, start : start + ids.shape[1]].float()
+    reference = states["without a mask"]
+    scale = reference.abs().amax()
+    # In float32 the layouts differ by up to 1e-3 (Gemma 3n), what depends on padding by 1.5e-2 and more.
+    for layout, state in states.items():
+        if not (state[0, 1] - state[1, 1]).abs().amax() > 1e-6 * scale:
+            return (
+                f"{_CAUSAL} ({layout}): an earlier token does not see a later one although `config.is_causal` is "
+                f"False. {_USE}"
+            )
+        if not (state - reference).abs().amax() <= 4e-3 * scale:
+            return (
+                f"gives other hidden states when the text is {layout} than without padding, so embeddings would "
+                "depend on the batch. Use a decoder with relative positions: Llama, Qwen3, Mistral, ..."
+            )
+    return None
+
+
+_FAULTS: dict[Any, str | None] = {}  # by class and config
+
+
+def assert_bidirectional(text_model: Any) -> None:
+    """
+    Checks that a decoder attends in both directions, whatever the padding.
+
+    Two texts that differ in their last token go through the model without a mask, padded right and padded left: an
+    earlier token must see the difference in each layout, and the layouts must agree. This is asked of a small float32
+    copy of the architecture with random weights, on the CPU, so that neither dtype, device, quantisation nor size of
+    the LLM matters; of the LLM itself, in float32, only where no such copy can be built.
+
+    Args:
+        text_model (`PreTrainedModel`): The LLM, with `config.is_causal=False`; it may be on the meta device.
+
+    Raises:
+        ValueError: if it does not; architectures such as GPT-2, Bloom or Mamba ignore the setting.
+    """
+    name = type(text_model).__name__
+    key = (type(text_model), text_model.config._attn_implementation, text_model.config.to_json_string(use_diff=False))
+    try:
+        if key not in _FAULTS:
+            _FAULTS[key] = _find_twin_fault(text_model)
+        fault = _FAULTS[key]
+    except Exception as error:  # of the model's own code
+        # Nothing to look at: on the meta device, or partitioned by DeepSpeed.
+        if next(text_model.parameters()).is_meta or next(text_model.parameters()).numel() == 0:
+            return
+        if text_model.dtype != torch.float32:
+            raise ValueError(
+                f"No small copy of {name} can be built to see how it attends ({type(error).__name__}: {error}), and "
+                f"its own weights do not show it in {text_model.dtype}. Load it in float32."
+            ) from error
+        training = text_model.training
+        fault = _find_fault(text_model.eval())
+        text_model.train(training)
+    if fault is not None:
+        raise ValueError(f"{name} {fault}")
+
+
+__all__ = [
+    "assert_bidirectional",
+    "check_ids",
+    "check_llm_embeds",
+    "check_pixel_values",
+    "measure_vision_tower",
+]

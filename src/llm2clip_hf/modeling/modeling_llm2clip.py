@@ -27,11 +27,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .inputs_llm2clip import check_ids, check_llm_embeds, check_pixel_values, measure_vision_tower
+from .inputs_llm2clip import (
+    assert_bidirectional,
+    check_ids,
+    check_llm_embeds,
+    check_pixel_values,
+    measure_vision_tower,
+)
 from .modeling_eva02 import Eva02VisionModel
 from .modules_llm2clip import (
     LLM2CLIPTextAdapter,
-    assert_bidirectional,
     build_vision_tower,
     floating_dtype,
     pool_image,
@@ -139,6 +144,7 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if config.text_weights == "bundled" and load_text_model:
             self.text_model = AutoModel.from_config(config.text_config)
             config.text_config = self.text_model.config
+            assert_bidirectional(self.text_model)
         surplus = [r"^text_model\."] if config.text_weights == "bundled" and self.text_model is None else []
         # Not built where it is not pooled; earlier folders hold one.
         surplus += [] if config.vision_pooling == "pooler" else [r"^vision_model\.pooler\."]

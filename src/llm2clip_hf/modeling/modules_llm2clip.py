@@ -12,7 +12,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Building blocks of LLM2CLIP: the text adaptor, the poolings, and what is checked of a decoder."""
+"""Building blocks of LLM2CLIP: the text adaptor, the poolings, and what is checked of an LLM's weights."""
 
 import hashlib
 import importlib
@@ -128,69 +128,6 @@ def pool_text(
     # Padding may hold NaN in some attention backends, and 0 * NaN is NaN: select, do not multiply.
     hidden_states = last_hidden_state.to(torch.float32).masked_fill(~pooled.unsqueeze(-1), 0.0)
     return hidden_states.sum(1) / weights.sum(1, keepdim=True).clamp(min=1.0)
-
-
-def _input_device(text_model: Any) -> Any:
-    """Where token ids have to be: with the token embeddings, or, if these are offloaded, where they are run."""
-    embeddings = text_model.get_input_embeddings()
-    device = embeddings.weight.device
-    if device.type != "meta":
-        return device
-    hook = getattr(embeddings, "_hf_hook", None)
-    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
-    return next((found for found in devices if found is not None), device)
-
-
-@torch.no_grad()
-def assert_bidirectional(text_model: Any) -> None:
-    """
-    Checks that a decoder attends in both directions, whatever the padding.
-
-    Two texts that differ in their last token go through the model without a mask, padded right and padded left: an
-    earlier token must see the difference in each layout, and the layouts must agree.
-
-    Args:
-        text_model (`PreTrainedModel`): The LLM, with `config.is_causal=False`.
-
-    Raises:
-        ValueError: if it does not; architectures such as GPT-2, Bloom or Mamba ignore the setting.
-    """
-    name = type(text_model).__name__
-    device = _input_device(text_model)
-    vocab_size = text_model.config.get_text_config().vocab_size
-    text = torch.arange(1, 7, device=device) * 31 % (vocab_size - 2) + 1
-    changed = text.clone()
-    changed[-1] = text[-1] % (vocab_size - 1) + 1
-    ids, pad = torch.stack([text, changed]), torch.ones(2, 3, dtype=torch.long, device=device)
-    mask = torch.ones_like(ids)
-    layouts = {
-        "without a mask": (ids, None, 0),
-        "padded right": (torch.cat([ids, pad], 1), torch.cat([mask, 0 * pad], 1), 0),
-        "padded left": (torch.cat([pad, ids], 1), torch.cat([0 * pad, mask], 1), 3),
-    }
-    training = text_model.training
-    text_model.eval()
-    states = {}
-    for layout, (input_ids, attention_mask, start) in layouts.items():
-        output = text_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states[layout] = output.last_hidden_state[:, start : start + ids.shape[1]].float()
-    text_model.train(training)
-    reference = states["without a mask"]
-    scale = reference.abs().amax()
-    # The layouts differ by rounding only: far below this, in full as in half precision.
-    tolerance = 1e-3 if text_model.dtype == torch.float32 else 1e-1
-    for layout, state in states.items():
-        if not (state[0, 1] - state[1, 1]).abs().amax() > 1e-6 * scale:
-            raise ValueError(
-                f"{name} attends causally ({layout}): an earlier token does not see a later one although "
-                "`config.is_causal` is False. Use a decoder that honours it, for example Llama, Qwen3, Mistral, Gemma "
-                "or Phi-3."
-            )
-        if (state - reference).abs().amax() > tolerance * scale:
-            raise ValueError(
-                f"{name} gives other hidden states when the text is {layout} than without padding, so embeddings "
-                "would depend on the batch. Use a decoder with relative positions: Llama, Qwen3, Mistral, ..."
-            )
 
 
 @torch.no_grad()
@@ -365,7 +302,6 @@ def pool_image(
 
 __all__ = [
     "LLM2CLIPTextAdapter",
-    "assert_bidirectional",
     "build_vision_tower",
     "check_text_fingerprint",
     "num_prefix_tokens",

@@ -29,6 +29,7 @@ from transformers import initialization as init
 
 from .card_llm2clip import is_repository
 from .configuration_llm2clip import LLM2CLIPConfig, config_fields
+from .inputs_llm2clip import assert_bidirectional
 from .loading_llm2clip import (
     check_loading_info,
     choose_shards,
@@ -41,7 +42,7 @@ from .loading_llm2clip import (
     stored_text_weights,
     text_keywords,
 )
-from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional, check_text_fingerprint
+from .modules_llm2clip import LLM2CLIPAdapterLinear, check_text_fingerprint
 from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
 from .publishing_llm2clip import PushedModel, take_push_options
 from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
