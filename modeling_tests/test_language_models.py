@@ -166,6 +166,10 @@ def test_converted_llm_is_the_text_side_of_a_model(tmp_path: Path) -> None:
     model, processor = (cls.from_vision_text_pretrained(*parts) for cls in (LLM2CLIPModel, LLM2CLIPProcessor))
     given = model.get_llm_embeds(**processor(text=CAPTIONS)).double()
     torch.testing.assert_close(given, original_embeds(weights, CAPTIONS), atol=1e-5, rtol=1e-5)
+    # Its folder says how it is pooled, so it may be attached to a model that was built without it.
+    later = tiny_models.model(text=None)
+    later.attach_text_model(AutoModel.from_pretrained(tmp_path / "llm"))
+    torch.testing.assert_close(later.get_llm_embeds(**processor(text=CAPTIONS)).double(), given)
 
 
 LOADER = """

@@ -17,6 +17,7 @@ from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.data import CaptionEmbeddingStore, ImageTextDataset, RandomResizedCropTransform, embed_captions
 from llm2clip_hf.data.fingerprint import weights_identity
+from llm2clip_hf.modeling.processing_llm2clip import record_text_settings
 from llm2clip_hf.training.clip_checks import check_stores
 
 
@@ -146,6 +147,142 @@ def test_fingerprints_without_a_sample_and_changed_weights_are_not_compared(trai
     quantised = copy.deepcopy(llm)
     quantised.config.quantization_config = {"quant_method": "some"}
     assert "weights_sample_sha256" not in weights_identity(quantised)
+
+
+def stage1_folder(path: Path, pooling: str = "mean") -> Path:
+    """The LLM of `tiny_models.model()` as stage 1 and `convert` save one: with pooling, header and template."""
+    llm, tokenizer = tiny_models.model().text_model, tiny_models.processor().tokenizer
+    record_text_settings(llm.config, tokenizer, pooling)
+    llm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_an_llm_attached_later_embeds_as_in_a_model_built_with_it(pooling: str, tmp_path: Path) -> None:
+    folder = stage1_folder(tmp_path / "llm", pooling)
+    together = tiny_models.model(text_pooling=pooling)
+    batch = tiny_models.processor()(text=CAPTIONS)
+    expected = together.get_llm_embeds(**batch)
+    without = tiny_models.model(text=None)
+    assert without.config.text_prefix_length is None
+    without.save_pretrained(tmp_path / "model")
+    by_hand = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    by_hand.attach_text_model(AutoModel.from_pretrained(folder), text_weights="bundled")
+    given = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model=AutoModel.from_pretrained(folder))
+    without.config.text_weights, without.config.text_base_model = "external", str(folder)
+    without.save_pretrained(tmp_path / "external")
+    by_hand.save_pretrained(tmp_path / "bundled")
+    reloaded = [LLM2CLIPModel.from_pretrained(tmp_path / name) for name in ("external", "bundled")]
+    for model in (by_hand, given, *reloaded):
+        torch.testing.assert_close(model.get_llm_embeds(**batch), expected)
+        assert (model.config.text_prefix_length, model.config.text_pooling) == (5, pooling)
+
+
+def test_an_llm_that_does_not_say_how_long_its_header_is_is_not_attached_silently(tmp_path: Path) -> None:
+    raw = tiny_models.model().text_model
+    raw.save_pretrained(tmp_path / "llm")
+    for text in (None, "llama"):  # without any LLM, and with the config of one
+        source = LLM2CLIPModel(tiny_models.config(text=text, text_prefix_length=None, text_weights="none"))
+        source.save_pretrained(tmp_path / "model")
+        model = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match="Neither the model nor the LLM says how many leading tokens"):
+            model.attach_text_model(raw)
+        with pytest.raises(ValueError, match="Neither the model nor the LLM says how many leading tokens"):
+            LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model=raw)
+        model = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model=raw, text_prefix_length=5)
+        batch = tiny_models.processor()(text=CAPTIONS)
+        torch.testing.assert_close(model.get_llm_embeds(**batch), tiny_models.model().get_llm_embeds(**batch))
+
+
+def test_an_llm_of_another_header_or_template_is_refused(folder: Path, tmp_path: Path) -> None:
+    llm = stage1_folder(tmp_path / "llm")
+    with pytest.raises(ValueError, match="`text_prefix_length` is 1, but the LLM is a caption encoder trained with 5"):
+        tiny_models.model(text_prefix_length=1, text_weights="none").attach_text_model(AutoModel.from_pretrained(llm))
+    tiny_models.llama3_tokenizer().save_pretrained(llm)  # as of the LLM that it was made of
+    assert LLM2CLIPModel.from_vision_text_pretrained(str(folder / "vision"), str(llm)).config.text_prefix_length == 5
+    with pytest.raises(ValueError, match="`text_template=None` gives texts another template"):
+        LLM2CLIPModel.from_vision_text_pretrained(str(folder / "vision"), str(llm), text_template=None)
+
+
+# ------------------------------------------------------------------------------------- an external LLM that was changed
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> LLM2CLIPModel:
+    """A model that names its LLM, loaded with it."""
+    stage1_folder(tmp_path / "llm")
+    model = tiny_models.model(text_base_model=str(tmp_path / "llm"))
+    model.save_pretrained(tmp_path / "named", text_weights="external")
+    return LLM2CLIPModel.from_pretrained(tmp_path / "named")
+
+
+def exchange_by_attaching(model: LLM2CLIPModel) -> None:
+    model.attach_text_model(tiny_models.model(seed=7).text_model)
+
+
+def exchange_by_assigning(model: LLM2CLIPModel) -> None:
+    model.text_model = tiny_models.model(seed=7).text_model
+
+
+def load_trained_weights(model: LLM2CLIPModel) -> None:
+    model.text_model.load_state_dict(tiny_models.model(seed=7).text_model.state_dict())
+
+
+@torch.no_grad()
+def train_one_matrix(model: LLM2CLIPModel) -> None:
+    weight = model.text_model.layers[1].self_attn.v_proj.weight
+    weight += 0.01 * torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
+
+
+@pytest.mark.parametrize(
+    "change", [exchange_by_attaching, exchange_by_assigning, load_trained_weights, train_one_matrix]
+)
+def test_a_changed_external_llm_is_bundled_renamed_or_refused(change: Any, external: Any, tmp_path: Path) -> None:
+    batch = tiny_models.processor()(text=CAPTIONS)
+    before = external.get_llm_embeds(**batch)
+    change(external)
+    expected = external.get_llm_embeds(**batch)
+    assert (expected - before).abs().max() > 1e-4
+    for weights in (None, "external"):
+        with pytest.raises(ValueError, match="is 'external', but the LLM was trained or exchanged"):
+            external.save_pretrained(tmp_path / "again", text_weights=weights)
+    external.save_pretrained(tmp_path / "bundled", text_weights="bundled")
+    external.text_model.save_pretrained(tmp_path / "new")
+    external.config.text_base_model = str(tmp_path / "new")
+    external.save_pretrained(tmp_path / "renamed")
+    for name in ("bundled", "renamed"):
+        torch.testing.assert_close(LLM2CLIPModel.from_pretrained(tmp_path / name).get_llm_embeds(**batch), expected)
+
+
+def test_another_llm_given_on_loading_is_not_saved_as_the_named_one(external: Any, tmp_path: Path) -> None:
+    other = tiny_models.model(seed=7).text_model
+    for model in (
+        LLM2CLIPModel.from_pretrained(tmp_path / "named", text_model=other),
+        LLM2CLIPModel.from_pretrained(tmp_path / "named", load_text_model=False),
+    ):
+        if model.text_model is None:
+            model.attach_text_model(other)
+        with pytest.raises(ValueError, match="is not known to be the one that `config.text_base_model`"):
+            model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_named_llm_is_saved_as_external_in_any_dtype(dtype: torch.dtype, external: Any, tmp_path: Path) -> None:
+    own = LLM2CLIPModel.from_pretrained(tmp_path / "named", load_text_model=False)
+    own.attach_text_model(AutoModel.from_pretrained(tmp_path / "llm", dtype=dtype))
+    external.text_model.to(dtype)
+    for model in (external, own):
+        model.save_pretrained(tmp_path / "again")
+        assert LLM2CLIPModel.from_pretrained(tmp_path / "again").text_model_is_named()
+
+
+def test_training_around_an_exchanged_llm_saves_it(external: Any, tmp_path: Path) -> None:
+    from llm2clip_hf.training.clip_checkpoints import saved_text_weights
+
+    assert saved_text_weights(external) == "external"
+    exchange_by_attaching(external)
+    assert saved_text_weights(external) == "bundled"
 
 
 # ------------------------------------------------------------------------------------------------------------ the CLI

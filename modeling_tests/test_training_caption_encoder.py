@@ -96,6 +96,10 @@ def test_saved_encoder_equals_the_model_built_from_it(tmp_path, vision_dir, arch
     model.save_pretrained(tmp_path / "model")
     again = LLM2CLIPModel.from_pretrained(tmp_path / "model")
     assert again.config.text_pooling == again.config.text_config.text_pooling == pooling
+    assert again.config.text_config.text_prefix_length == encoder.text_prefix_length
+    attached = LLM2CLIPModel(LLM2CLIPConfig(llm_hidden_size=encoder.llm.config.hidden_size))
+    attached.attach_text_model(AutoModel.from_pretrained(folder))
+    torch.testing.assert_close(model_embeds(attached, folder, "right"), embeddings, atol=1e-5, rtol=0)
     torch.testing.assert_close(model_embeds(again, folder, "right"), embeddings, atol=1e-5, rtol=0)
     reopened = build_caption_encoder(folder, lora=None)
     assert reopened.pooling == pooling

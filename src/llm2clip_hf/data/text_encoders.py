@@ -75,7 +75,7 @@ def model_fingerprint(model: Any, tokenizer: Any, max_length: int) -> dict[str, 
     return embedding_fingerprint(
         model.text_model,
         tokenizer,
-        text_prefix_length=model.config.text_prefix_length,
+        text_prefix_length=model.config.text_prefix_length or 0,
         max_length=max_length,
         pooling=str(settings["pooling"]),
         is_causal=bool(settings["is_causal"]),
@@ -104,6 +104,8 @@ def model_settings(model: Any, tokenizer: Any = None) -> dict[str, FingerprintVa
     if config.text_config is None:
         defaults: dict[str, FingerprintValue] = {"text_prefix_length": 0, "pooling": "mean"}
         settings = {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
+    if config.text_prefix_length is None:  # not known before an LLM is attached
+        settings.pop("text_prefix_length")
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         settings["tokenizer_sha256"] = tokenizer_digest(tokenizer)
     return settings
@@ -191,7 +193,7 @@ class _ModelEncoder:
             use_cache=False,
         )
         config = self._model.config
-        return _pool_packed(outputs.last_hidden_state[0], lengths, config.text_prefix_length, config.text_pooling)
+        return _pool_packed(outputs.last_hidden_state[0], lengths, config.text_prefix_length or 0, config.text_pooling)
 
     def fingerprint(self) -> dict[str, FingerprintValue]:
         return model_fingerprint(self._model, self._tokenizer, self._max_length)

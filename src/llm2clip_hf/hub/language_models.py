@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from llm2clip_hf.modeling import apply_text_template, assert_bidirectional
 from llm2clip_hf.modeling.loading_llm2clip import pin_revision
+from llm2clip_hf.modeling.processing_llm2clip import record_text_settings
 
 from .checkpoint_files import Source, read_weights
 
@@ -247,6 +248,8 @@ def save_language_model(language_model: LanguageModel, folder: Path) -> float:
         ValueError: if what loads differs from what was written.
     """
     model, tokenizer, _ = language_model
+    # So that whoever attaches the LLM pools as the original does, over the caption and the end-of-turn token.
+    record_text_settings(model.config, tokenizer, "mean")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     batch = tokenizer(["a red boat", "two dogs run over the grass"], padding=True, return_tensors="pt")

@@ -166,7 +166,7 @@ def _facts(config: Any) -> list[str]:
     return [
         f"- vision tower: `{vision.model_type}`, {', '.join(details)}",
         f"- language model: {_language_model(config)}",
-        f"- pooling: `{config.text_pooling}`, the first {config.text_prefix_length} tokens left out",
+        f"- pooling: `{config.text_pooling}`, the first {config.text_prefix_length or 0} tokens left out",
         f"- text adaptor: {config.adapter_num_layers} blocks, {config.llm_hidden_size} -> {config.projection_dim}, "
         f"LLM embeddings {'are' if config.normalize_llm_embeds else 'are not'} L2-normalised before it",
         f"- joint space: {config.projection_dim} dimensions, {head} head",

@@ -148,9 +148,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
             checkpoints, False for those trained with the LLM online (SigLIP2).
         llm_hidden_size (`int`, *optional*):
             Width of an LLM embedding. Read from `text_config` where there is one; else 4096, that of Llama-3-8B.
-        text_prefix_length (`int`, *optional*, defaults to 0):
+        text_prefix_length (`int`, *optional*):
             Number of leading tokens of every text (begin-of-text and template header) that are attended to, but left
-            out of the mean.
+            out of the mean. Defaults to what `text_config.text_prefix_length` says, as a caption encoder of stage 1
+            and a converted LLM do, else to 0; where the LLM is not part of the model, to `None`: not known until one
+            is attached.
         text_pooling (`str`, *optional*):
             How the states of a text's tokens become one vector: `"mean"`, or the state of its last token. `"eos"` says
             that this is an end token which the tokenizer puts after every text, `"last"` takes whatever token is
@@ -210,7 +212,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         adapter_dropout: float = 0.0,
         normalize_llm_embeds: bool = True,
         llm_hidden_size: int | None = None,
-        text_prefix_length: int = 0,
+        text_prefix_length: int | None = None,
         text_pooling: str | None = None,
         logit_scale_init_value: float = 2.6592,
         logit_bias_init_value: float | None = None,
@@ -237,7 +239,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.adapter_dropout = adapter_dropout
         self.normalize_llm_embeds = normalize_llm_embeds
         self.llm_hidden_size: Any = llm_hidden_size
-        self.text_prefix_length = text_prefix_length
+        self.text_prefix_length: Any = text_prefix_length
         self.text_pooling: Any = text_pooling
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_bias_init_value: Any = logit_bias_init_value
@@ -309,16 +311,17 @@ class LLM2CLIPConfig(PreTrainedConfig):
         # Persisted in config.json; the one switch that all attention backends of transformers honour.
         self.text_config.is_causal = False
         self.text_weights = self.text_weights or "bundled"
-        self._resolve_text_pooling()
-
-    def _resolve_text_pooling(self) -> None:
-        trained = getattr(self.text_config, "text_pooling", None)
-        if trained is not None and self.text_pooling not in (None, trained):
-            raise ValueError(
-                f"`text_pooling` is {self.text_pooling!r}, but the LLM is a caption encoder trained with {trained!r}, "
-                "as its config says. Leave `text_pooling` out."
-            )
-        self.text_pooling = self.text_pooling or trained or "mean"
+        for field in ("text_pooling", "text_prefix_length"):
+            trained, given = getattr(self.text_config, field, None), getattr(self, field)
+            if trained is not None and given not in (None, trained):
+                raise ValueError(
+                    f"`{field}` is {given!r}, but the LLM is a caption encoder trained with {trained!r}, as its "
+                    f"config says. Leave `{field}` out."
+                )
+            setattr(self, field, trained if given is None else given)
+        self.text_pooling = self.text_pooling or "mean"
+        if self.text_prefix_length is None and self.text_weights == "bundled":
+            self.text_prefix_length = 0
 
     def _resolve_vision(self) -> None:
         if self.vision_hidden_size is None:
@@ -333,12 +336,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
             _check_positive_int(name, getattr(self, name))
         if self.vision_hidden_size is not None:
             _check_positive_int("vision_hidden_size", self.vision_hidden_size)
-        if (
-            isinstance(self.text_prefix_length, bool)
-            or not isinstance(self.text_prefix_length, int)
-            or (self.text_prefix_length < 0)
-        ):
-            raise ValueError(f"`text_prefix_length` must be an integer >= 0, got {self.text_prefix_length!r}.")
+        prefix = self.text_prefix_length
+        if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
+            raise ValueError(f"`text_prefix_length` must be an integer >= 0 or None, got {prefix!r}.")
         if not 0.0 <= self.adapter_dropout < 1.0:
             raise ValueError(f"`adapter_dropout` must lie in [0, 1), got {self.adapter_dropout!r}.")
         if not (math.isfinite(self.max_logit_scale) and self.max_logit_scale > 0):

@@ -195,6 +195,28 @@ def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size
         )
 
 
+def check_images(images: Any) -> None:
+    if isinstance(images, (list, tuple)) and not images:
+        raise ValueError("`images` is an empty list. Give at least one image.")
+    for row, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
+        # Arrays and tensors have a dtype; images of PIL do not, and cannot hold NaN.
+        if hasattr(image, "dtype") and not bool(torch.as_tensor(image).isfinite().all()):
+            raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
+
+
+def check_text(text: Any) -> str | list[str] | None:
+    if text is None or isinstance(text, str):
+        return text
+    if not isinstance(text, (list, tuple)):
+        raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
+    if not text:
+        raise ValueError("`text` is an empty list. Give at least one text.")
+    for row, item in enumerate(text):
+        if not isinstance(item, str):
+            raise ValueError(f"Text {row} of `text` must be a string, got {type(item).__name__}.")
+    return list(text)
+
+
 _CAUSAL = "attends causally"
 _USE = "Use a decoder that honours `is_causal=False`, for example Llama, Qwen3, Mistral, Gemma or Phi-3."
 # Sizes of a decoder's twin, by what the name of a field holds; the first that fits counts. Head widths stay.
@@ -374,7 +396,9 @@ def assert_bidirectional(text_model: Any) -> None:
 __all__ = [
     "assert_bidirectional",
     "check_ids",
+    "check_images",
     "check_llm_embeds",
     "check_pixel_values",
+    "check_text",
     "measure_vision_tower",
 ]

@@ -208,7 +208,8 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
     def _pool_text(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
         config = self.config
-        return pool_text(outputs.last_hidden_state, attention_mask, config.text_prefix_length, config.text_pooling)
+        prefix = config.text_prefix_length or 0  # None where the LLM was put in by hand
+        return pool_text(outputs.last_hidden_state, attention_mask, prefix, config.text_pooling)
 
     def _run_text_model(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **kwargs: Any

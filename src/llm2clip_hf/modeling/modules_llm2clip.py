@@ -163,18 +163,53 @@ def sampled_weights_digest(text_model: Any) -> str | None:
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
 
-def check_text_fingerprint(text_model: Any, config: LLM2CLIPConfig) -> None:
+@torch.no_grad()
+def sampled_weights(text_model: Any) -> dict[str, torch.Tensor] | None:
+    """
+    Up to 1024 values of every parameter of an LLM, on the CPU, by which it is seen later whether it is the same.
+
+    Args:
+        text_model (`torch.nn.Module`): The LLM, on any device.
+
+    Returns:
+        `dict` from name to tensor; `None` where the values are not plain: quantised, adapted, sharded or not loaded.
+    """
+    samples = {}
+    for name, parameter in text_model.named_parameters():
+        plain = parameter.dtype in SAMPLED_DTYPES and not parameter.is_meta and not hasattr(parameter, "placements")
+        if not plain or "base_layer." in name or "_fsdp" in name:
+            return None
+        places = torch.arange(min(1024, parameter.numel()), device=parameter.device) * parameter.numel()
+        samples[name] = parameter.reshape(-1)[places // max(len(places), 1)].to("cpu", copy=True)
+    return samples
+
+
+def same_sampled_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two LLMs agree in their samples; in different dtypes, to rounding."""
+    if {name: len(values) for name, values in one.items()} != {name: len(values) for name, values in other.items()}:
+        return False
+    for name, values in one.items():
+        found = other[name]
+        if found.dtype == values.dtype:
+            if not torch.equal(found, values):
+                return False
+        elif not torch.allclose(found.float(), values.float(), rtol=2**-7, atol=2**-14):
+            return False
+    return True
+
+
+def check_text_fingerprint(text_model: Any, config: LLM2CLIPConfig, fingerprint: dict[str, Any]) -> None:
     """
     Checks that an LLM is the one whose stored embeddings a model was trained on, as far as that costs nothing.
 
     Args:
         text_model (`PreTrainedModel`): The LLM.
-        config ([`LLM2CLIPConfig`]): Config of the model; `text_fingerprint` says what made the embeddings.
+        config ([`LLM2CLIPConfig`]): Config of the model with this LLM.
+        fingerprint (`dict`): `text_fingerprint` of the model, what made the embeddings; may be empty.
 
     Raises:
         ValueError: if the digests of sampled weights differ, or the model would pool other tokens.
     """
-    fingerprint: dict[str, Any] = config.text_fingerprint or {}
     own = {"text_prefix_length": config.text_prefix_length, "pooling": config.text_pooling}
     for key, value in own.items():
         if key in fingerprint and fingerprint[key] != value:
@@ -308,6 +343,8 @@ __all__ = [
     "pool_image",
     "pool_text",
     "pooler_options",
+    "same_sampled_weights",
+    "sampled_weights",
     "sampled_weights_digest",
     "vision_class",
 ]

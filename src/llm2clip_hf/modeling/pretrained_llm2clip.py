@@ -42,8 +42,14 @@ from .loading_llm2clip import (
     stored_text_weights,
     text_keywords,
 )
-from .modules_llm2clip import LLM2CLIPAdapterLinear, check_text_fingerprint
-from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
+from .modules_llm2clip import (
+    LLM2CLIPAdapterLinear,
+    check_text_fingerprint,
+    same_sampled_weights,
+    sampled_weights,
+    sampled_weights_digest,
+)
+from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
 from .publishing_llm2clip import PushedModel, take_push_options
 from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
 
@@ -100,6 +106,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
     _supports_attention_backend = True
 
     _dtype_to_save: torch.dtype | None = None
+    # The LLM that `config.text_base_model` named when one was loaded or attached: this name, and samples of its
+    # weights, which are `None` where it is not known to be what is there.
+    _text_base: tuple[str | None, dict[str, torch.Tensor] | None] | None = None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -125,19 +134,41 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 New value of `config.text_weights`, for example `"bundled"` to save the LLM with the model.
 
         Raises:
-            ValueError: if its width is not the adaptor's, it was trained with another pooling, it does not attend
-                bidirectionally, or it is not the LLM that `config.text_fingerprint` records (by sampled weights).
+            ValueError: if its width is not the adaptor's, it was trained with another pooling or template header, it
+                does not attend bidirectionally, or it is not the LLM that `config.text_fingerprint` records (by
+                sampled weights); or if nobody says how long the header is. A model built without an LLM takes pooling
+                and length of the header from the LLM's config, where a folder of stage 1 or `convert` has them.
         """
-        # The config's own checks: architecture, width of the adaptor, pooling, choice of `text_weights`.
-        LLM2CLIPConfig(
+        pooling, prefix = self.config.text_pooling, self.config.text_prefix_length
+        if self.config.text_config is None:
+            # The defaults of a model that was built without an LLM; what the LLM's folder says counts.
+            pooling = getattr(text_model.config, "text_pooling", pooling)
+            prefix = getattr(text_model.config, "text_prefix_length", prefix)
+        fingerprint = self.config.text_fingerprint or {}
+        if prefix is None and not hasattr(text_model.config, "text_prefix_length"):
+            if "text_prefix_length" not in fingerprint:
+                raise ValueError(
+                    "Neither the model nor the LLM says how many leading tokens of a text (begin-of-text and template "
+                    "header) are left out of the mean. Set `model.config.text_prefix_length = "
+                    "text_prefix_length(processor.tokenizer)`, or pass that number to `from_pretrained`."
+                )
+            prefix = 0
+        # The config's own checks: architecture, width of the adaptor, pooling, header, choice of `text_weights`.
+        own = LLM2CLIPConfig(
             text_config=text_model.config,
             llm_hidden_size=self.config.llm_hidden_size,
-            text_pooling=self.config.text_pooling,
+            text_pooling=pooling,
+            text_prefix_length=prefix,
             text_weights=text_weights,
         )
-        check_text_fingerprint(text_model, self.config)
+        check_text_fingerprint(text_model, own, fingerprint)
+        self.config.text_pooling, self.config.text_prefix_length = own.text_pooling, own.text_prefix_length
         text_model.config.is_causal = False
         assert_bidirectional(text_model)
+        if self._text_base is None:
+            known = _same_source(text_model.config._name_or_path, self.config.text_base_model)
+            known = known or fingerprint.get("weights_sample_sha256") == sampled_weights_digest(text_model) is not None
+            self._text_base = (self.config.text_base_model, sampled_weights(text_model) if known else None)
         # The layers of the LLM hold this object, so it is the one that settings must reach.
         self.config.text_config = text_model.config
         if text_weights is not None:
@@ -199,11 +230,13 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             check_loading_info(pretrained_model_name_or_path, info, accepted)
         if text_model is None and load_text_model and model.config.text_weights == "external":
             text_kwargs = external_text_kwargs(kwargs, text_model_kwargs)
-            text_model = load_pretrained_text(
-                model.config.text_base_model, model.config.text_base_revision, text_kwargs
-            )
-        if text_model is not None:
+            named = load_pretrained_text(model.config.text_base_model, model.config.text_base_revision, text_kwargs)
+            model._text_base = (model.config.text_base_model, sampled_weights(named))
+            model.attach_text_model(named)
+        elif text_model is not None:
             model.attach_text_model(text_model)
+        elif model.text_model is not None:
+            model._text_base = (model.config.text_base_model, sampled_weights(model.text_model))
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -274,14 +307,23 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         own["text_base_revision"] = text.get("revision")
         text_model = load_pretrained_text(text_model_name_or_path, None, text)
         text_pooling = own.get("text_pooling") or getattr(text_model.config, "text_pooling", None)
-        if "text_prefix_length" not in own or text_pooling == "eos":
+        template = getattr(text_model.config, "text_template_sha256", None)
+        if "text_prefix_length" not in own or text_pooling == "eos" or template is not None:
             tokenizer = load_pretrained_tokenizer(text_model_name_or_path, None, text)
             tokenizer = apply_text_template(tokenizer, text_template)
+            if template not in (None, template_digest(tokenizer)):
+                raise ValueError(
+                    f"`text_template={text_template!r}` gives texts another template than the one that the LLM "
+                    f"{str(text_model_name_or_path)!r} was trained with, as its config says. Leave `text_template` "
+                    "out, and keep the tokenizer of that folder."
+                )
             own.setdefault("text_prefix_length", text_prefix_length(tokenizer))
             if text_pooling == "eos":
                 check_end_token(tokenizer, text_model_name_or_path)
         config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **own)
         model = cls(config, vision_model, load_text_model=False)
+        if _same_source(str(text_model_name_or_path), config.text_base_model):
+            model._text_base = (config.text_base_model, sampled_weights(text_model))
         model.attach_text_model(text_model)
         return _with_new_parts(model)
 
@@ -305,7 +347,7 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
 
         Raises:
             ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
-                named, or if a part carries an adapter (LoRA) that has not been merged.
+                named or not the one that is named (see [`~LLM2CLIPModel.text_model_is_named`]), or if a part carries an adapter (LoRA) that has not been merged.
         """
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
         self._check_merged(weights_given=kwargs.get("state_dict") is not None)
@@ -317,6 +359,22 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             write_sentence_files(Path(save_directory))
             if push is not None:
                 self.push_to_hub(**push, text_weights=text_weights)
+
+    def text_model_is_named(self) -> bool:
+        """
+        Whether `config.text_base_model` names the LLM that the model holds, as far as sampled weights show: `False`
+        after it was trained, or another was put in its place, unless the name was changed since.
+        """
+        if self._text_base is None:
+            return True  # built from a config, so nothing is known of it
+        name, before = self._text_base
+        if name != self.config.text_base_model:
+            return True
+        if before is None:
+            quantized = getattr(self.text_model.config, "quantization_config", None) is not None
+            return quantized or _same_source(self.text_model.config._name_or_path, name)
+        now = sampled_weights(self.text_model)
+        return now is None or same_sampled_weights(before, now)
 
     def _check_merged(self, weights_given: bool) -> None:
         """Refuses parts with adapters, whose weights have other names, unless plain weights are given to be saved."""
@@ -345,6 +403,13 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             raise ValueError(
                 "`text_weights` is 'external', but `config.text_base_model` does not name the LLM. Set it to the "
                 "LLM's repository or folder."
+            )
+        if text_weights == "external" and text_model is not None and not self.text_model_is_named():
+            raise ValueError(
+                "`text_weights` is 'external', but the LLM was trained or exchanged: it is not known to be the one "
+                f"that `config.text_base_model` ({config.text_base_model!r}) names, which would be loaded instead. "
+                "Save with `text_weights='bundled'`, or save the LLM by itself and set `config.text_base_model` to "
+                "its folder or repository."
             )
         restore = (config.text_weights, self._keys_to_ignore_on_save)
         # How this copy of the LLM is quantised is no matter of the folder; written, it would be applied to all parts.
@@ -403,6 +468,11 @@ def _llm_last(state_dict: dict[str, Any]) -> dict[str, Any]:
     # One file as long as it is small; else the first file ends where the LLM begins.
     large = size[True] > SMALL_LLM
     return {"state_dict": ordered, **({"max_shard_size": max(size[False], SMALL_LLM)} if large else {})}
+
+
+def _same_source(one: str | None, other: str | None) -> bool:
+    """Whether two names are of one repository or folder."""
+    return bool(one and other) and (one == other or os.path.realpath(str(one)) == os.path.realpath(str(other)))
 
 
 def check_end_token(tokenizer: Any, name: str) -> None:

@@ -14,6 +14,7 @@
 # limitations under the License.
 """Processor of LLM2CLIP, and the text template that travels in its tokenizer."""
 
+import hashlib
 import json
 import warnings
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
+from .inputs_llm2clip import check_images, check_text
 from .loading_llm2clip import source_of_parts
 from .publishing_llm2clip import PushedProcessor, take_push_options
 
@@ -83,6 +85,18 @@ def text_prefix_length(tokenizer: Any) -> int:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"A tokenizer with a `tokenizers` backend is needed, got {type(tokenizer).__name__}.")
     return len(_template_tokens(tokenizer)[0])
+
+
+def record_text_settings(config: Any, tokenizer: Any, pooling: str) -> None:
+    """Writes into the config of an LLM what its embeddings depend on besides weights: pooling, header and template."""
+    config.text_pooling = pooling
+    config.text_prefix_length = text_prefix_length(tokenizer)
+    config.text_template_sha256 = template_digest(tokenizer)
+
+
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of the token ids that `tokenizer` puts before and after every text."""
+    return hashlib.sha256(json.dumps(_template_tokens(tokenizer)).encode()).hexdigest()
 
 
 def text_end_token(tokenizer: Any) -> int | None:
@@ -356,12 +370,12 @@ class LLM2CLIPProcessor(PushedProcessor):
         """
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
-        texts = self._check_text(text)
+        texts = check_text(text)
         if isinstance(images, (list, tuple)):
             images = [self.read_image(image, f"Image {row} of `images`") for row, image in enumerate(images)]
         else:
             images = self.read_image(images, "The image")
-        self._check_images(images)
+        check_images(images)
         if self.tokenizer is None:
             return self._images_alone(images, texts, kwargs)
         batch = super().__call__(images=images, text=texts, **kwargs)
@@ -419,28 +433,6 @@ class LLM2CLIPProcessor(PushedProcessor):
                 f"{name} (`{image[:200]}`) cannot be read: {problem.rstrip('.')}. Check the path or address, or "
                 "pass an image of PIL."
             ) from error
-
-    @staticmethod
-    def _check_images(images: Any) -> None:
-        if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("`images` is an empty list. Give at least one image.")
-        for row, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
-            # Arrays and tensors have a dtype; images of PIL do not, and cannot hold NaN.
-            if hasattr(image, "dtype") and not bool(torch.as_tensor(image).isfinite().all()):
-                raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
-
-    @staticmethod
-    def _check_text(text: Any) -> str | list[str] | None:
-        if text is None or isinstance(text, str):
-            return text
-        if not isinstance(text, (list, tuple)):
-            raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
-        if not text:
-            raise ValueError("`text` is an empty list. Give at least one text.")
-        for row, item in enumerate(text):
-            if not isinstance(item, str):
-                raise ValueError(f"Text {row} of `text` must be a string, got {type(item).__name__}.")
-        return list(text)
 
 
 LLM2CLIPProcessor.register_for_auto_class()

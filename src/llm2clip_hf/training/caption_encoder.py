@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
 from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
-from ..modeling.processing_llm2clip import text_end_token
+from ..modeling.processing_llm2clip import record_text_settings, text_end_token
 from . import caption_pooling
 from .adapter_folder import AdapterFolder, find_adapter, write_adapter
 from .adapters import add_lora, has_adapters, lora_config, merged_llm
@@ -301,7 +301,7 @@ def build_caption_encoder(
     tokenizer = _finished_tokenizer(tokenizer, template, _chosen_length(max_length, stored, tokenizer, llm), chosen)
     transformer.processor = transformer.input_formatter.processor = tokenizer
     # Beside `is_causal`, so that whoever loads the LLM pools as it was trained.
-    llm.config.text_pooling = chosen
+    record_text_settings(llm.config, tokenizer, chosen)
 
     if adapter is not None:
         adapter.attach(llm)

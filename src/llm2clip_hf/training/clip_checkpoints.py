@@ -100,6 +100,16 @@ class ClipCheckpointTrainer(AtomicCheckpointTrainer):
             )
 
 
+def saved_text_weights(model: Any) -> str:
+    """Where the LLM that an LLM2CLIP model holds will be: with it if it was trained or exchanged, else where it is."""
+    if lora_layers(model.text_model):
+        return "bundled"
+    if not model.config.text_base_model:
+        return "none"
+    # Code that travelled with an older folder does not know.
+    return "external" if getattr(model, "text_model_is_named", lambda: True)() else "bundled"
+
+
 @contextmanager
 def _as_plain_model(model: Any) -> Iterator[None]:
     """
@@ -114,8 +124,7 @@ def _as_plain_model(model: Any) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     text_weights = getattr(config, "text_weights", None)
     if has_llm(model):
-        named = "external" if config.text_base_model else "none"
-        config.text_weights = "bundled" if lora_layers(model.text_model) else named
+        config.text_weights = saved_text_weights(model)
     for tower in towers:
         tower._hf_peft_config_loaded = False
     try:

@@ -25,7 +25,8 @@ from ..modeling.publishing_llm2clip import (
     publishable_files,
     stated_license,
 )
-from .lora import LORA_FILE, lora_layers
+from .clip_checkpoints import saved_text_weights
+from .lora import LORA_FILE
 from .trained_parts import has_llm
 
 
@@ -179,9 +180,7 @@ class PublishingClipTrainer(PublishingTrainer):
         """Where the LLM will be: with the model if it was trained, else in its own repository."""
         if not has_llm(core):
             return str(core.config.text_weights)
-        if lora_layers(core.text_model):
-            return "bundled"
-        return "external" if core.config.text_base_model else "none"
+        return saved_text_weights(core)
 
     def create_model_card(
         self,
