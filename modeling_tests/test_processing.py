@@ -2,6 +2,7 @@
 """The text template in the tokenizer, and the processor."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,65 @@ def test_a_template_string_and_the_other_families() -> None:
     own = apply_text_template(raw, "user: {text}<|eot_id|>")
     expected = raw("user:", add_special_tokens=False)["input_ids"]
     assert own("a red boat")["input_ids"][1 : 1 + len(expected)] == expected
+
+
+# What families' own chat templates do, in short, and the user turn without system prompt and assistant's header.
+EACH = "{% for m in messages %}"
+CHAT_TEMPLATES = {
+    "phi-4": (
+        EACH + "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        "<|im_start|>user<|im_sep|>{text}<|im_end|>",
+    ),
+    "phi-4-mini": (
+        EACH + "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
+        "<|user|>{text}<|end|>",
+    ),
+    "phi-3": (
+        EACH + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        "<|user|>\n{text}<|end|>",
+    ),
+    "qwen2": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+        + EACH
+        + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "<|im_start|>user\n{text}<|im_end|>",
+    ),
+    "llama3": (
+        EACH + "{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content | trim }}<|eot_id|>{% endfor %}",
+        "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+    ),
+    "gemma": (
+        "{{ bos_token }}" + EACH + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}",
+        "<start_of_turn>user\n{text}<end_of_turn>",
+    ),
+    "mistral": (
+        "{{ bos_token }}" + EACH + "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}"
+        "{{ eos_token }}{% endif %}{% endfor %}",
+        "[INST]{text}[/INST]",
+    ),
+    "gpt-oss": (
+        "<|start|>system<|message|>Hello.<|end|>" + EACH + "<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}",
+        "<|start|>user<|message|>{text}<|end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CHAT_TEMPLATES))
+def test_auto_is_the_user_turn_of_the_tokenizers_own_chat_template(name: str) -> None:
+    tokens = sorted(
+        {token for _, turn in CHAT_TEMPLATES.values() for token in re.findall(r"<[^<>]+>|\[/?INST\]", turn)}
+    )
+    raw = tiny_models.llama3_tokenizer()
+    raw.add_special_tokens({"additional_special_tokens": [*tokens, "<|assistant|>", "<|return|>"]})
+    raw.chat_template, turn = CHAT_TEMPLATES[name]
+    found = apply_text_template(raw)("a red boat")["input_ids"]
+    assert found == raw(turn.format(text="a red boat"))["input_ids"]
 
 
 def test_folder_name_does_not_change_the_ids(tmp_path: Path) -> None:

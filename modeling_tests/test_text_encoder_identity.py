@@ -17,7 +17,7 @@ from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.data import CaptionEmbeddingStore, ImageTextDataset, RandomResizedCropTransform, embed_captions
 from llm2clip_hf.data.fingerprint import weights_identity
-from llm2clip_hf.modeling.processing_llm2clip import record_text_settings
+from llm2clip_hf.modeling.loading_llm2clip import record_text_settings
 from llm2clip_hf.training.clip_checks import check_stores
 
 
@@ -205,7 +205,7 @@ def test_an_llm_of_another_header_or_template_is_refused(folder: Path, tmp_path:
         LLM2CLIPModel.from_vision_text_pretrained(str(folder / "vision"), str(llm), text_template=None)
 
 
-# ------------------------------------------------------------------------------------- an external LLM that was changed
+# ------------------------------------------------------------------------------------- an external LLM was changed
 
 
 @pytest.fixture

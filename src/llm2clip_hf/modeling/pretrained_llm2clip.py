@@ -347,7 +347,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
 
         Raises:
             ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
-                named or not the one that is named (see [`~LLM2CLIPModel.text_model_is_named`]), or if a part carries an adapter (LoRA) that has not been merged.
+                named or not the one that is named (see [`~LLM2CLIPModel.text_model_is_named`]), or if a part carries
+                an adapter (LoRA) that has not been merged.
         """
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
         self._check_merged(weights_given=kwargs.get("state_dict") is not None)

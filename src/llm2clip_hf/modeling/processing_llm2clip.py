@@ -16,6 +16,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from typing import Any
 
@@ -37,21 +38,14 @@ MAX_TEXT_LENGTH = 512
 # Longest wait, in seconds, for a server that an image is fetched from.
 FETCH_TIMEOUT = 30.0
 
-# One user turn, without a system prompt and without the assistant's header, as in the original implementation for
-# Llama-3; the other families follow the same rule. `{text}` stands for the caption.
+# One user turn, without a system prompt and the assistant's header, as in the original implementation for Llama-3; the
+# other families follow the same rule. `{text}` stands for the caption.
 CHAT_TEMPLATES = {
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
     "chatml": "<|im_start|>user\n{text}<|im_end|>",
     "gemma": "<start_of_turn>user\n{text}<end_of_turn>",
     "phi3": "<|user|>\n{text}<|end|>",
     "mistral": "[INST]{text}[/INST]",
-}
-_CHAT_MARKERS = {
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "phi3": ("<|user|>", "<|end|>"),
-    "mistral": ("[INST]", "[/INST]"),
 }
 _STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 
@@ -87,18 +81,6 @@ def text_prefix_length(tokenizer: Any) -> int:
     return len(_template_tokens(tokenizer)[0])
 
 
-def record_text_settings(config: Any, tokenizer: Any, pooling: str) -> None:
-    """Writes into the config of an LLM what its embeddings depend on besides weights: pooling, header and template."""
-    config.text_pooling = pooling
-    config.text_prefix_length = text_prefix_length(tokenizer)
-    config.text_template_sha256 = template_digest(tokenizer)
-
-
-def template_digest(tokenizer: Any) -> str:
-    """SHA-256 of the token ids that `tokenizer` puts before and after every text."""
-    return hashlib.sha256(json.dumps(_template_tokens(tokenizer)).encode()).hexdigest()
-
-
 def text_end_token(tokenizer: Any) -> int | None:
     """
     The special token that `tokenizer` puts after every text, truncated or not: end-of-text or end-of-turn.
@@ -117,17 +99,43 @@ def text_end_token(tokenizer: Any) -> int | None:
     return suffix[-1] if is_special else None
 
 
+def _own_turn(tokenizer: Any) -> str | None:
+    """The user turn of the tokenizer's own chat template, with `{text}`; `None` if it cannot be taken out of it."""
+    turns = ("first7", "second7", "third7")
+    messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant", "user"), turns)]
+    marks = f"({'|'.join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))})"
+    try:
+        texts = [tokenizer.apply_chat_template(messages[:end], tokenize=False) for end in (3, 2)]
+        (start, after_user, between, end), (_, _, closing) = (re.split("|".join(turns), text) for text in texts)
+    except Exception as error:  # of the template, which is a program, or it leaves out a turn
+        logger.warning("The user turn of the chat template cannot be found (%s).", error)
+        return None
+    start, after_user, between, end, closing = (
+        [piece for piece in re.split(marks, text) if piece] for text in (start, after_user, between, end, closing)
+    )
+    # What ends the assistant's turn does not belong to the user's, nor does a begin-of-text token that all texts get.
+    header = between[len(os.path.commonprefix([closing, between])) :]
+    header = os.path.commonprefix([header[::-1], start[::-1]])[::-1]
+    ending = os.path.commonprefix([end, after_user])
+    if header[:1] in (ending[:1], [tokenizer.bos_token] if _template_tokens(tokenizer)[0] else None):
+        header = header[1:]
+    # Spaces at the caption go with it; a line break is part of a header.
+    return f"{''.join(header).lstrip().rstrip(' ')}{{text}}{''.join(ending).rstrip()}"
+
+
 def _auto_template(tokenizer: Any) -> str | None:
-    """The template of an instruction-tuned model, by the special tokens it has; `None` for a base model."""
+    """The user turn of an instruction-tuned model, as its chat template renders it; `None` for a base model."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    vocabulary = tokenizer.get_added_vocab()
-    for family, markers in _CHAT_MARKERS.items():
-        if all(marker in vocabulary for marker in markers):
-            return CHAT_TEMPLATES[family]
+    own, vocabulary = _own_turn(tokenizer), tokenizer.get_added_vocab()
+    if own is not None and any(token in own for token in vocabulary):
+        return own
+    # One that writes no special token tells nothing; the tokens themselves do.
+    for template in CHAT_TEMPLATES.values():
+        if all(marker in vocabulary for marker in re.findall(r"<[^<>]+>|\[/?INST\]", template)):
+            return template
     logger.warning(
-        "The tokenizer has a chat template of no known family, so texts get none. Pass a template such as "
-        "'<user>{text}<end>' to use one."
+        "The chat template marks the user turn by no special token, so texts get none. Pass one: '<user>{text}<end>'."
     )
     return None
 
@@ -195,8 +203,9 @@ def apply_text_template(tokenizer: Any, template: str | None = "auto", max_lengt
     Args:
         tokenizer: A tokenizer of transformers with a `tokenizers` backend.
         template (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: for an instruction-tuned model (one with a `chat_template`) the user turn of its family, told by
-            its special tokens; otherwise none. Or a family (`"llama3"`, `"chatml"`, `"gemma"`, `"phi3"`, `"mistral"`),
+            `"auto"`: for an instruction-tuned model (one with a `chat_template`) the user turn that this renders, or,
+            where it writes no special tokens, that of the family that has them; otherwise none. Or a family
+            (`"llama3"`, `"chatml"`, `"gemma"`, `"phi3"`, `"mistral"`),
             a string that holds `{text}` once, or `None` for no template.
         max_length (`int`, *optional*, defaults to 512):
             Longest text in tokens, template included; becomes `model_max_length`.
@@ -255,6 +264,18 @@ class LLM2CLIPProcessorKwargs(ProcessingKwargs, total=False):
         "text_kwargs": {"padding": True, "truncation": True},
         "common_kwargs": {"return_tensors": "pt"},
     }
+
+
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of the token ids that a tokenizer puts before and after every text."""
+    ids, length = tokenizer("")["input_ids"], text_prefix_length(tokenizer)
+    return hashlib.sha256(json.dumps([ids[:length], ids[length:]]).encode()).hexdigest()
+
+
+def record_text_settings(config: Any, tokenizer: Any, pooling: str) -> None:
+    """Writes into the config of an LLM what its embeddings depend on besides weights: pooling, header, template."""
+    fields = {"text_pooling": pooling, "text_prefix_length": text_prefix_length(tokenizer)}
+    vars(config).update(fields, text_template_sha256=template_digest(tokenizer))
 
 
 class LLM2CLIPProcessor(PushedProcessor):
@@ -437,4 +458,11 @@ class LLM2CLIPProcessor(PushedProcessor):
 
 LLM2CLIPProcessor.register_for_auto_class()
 
-__all__ = ["LLM2CLIPProcessor", "apply_text_template", "text_end_token", "text_prefix_length"]
+__all__ = [
+    "LLM2CLIPProcessor",
+    "apply_text_template",
+    "record_text_settings",
+    "template_digest",
+    "text_end_token",
+    "text_prefix_length",
+]
