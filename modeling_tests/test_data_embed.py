@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embedding captions into a store: values, batches, resumption after a kill, refusals."""
 
+import copy
 import hashlib
 import itertools
 import json
 import re
+from typing import Any
 
 import pytest
 import tiny_models
@@ -158,6 +160,50 @@ def test_a_finished_shard_that_was_truncated_is_done_again(tmp_path):
     recorder = Recorder()
     embed(tmp_path, recorder).verify()
     assert len(recorder.texts) == 45 - 10
+
+
+def overflowing_llm() -> Any:
+    """A model in float16 whose states overflow for captions with one word only."""
+    model = tiny_models.model()
+    word = tiny_models.processor().tokenizer("dogs")["input_ids"][5]
+    with torch.no_grad():
+        model.text_model.embed_tokens.weight[:, 0] = 0
+        model.text_model.embed_tokens.weight[word] = torch.eye(tiny_models.TEXT_WIDTH)[0]
+        model.text_model.layers[0].self_attn.o_proj.weight[0] = 0
+        model.text_model.layers[0].mlp.up_proj.weight[:, 0] = 6e4
+    return model
+
+
+@pytest.mark.parametrize("kind", ["model", "module"])
+def test_a_batch_that_overflows_in_float16_is_embedded_in_float32(kind, tmp_path, caplog):
+    captions = ["a red boat on the sea", "dogs", "ein rotes Boot"]
+    model, tokenizer = overflowing_llm(), tiny_models.processor().tokenizer
+    model.text_model.half()
+    exact = copy.deepcopy(model)
+    exact.text_model.float()
+    expected = torch.cat([exact.get_llm_embeds(**tokenizer([text], return_tensors="pt")) for text in captions])
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def encode(self, texts, **options):
+            return model.get_llm_embeds(**tokenizer(texts, padding=True, return_tensors="pt"))
+
+    arguments = {"tokenizer": tokenizer} if kind == "model" else {"fingerprint": {"llm": "tiny"}}
+    encoder = model if kind == "model" else Encoder()
+    with torch.no_grad():
+        raw = model.get_llm_embeds(**tokenizer(captions, padding=True, return_tensors="pt"))
+        assert raw.isfinite().all(1).tolist() == [True, False, True]
+        store = embed_captions(
+            encoder, captions, tmp_path, dtype="float32", max_tokens_per_batch=1, show_progress=False, **arguments
+        )
+    assert torch.cosine_similarity(store.gather([0, 1, 2]), expected).min() > 0.9999
+    assert torch.allclose(store.gather([1]), expected[1:2], rtol=1e-5)
+    assert {parameter.dtype for parameter in model.text_model.parameters()} == {torch.float16}
+    if kind == "model":
+        assert store.fingerprint["weights_dtype"] == "float16"
 
 
 def test_an_embedding_that_is_not_finite_in_the_dtype_is_refused(tmp_path):

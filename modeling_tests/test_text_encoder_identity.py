@@ -390,3 +390,19 @@ def test_what_cannot_be_compared_is_said(folder: Path, caplog: pytest.LogCapture
     )  # fmt: skip
     check_finished_stores(TrainClipOptions(text_model=str(folder / "nowhere")), [str(folder / "gone")])
     assert "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("meta", torch.float16)])
+def test_captions_are_embedded_in_float32_on_a_cpu_and_in_float16_elsewhere(
+    device: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from llm2clip_hf.cli.embed_captions import EmbedCaptionsOptions, load_encoder
+
+    model = tiny_models.model()
+    model.text_model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tiny_models.processor().save_pretrained(tmp_path)
+    encoder, _ = load_encoder(EmbedCaptionsOptions(), str(tmp_path), device)
+    assert encoder.text_model.dtype == dtype
+    encoder, _ = load_encoder(EmbedCaptionsOptions(dtype="bfloat16"), str(tmp_path), device)
+    assert encoder.text_model.dtype == torch.bfloat16

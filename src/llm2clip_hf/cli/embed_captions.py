@@ -74,7 +74,8 @@ class EmbedCaptionsOptions:
         metadata={"help": "Tokens per caption; what the LLM's folder says, else 512 (paper), if left out."},
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out."}
+        default=None,
+        metadata={"help": "Type of the LLM's weights; float16 (float32 where it overflows), on a CPU float32."},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
@@ -265,10 +266,13 @@ def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tu
     import llm2clip_hf  # noqa: F401  (registers the model type)
 
     trust = options.trust_remote_code
+    # bfloat16, the type of most checkpoints, has 8 bits: a pooled cosine with float32 of
+    # 0.93 to 0.997. float16, as fast, has 11: 0.9997 and more. On a CPU neither is faster everywhere.
+    dtype = options.dtype or ("float32" if device == "cpu" else "float16")
     config = AutoConfig.from_pretrained(llm, trust_remote_code=trust)
     if config.model_type == "llm2clip":
         refuse_template(options, llm)
-        settings = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
+        settings = {"dtype": dtype, "attn_implementation": options.attn_implementation}
         settings = {name: value for name, value in settings.items() if value is not None}
         model = AutoModel.from_pretrained(llm, trust_remote_code=trust, **settings).to(device)
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust)
@@ -282,7 +286,7 @@ def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tu
         max_length=options.max_length,
         pooling=pooling,
         lora=None,
-        dtype=options.dtype,
+        dtype=dtype,
         attn_implementation=options.attn_implementation,
     ).to(device)
     return encoder, {"fingerprint": encoder.fingerprint()}

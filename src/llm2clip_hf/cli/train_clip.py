@@ -165,7 +165,8 @@ class TrainClipOptions:
     template: str = field(default="auto", metadata={"help": "Chat template of the LLM: auto, none, or a template."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per caption; 512 (paper) if left out."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out."}
+        default=None,
+        metadata={"help": "Type of the LLM's weights; for stored embeddings that of embed-captions, else its own."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the LLM."})
     device: str | None = field(

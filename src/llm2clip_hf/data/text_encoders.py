@@ -2,6 +2,7 @@
 """One face for everything that turns captions into LLM embeddings: a function, an object with `encode`, the model."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from .fingerprint import FingerprintValue, embedding_fingerprint, tokenizer_dige
 
 
 __all__ = ["TextEncoder", "as_text_encoder", "model_fingerprint", "model_settings"]
+
+logger = logging.getLogger(__name__)
 
 # English text has about four bytes per token; only the order and the size of batches depend on it.
 _BYTES_PER_TOKEN = 4
@@ -60,7 +63,8 @@ def as_text_encoder(encoder: Any, tokenizer: Any, max_length: int) -> TextEncode
             "Leave `tokenizer` out."
         )
     if hasattr(encoder, "encode"):
-        return _FunctionEncoder(_encode_method(encoder))
+        module = encoder if isinstance(encoder, torch.nn.Module) else None
+        return _FunctionEncoder(_encode_method(encoder), module)
     if callable(encoder) and not isinstance(encoder, torch.nn.Module):
         return _FunctionEncoder(encoder)
     raise ValueError(
@@ -111,18 +115,39 @@ def model_settings(model: Any, tokenizer: Any = None) -> dict[str, FingerprintVa
     return settings
 
 
+def _without_overflow(
+    encode: Callable[[list[str]], torch.Tensor], texts: list[str], module: torch.nn.Module | None
+) -> torch.Tensor:
+    """Embeddings of a batch; where they overflow in an LLM in float16, in float32, with the same weights."""
+    embeddings = torch.as_tensor(encode(texts))
+    if module is None or bool(embeddings.isfinite().all()):
+        return embeddings
+    halves = [*module.parameters(), *module.buffers()]
+    halves = [tensor for tensor in halves if tensor.dtype == torch.float16 and not tensor.is_meta]
+    if not halves:
+        return embeddings
+    logger.warning("The LLM overflows in float16; %d captions are embedded in float32 instead.", len(texts))
+    for tensor in halves:
+        tensor.data = tensor.data.float()
+    try:
+        return torch.as_tensor(encode(texts))
+    finally:
+        for tensor in halves:
+            tensor.data = tensor.data.half()
+
+
 class _FunctionEncoder:
     # To be on the safe side: what happens in the function is not known.
     pads = True
 
-    def __init__(self, function: Callable[[list[str]], torch.Tensor]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[list[str]], torch.Tensor], module: torch.nn.Module | None = None) -> None:
+        self._function, self._module = function, module
 
     def token_lengths(self, texts: list[str]) -> list[int]:
         return [1 + len(text.encode()) // _BYTES_PER_TOKEN for text in texts]
 
     def encode(self, texts: list[str]) -> torch.Tensor:
-        return torch.as_tensor(self._function(texts))
+        return _without_overflow(self._function, texts, self._module)
 
     def fingerprint(self) -> dict[str, FingerprintValue]:
         raise ValueError(
@@ -146,8 +171,11 @@ class _ModelEncoder:
         # Every name for flash attention in transformers, also of kernels from the Hub, has the word in it.
         return "flash" not in str(getattr(self._model.text_model.config, "_attn_implementation", None))
 
-    @torch.inference_mode()
     def encode(self, texts: list[str]) -> torch.Tensor:
+        return _without_overflow(self._encode, texts, self._model.text_model)
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[str]) -> torch.Tensor:
         text_model = self._model.text_model
         was_training = text_model.training
         text_model.eval()

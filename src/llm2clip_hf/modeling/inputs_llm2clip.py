@@ -266,11 +266,11 @@ def _twin_config(config: Any, layers: int) -> Any:
         vars(config)[name] = small if value == width and "position" not in name else _twin_size(name, value, heads)
     config.num_hidden_layers = layers
     # Layers that differ from the others in such a field, as those with global attention of Gemma 4.
-    per_layer = getattr(config, "_heterogeneity_spec", None)
-    for layer, overrides in list(per_layer.per_layer_overrides.items()) if per_layer else ():
+    per_layer: dict[int, Any] = getattr(getattr(config, "_heterogeneity_spec", None), "per_layer_overrides", {})
+    for layer, overrides in list(per_layer.items()):
         overrides.update({name: _twin_size(name, value, heads) for name, value in overrides.items()})
         if layer >= layers:
-            del per_layer.per_layer_overrides[layer]
+            del per_layer[layer]
     if hasattr(config, "mamba_d_head"):
         config.mamba_n_heads = config.mamba_expand * small // config.mamba_d_head
     return config
@@ -305,8 +305,8 @@ def _find_twin_fault(text_model: Any) -> str | None:
     if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
         return f"{_CAUSAL}: its ALiBi ranks a later token the higher the further away it is. {_USE}"
     depth = config.num_hidden_layers
-    kinds = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
-    kinds = [str(kind) for kind in zip(*kinds)]
+    lists = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
+    kinds = [str(kind) for kind in zip(*lists)]
     # As many layers as show each of their kinds.
     layers = min(depth, max(_TWIN_LAYERS, 1 + max(map(kinds.index, kinds), default=0)))
     try:

@@ -114,7 +114,7 @@ def _own_turn(tokenizer: Any) -> str | None:
         [piece for piece in re.split(marks, text) if piece] for text in (start, after_user, between, end, closing)
     )
     # What ends the assistant's turn does not belong to the user's, nor does a begin-of-text token that all texts get.
-    header = between[len(os.path.commonprefix([closing, between])) :]
+    header: Any = between[len(os.path.commonprefix([closing, between])) :]
     header = os.path.commonprefix([header[::-1], start[::-1]])[::-1]
     ending = os.path.commonprefix([end, after_user])
     if header[:1] in (ending[:1], [tokenizer.bos_token] if _template_tokens(tokenizer)[0] else None):
