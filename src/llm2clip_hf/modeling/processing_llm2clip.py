@@ -16,6 +16,7 @@
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from typing import Any

@@ -24,8 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
 from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
-from ..modeling.processing_llm2clip import record_text_settings
-from ..modeling.processing_llm2clip import text_end_token
+from ..modeling.processing_llm2clip import record_text_settings, text_end_token
 from . import caption_pooling
 from .adapter_folder import AdapterFolder, find_adapter, write_adapter
 from .adapters import add_lora, has_adapters, lora_config, merged_llm
