@@ -116,6 +116,34 @@ def test_weights_that_are_all_trained_are_float32(folder: Path, capsys: pytest.C
     assert "are in half precision" in capsys.readouterr().err
 
 
+SEEDED = {
+    "train-captions": ["--llm", "{}/llm", "--captions", "{}/captions.jsonl", "--num_test_images", 0, "--lora_r", 4]
+    + ["--mntp_steps", 1, "--warmup_steps", 0],
+    "train-clip": ["--vision_model", "{}/vision", "--text_model", "{}/llm", "--data", "{}/train.parquet", "--store"]
+    + ["{}/seeded-store", "--projection_dim", 20, "--train_vision", "lora"],
+}
+
+
+@pytest.mark.parametrize("verb", list(SEEDED))
+def test_runs_of_one_seed_write_equal_files(folder: Path, verb: str) -> None:
+    def files(name: str, seed: int) -> dict[str, bytes]:
+        torch.manual_seed(len(name))  # what was drawn before a run must not matter
+        options = [str(option).format(folder) for option in SEEDED[verb]]
+        target = folder / name / "run"
+        run(verb, *options, "--output_dir", target, "--max_steps", 2, "--seed", seed, "--save_strategy", "no", *COMMON)
+        # Not among them, since they hold paths and times.
+        left_out = ("results.json", "training_args.bin")
+        found = [file for file in target.rglob("*") if file.is_file() and file.name not in left_out]
+        return {str(file.relative_to(target)): file.read_bytes() for file in found}
+
+    first, again, other = (files(f"{verb}-{name}", seed) for name, seed in (("a", 7), ("bb", 7), ("ccc", 8)))
+    assert first.keys() == again.keys()
+    # The folder of MNTP is named in the files of what was made of it.
+    differing = {name for name in first if first[name].replace(b"-a/", b"-bb/") != again[name]}
+    assert not differing
+    assert first["model.safetensors"] != other["model.safetensors"]
+
+
 @pytest.mark.slow
 def test_training_on_tar_shards(folder: Path) -> None:
     shards = write_shards(folder, [9, 7])

@@ -101,6 +101,17 @@ def test_lora_of_the_vision_tower_is_on_queries_keys_and_values(tmp_path, vision
             assert group["weight_decay"] == 0.05
 
 
+def test_lora_is_drawn_from_the_seed_of_the_run(tmp_path):
+    def drawn(start: int, seed: int) -> torch.Tensor:
+        model = tiny_models.model("clip")
+        torch.manual_seed(start)
+        trainer_for(model, tmp_path, train_vision="lora", seed=seed)
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(drawn(1, 7), drawn(2, 7))
+    assert not torch.equal(drawn(1, 7), drawn(1, 8))
+
+
 @pytest.mark.parametrize("side", ["vision", "text"])
 def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
     text = "input_ids"

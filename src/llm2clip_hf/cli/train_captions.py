@@ -368,9 +368,12 @@ def train_and_save(
     """Trains, measures and saves."""
     from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
     from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
+    from llm2clip_hf.training.run_checks import seed_run
 
+    llm = pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm
+    seed_run(args)
     encoder = build_caption_encoder(
-        pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm,
+        llm,
         template=None if options.template == "none" else options.template,
         max_length=options.max_length,
         pooling=options.pooling,

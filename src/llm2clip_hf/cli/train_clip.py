@@ -271,11 +271,9 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
 
 def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume: Any) -> Plan:
     """Makes and checks all parts of a run but the embeddings; nothing here takes long, and nothing is written."""
-    from transformers import set_seed
-
     from llm2clip_hf.training.clip_checks import check_stores, count_steps, prepare_training
     from llm2clip_hf.training.clip_evaluation import class_prompts
-    from llm2clip_hf.training.run_checks import check_settings
+    from llm2clip_hf.training.run_checks import check_settings, seed_run
 
     from .embed_captions import check_store_options
 
@@ -296,7 +294,7 @@ def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume
         captions |= {} if test is None else {f"{folder}-test": test.captions}
         captions |= {} if classes is None else {f"{folder}-zero-shot": class_prompts(classes)}
     stores = open_finished(captions)
-    set_seed(args.seed)  # before anything random is built
+    seed_run(args)  # before anything random is built
     model, processor = load_model(options, with_llm=not (stored or options.check))
     bundled = holds_llm(options, args, configs.get("model"))
     needed = bundled or not stored or len(stores) < len(captions)

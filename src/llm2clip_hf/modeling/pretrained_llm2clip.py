@@ -199,8 +199,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         r"""
         Builds an untrained model from a pretrained vision tower and a pretrained LLM.
 
-        The projection and the adaptor are new. `LLM2CLIPProcessor.from_vision_text_pretrained` makes the processor for
-        it from the same parts.
+        The projection and the adaptor are new, drawn from torch's generator: call `transformers.set_seed` before, on
+        all processes alike. `LLM2CLIPProcessor.from_vision_text_pretrained` makes the processor for it from the same
+        parts.
 
         Args:
             vision_model_name_or_path (`str`):

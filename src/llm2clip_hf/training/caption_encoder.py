@@ -229,6 +229,8 @@ def build_caption_encoder(
     r"""
     Makes a caption encoder of a decoder LLM: the model that stage 1 trains, or one to embed captions with.
 
+    LoRA starts from draws of torch's generator: call `transformers.set_seed` before, on all processes alike.
+
     Its embedding equals `pool_text(llm(input_ids, attention_mask).last_hidden_state, attention_mask, prefix_length,
     pooling)` of `llm2clip_hf.modeling`, whatever the padding side and the order of the batch.
 

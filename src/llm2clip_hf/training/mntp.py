@@ -40,6 +40,7 @@ from .run_checks import (
     describe_divergence,
     refuse_arguments,
     refuse_options,
+    seed_run,
 )
 
 
@@ -172,6 +173,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
             revision = (model_kwargs or {}).get("revision") or "main"
             processing_class = AutoTokenizer.from_pretrained(model, revision=revision)
         llm = _load_model(model, dict(model_kwargs or {}))
+        seed_run(args)  # before LoRA is drawn
         if has_adapters(llm):
             if lora not in (None, "default"):
                 raise ValueError("`lora` has no effect on a model that has adapters already. Leave one of them out.")
