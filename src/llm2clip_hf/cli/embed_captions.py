@@ -260,12 +260,13 @@ def embed(
 
 def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tuple[Any, dict[str, Any]]:
     """What turns captions into embeddings, and the arguments of `embed_captions` that go with it."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
     import llm2clip_hf  # noqa: F401  (registers the model type)
+    from llm2clip_hf.modeling.loading_llm2clip import load_text_config
 
     trust = options.trust_remote_code
-    config = AutoConfig.from_pretrained(llm, trust_remote_code=trust)
+    config = load_text_config(llm, {"trust_remote_code": trust})
     if config.model_type == "llm2clip":
         refuse_template(options, llm)
         settings = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}

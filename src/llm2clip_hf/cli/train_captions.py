@@ -62,7 +62,9 @@ SHOWN = (
 
 @dataclass
 class TrainCaptionsOptions:
-    llm: str = field(metadata={"help": "Folder or repository of a decoder LLM."})
+    llm: str = field(
+        metadata={"help": "Folder or repository of a decoder LLM, or of a result of stage 1 to train on."}
+    )
     captions: str | None = field(
         default=None,
         metadata={"help": "Captions: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub data set."},
@@ -110,9 +112,14 @@ class TrainCaptionsOptions:
     pooling: Literal["mean", "eos", "last"] | None = field(
         default=None, metadata={"help": "How the states become one vector; mean (paper) if left out."}
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA (paper); 0 trains all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "Alpha of LoRA (paper)."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA (released code)."})
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of LoRA; 16 (paper), or that of an adapter to train on, if left out; 0 trains all."},
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of LoRA; 32 (paper) if left out."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of LoRA; 0.05 (released code) if left out."}
+    )
     quantization: Literal["4bit", "8bit"] | None = field(
         default=None, metadata={"help": "Load the LLM quantised, for one small GPU; saves the adapter alone."}
     )
@@ -349,13 +356,20 @@ def print_plan(
         print(f"mntp      {options.mntp_steps} steps before")
     print(f"steps     {steps}, {batch} pairs per step on {args.world_size} device(s)")
     dtype = weights_dtype(options)
-    print(describe_llm(options.llm, lora_rank=options.lora_r, dtype=dtype, quantization=options.quantization))
+    rank = 16 if options.lora_r is None else options.lora_r
+    print(describe_llm(options.llm, lora_rank=rank, dtype=dtype, quantization=options.quantization))
 
 
 def weights_dtype(options: TrainCaptionsOptions) -> str | None:
     """Type of the LLM's weights in stage 1, `None` for the checkpoint's own; weights to train are float32."""
     trains_all = options.lora_r == 0 and not options.quantization
     return "float32" if options.dtype is None and trains_all else options.dtype
+
+
+def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
+    """The fields of LoRA that are given, `None` to train all weights."""
+    fields = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
+    return None if options.lora_r == 0 else {name: value for name, value in fields.items() if value is not None}
 
 
 def train_and_save(

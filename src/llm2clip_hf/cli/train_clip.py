@@ -357,10 +357,11 @@ def train_and_save(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments",
 
 def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPModel", Any]:
     """Model and processor; the LLM's weights only where they are needed."""
-    from transformers import AutoConfig, AutoModel, AutoProcessor
+    from transformers import AutoModel, AutoProcessor
 
     from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
     from llm2clip_hf.modeling import text_prefix_length
+    from llm2clip_hf.modeling.loading_llm2clip import load_text_config
 
     if options.model is not None:
         trust = options.trust_remote_code
@@ -388,7 +389,7 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
         return model, processor
     model = LLM2CLIPModel.from_vision_text_pretrained(
         vision,
-        text_config=AutoConfig.from_pretrained(llm).get_text_config(),
+        text_config=load_text_config(llm).get_text_config(),
         text_prefix_length=text_prefix_length(processor.tokenizer),
         text_weights="external",
         **sizes,

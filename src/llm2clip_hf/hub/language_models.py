@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from llm2clip_hf.modeling import apply_text_template, assert_bidirectional
+from llm2clip_hf.modeling.loading_llm2clip import load_text_config
 
 from .checkpoint_files import Source, read_weights
 
@@ -97,7 +98,7 @@ def read_text_model(name: str | None, width: int | None) -> TextModel | None:
     if name is None or name == "none":
         return None
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_text_config(name, {"trust_remote_code": False})
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -12,14 +12,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Loading of the parts: a vision tower, and an LLM that a model names or is built from."""
+"""Loading of the parts: a vision tower, and an LLM, whole or as adapters, that a model names or is built from."""
 
+import hashlib
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file, logging
 
 
 logger = logging.get_logger(__name__)
@@ -28,6 +32,11 @@ logger = logging.get_logger(__name__)
 # revision, and the permission to run its code.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _SOURCE_KEYWORDS = (*HUB_KEYWORDS, "code_revision", "revision", "subfolder", "trust_remote_code")
+# Files of adapters, and what stage 1 says of its own beside them.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ENCODER_SETTINGS = "caption_encoder.json"
+_SETTINGS = "base_model base_revision is_causal template pooling max_length normalize hidden_size".split()
 
 
 def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
@@ -108,26 +117,210 @@ def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) 
     return found if revision is None else {"revision": revision, **found}
 
 
+def find_text_adapter(name: str, source: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """
+    What a repository or folder of adapters alone says of the LLM that they make; `None` for any other.
+
+    Args:
+        name (`str`): Repository or folder.
+        source (`dict`, *optional*): `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        `dict`: `base_model`, `base_revision`, `is_causal`, `pooling`, `hidden_size`; all of `caption_encoder.json`
+        where stage 1 saved the adapters.
+
+    Raises:
+        ValueError: if files of it are missing, or it does not name its base.
+    """
+    if find_file(name, "config.json", source) is not None:
+        return None  # a whole model
+    files = {file: find_file(name, file, source) for file in (ENCODER_SETTINGS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    settings_file, config_file, weights_file = files.values()
+    if settings_file is None and config_file is None:
+        return None
+    settings = None if settings_file is None else json.loads(settings_file.read_text(encoding="utf-8"))
+    if settings is not None and (missing := [repr(field) for field in _SETTINGS if field not in settings]):
+        raise ValueError(f"`{settings_file}` has no {', '.join(missing)}. Save the encoder again.")
+    if config_file is None or weights_file is None:
+        found = ADAPTER_CONFIG if settings is None else ENCODER_SETTINGS
+        absent = ADAPTER_CONFIG if config_file is None else ADAPTER_WEIGHTS
+        raise ValueError(f"{name!r} holds `{found}`, but no `{absent}`. Save the encoder again.")
+    if settings is not None:
+        return settings
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"`{config_file}` does not name the LLM of the adapters. Set `base_model_name_or_path`.")
+    fields: dict[str, Any] = dict.fromkeys(("pooling", "hidden_size"))
+    return {**fields, "base_model": base, "base_revision": config.get("revision"), "is_causal": False}
+
+
+def find_file(name: str, file: str, source: dict[str, Any] | None = None) -> Path | None:
+    """A file of a folder or a repository; `None` if it has none of that name."""
+    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
+    found = cached_file(
+        name,
+        file,
+        **where,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def load_text_config(name: str, kwargs: dict[str, Any] | None = None) -> Any:
+    """The config of an LLM, also of one saved as adapters only."""
+    source = source_keywords(kwargs)
+    adapter = find_text_adapter(name, source)
+    if adapter is None:
+        return AutoConfig.from_pretrained(name, **source)
+    try:
+        config = AutoConfig.from_pretrained(adapter["base_model"], **_base_keywords(source, adapter))
+    except OSError as error:
+        raise OSError(
+            f"The LLM {adapter['base_model']!r} of the adapters in {name!r} cannot be read: "
+            f"{' '.join(str(error).split())[:200]} Put it where `{ENCODER_SETTINGS}` and `{ADAPTER_CONFIG}` say it "
+            "is, or make a whole model with `build_caption_encoder(adapters, base_model=..., lora=None)` and "
+            "`save_pretrained`."
+        ) from error
+    # As in the config of a whole model that stage 1 saves.
+    if not adapter["is_causal"]:
+        config.is_causal = False
+    if adapter["pooling"] is not None:
+        config.text_pooling = adapter["pooling"]
+    return config
+
+
+def _base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for the base of adapters: revision and subfolder are those of the adapters alone."""
+    kept = {key: value for key, value in kwargs.items() if key not in ("revision", "code_revision", "subfolder")}
+    revision = adapter["base_revision"]
+    return kept if revision is None else {**kept, "revision": revision}
+
+
+def check_adapter_base(llm: PreTrainedModel, settings: dict[str, Any], name: Any) -> None:
+    """
+    Checks that an LLM, without adapters, is the one that adapters were trained on.
+
+    Args:
+        llm (`PreTrainedModel`): The LLM.
+        settings (`dict`): Those of [`find_text_adapter`].
+        name (`str`): Where the adapters are, for the message.
+
+    Raises:
+        ValueError: if its width or its weights are others.
+    """
+    width = settings["hidden_size"]
+    problem = ""
+    if width is not None and llm.config.hidden_size != width:
+        problem = f"its width is {llm.config.hidden_size}, not {width}"
+    else:
+        # float16 holds other values than bfloat16.
+        dtypes = {str(llm.dtype), settings.get("base_dtype")}
+        comparable = len(dtypes) == 1 or "torch.float16" not in dtypes
+        embeddings: Any = llm.get_input_embeddings()
+        states = {"base_embeddings_sha256": {"weight": embeddings.weight}}
+        if not is_quantized(llm):
+            states["base_sha256"] = llm.state_dict()
+        # The digest of all weights is missing where the LLM was quantised.
+        known = {key: state for key, state in states.items() if comparable and settings.get(key)}
+        if any(weights_digest(state) != settings[key] for key, state in known.items()):
+            problem = "its weights are not those that the adapters were trained on"
+    if problem:
+        raise ValueError(
+            f"The LLM in `{llm.config._name_or_path}` is not the base {settings['base_model']!r} of the adapters in "
+            f"`{name}`: {problem}. Give the right LLM as `base_model`."
+        )
+
+
+@torch.no_grad()
+def weights_digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of weights rounded to bfloat16, since an LLM may be trained in one precision and used in another."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_quantized(llm: Any) -> bool:
+    config = getattr(getattr(llm, "config", None), "quantization_config", None)
+    return config is not None and bool(getattr(llm, "is_quantized", False))
+
+
+@torch.no_grad()
+def _load_adapter(llm: Any, name: str, source: dict[str, Any]) -> None:
+    """Puts adapters into their LLM, with the float32 weights that they were trained as."""
+    where = {key: value for key, value in source.items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
+    with torch.random.fork_rng(devices=[]):  # they are drawn first, which must not change what is drawn later
+        llm.load_adapter(name, adapter_kwargs=where)
+    file = find_file(name, ADAPTER_WEIGHTS, source)
+    weights = load_state_dict(str(file))
+    for key, parameter in llm.named_parameters():
+        value = weights.get(f"base_model.model.{key.replace('.default', '')}")
+        if value is not None:  # transformers has rounded it to the type of the LLM
+            parameter.data = value.to(parameter.device, torch.float32)
+
+
+@torch.no_grad()
+def merge_adapters(llm: Any) -> None:
+    """Merges adapters of PEFT into the weights of an LLM, layer by layer, and takes them out."""
+    layers = {name: module for name, module in llm.named_modules() if hasattr(module, "base_layer")}
+    for layer in layers.values():
+        layer.merge(safe_merge=True)
+    for name, layer in layers.items():
+        if not name.rpartition(".base_layer")[0]:  # adapters of several parameters lie one in the other
+            llm.set_submodule(name, layer.get_base_layer())
+    if layers:
+        llm._hf_peft_config_loaded = False
+        del llm.peft_config
+
+
 def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[str, Any] | None) -> PreTrainedModel:
+    """
+    An LLM that attends both ways; the result of stage 1 may be saved as adapters only.
+
+    Such adapters are merged, unless the LLM is quantised: then they stay beside the rounded weights.
+    """
     if not name:
         raise ValueError(
             "The config says that the LLM is external, but `text_base_model` does not name it. Pass `text_model=`, or "
             "`load_text_model=False` to do without it."
         )
     source = source_keywords(kwargs, revision)
-    config = AutoConfig.from_pretrained(name, **source)
+    adapter = find_text_adapter(name, source)
+    if adapter is not None and adapter["is_causal"]:
+        raise ValueError(
+            f"The adapters in {name!r} were trained on causal attention, and LLM2CLIP attends both ways. Use an "
+            "encoder that was trained with `bidirectional=True`."
+        )
+    config = load_text_config(name, source)
     # Set here, since loading drops it from keyword arguments.
     config.is_causal = False
-    model, info = AutoModel.from_pretrained(
-        name, config=config, output_loading_info=True, **{**(kwargs or {}), **source}
-    )
-    check_complete(name, info)
+    keywords = {**(kwargs or {}), **source}
+    base = name if adapter is None else str(adapter["base_model"])
+    if adapter is not None:
+        keywords = _base_keywords(keywords, adapter)
+    model, info = AutoModel.from_pretrained(base, config=config, output_loading_info=True, **keywords)
+    check_complete(base, info)
+    if adapter is not None:
+        check_adapter_base(model, adapter, name)
+        _load_adapter(model, name, source)
+        if not is_quantized(model):
+            merge_adapters(model)
     return model
 
 
 def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str, Any] | None) -> Any:
-    """The tokenizer from where [`load_pretrained_text`] takes the LLM."""
-    return AutoTokenizer.from_pretrained(name, **{"revision": "main", **source_keywords(kwargs, revision)})
+    """The tokenizer from where [`load_pretrained_text`] takes the LLM, for adapters without one that of their base."""
+    source = {**source_keywords(kwargs), "revision": revision or (kwargs or {}).get("revision") or "main"}
+    adapter = find_text_adapter(name, source)
+    if adapter is not None and find_file(name, "tokenizer_config.json", source) is None:
+        name, source = adapter["base_model"], {"revision": "main", **_base_keywords(source, adapter)}
+    return AutoTokenizer.from_pretrained(name, **source)
 
 
 def load_pretrained_vision(name: str, kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -146,11 +339,21 @@ def load_pretrained_vision(name: str, kwargs: dict[str, Any] | None = None) -> P
 
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "ENCODER_SETTINGS",
     "HUB_KEYWORDS",
+    "check_adapter_base",
     "check_complete",
     "check_loading_info",
     "external_text_kwargs",
+    "find_file",
+    "find_text_adapter",
+    "is_quantized",
     "load_pretrained_text",
     "load_pretrained_tokenizer",
     "load_pretrained_vision",
+    "load_text_config",
+    "merge_adapters",
+    "weights_digest",
 ]

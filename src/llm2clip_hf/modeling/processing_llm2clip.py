@@ -20,11 +20,12 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
+from .loading_llm2clip import load_pretrained_tokenizer
 from .publishing_llm2clip import PushedProcessor, take_push_options
 
 
@@ -336,9 +337,7 @@ class LLM2CLIPProcessor(PushedProcessor):
         """
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(
-            text_model_name_or_path, revision=text_base_revision or "main", **hub
-        )
+        tokenizer = load_pretrained_tokenizer(text_model_name_or_path, text_base_revision, hub)
         return cls(image_processor, apply_text_template(tokenizer, text_template, max_length))
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:

@@ -15,9 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
     """
     A LoRA config: the paper's recipe, rank 16 and alpha 32 (section 4.1), with dropout 0.05 on all linear layers

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..hub.card_facts import run_options
-from .adapters import ADAPTER_WEIGHTS, has_adapters, load_adapter_weights
+from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS
+from .adapters import has_adapters, load_adapter_weights
 from .callbacks import EpochCallback
 from .caption_encoder import CaptionEncoder
 from .caption_loss import CaptionContrastiveLoss

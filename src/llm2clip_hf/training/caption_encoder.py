@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
 from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
+from ..modeling.loading_llm2clip import load_pretrained_tokenizer, load_text_config
 from ..modeling.processing_llm2clip import text_end_token
 from . import caption_pooling
 from .adapter_folder import AdapterFolder, find_adapter, write_adapter
@@ -140,9 +141,9 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         Saves the LoRA weights alone, with the name of their LLM: a folder of megabytes, and all a quantised run has.
 
-        `build_caption_encoder(path)` loads it. Nothing else does so correctly: PEFT, `AutoModel` and
-        `SentenceTransformer` would put the adapters into the causal LLM, since an adapter has no config to say that
-        attention looks both ways. The folder's README says so too. For a folder that they load, use `save_pretrained`.
+        `build_caption_encoder(path)`, `LLM2CLIPModel` and the command line load it. Nothing else does so correctly:
+        PEFT, `AutoModel` and `SentenceTransformer` would put the adapters into the causal LLM, since an adapter has no
+        config to say that attention looks both ways. The folder's README says so too. For a folder that they load, use `save_pretrained`.
 
         Args:
             path (`str`): Folder to write; not one that holds a model.
@@ -255,7 +256,8 @@ def build_caption_encoder(
         lora (`LoraConfig`, `dict` or `None`, *optional*, defaults to `"default"`):
             Adapters to train: `"default"` is rank 16, alpha 32, dropout 0.05 on all linear layers; a `dict` changes
             fields of that, e.g. `{"r": 32}`; `None` adds none, for inference or to train all weights. Of an
-            adapter-only encoder, `"default"` trains its own adapters on, and `None` merges them.
+            adapter-only encoder, `"default"` trains its own adapters on (as does a `dict` of what they are), and
+            `None` merges them.
         quantization (`str` or a quantisation config of transformers, *optional*):
             Load the LLM in `"4bit"` (NF4, double quantisation, bf16 arithmetic) or `"8bit"` through bitsandbytes, on
             the GPU of this process, and train LoRA on it. Such an encoder is saved with `save_adapter`.
@@ -286,8 +288,10 @@ def build_caption_encoder(
         raise ValueError(f"`base_model` is for an adapter-only encoder, and {name_or_path!r} is none. Leave it out.")
     if adapter is not None:
         _check_adapter_options(adapter, bidirectional, lora)
+        if base_model is None:
+            load_text_config(name_or_path, {"revision": revision})  # says what is missing where the LLM is
         bidirectional = not adapter.settings["is_causal"]
-        normalize = normalize or adapter.settings["normalize"]
+        normalize = normalize or bool(adapter.settings.get("normalize"))
     moved = base_model is not None
     transformer = _load_transformer(
         name_or_path if adapter is None else base_model or adapter.settings["base_model"],
@@ -299,7 +303,7 @@ def build_caption_encoder(
     llm = transformer.model
     stored = {} if adapter is None else adapter.settings
     chosen = _chosen_pooling(pooling, stored.get("pooling") or getattr(llm.config, "text_pooling", None))
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
+    tokenizer = load_pretrained_tokenizer(name_or_path, revision, {})
     tokenizer = _finished_tokenizer(tokenizer, template, _chosen_length(max_length, stored, tokenizer, llm), chosen)
     transformer.processor = transformer.input_formatter.processor = tokenizer
     # Beside `is_causal`, so that whoever loads the LLM pools as it was trained.
@@ -357,9 +361,14 @@ def check_caption_encoder(
 
 def _check_adapter_options(adapter: AdapterFolder, bidirectional: bool, lora: Any) -> None:
     folder = adapter.config_file.parent
-    if not (lora is None or lora == "default"):
+    own = LoraConfig.from_pretrained(str(folder))
+    given = dict(lora) if isinstance(lora, Mapping) else {}
+    others = {name: value for name, value in given.items() if value != getattr(own, name, None)}
+    if others or isinstance(lora, LoraConfig):
         raise ValueError(
-            f"`{folder}` has adapters of its own. Pass `lora='default'` to train them on or `lora=None` to merge them."
+            f"`{folder}` has adapters of its own, and `lora` asks for {others or 'a config'}. Pass `lora='default'` "
+            "(no `--lora_...` option) to train them on, or `lora=None` to merge them, e.g. to save a whole model that "
+            "new ones are trained on."
         )
     if not bidirectional and not adapter.settings["is_causal"]:
         raise ValueError(f"The adapters in `{folder}` were trained bidirectionally. Leave `bidirectional` out.")

@@ -8,12 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .adapters import ADAPTER_WEIGHTS
-
-
-# What belongs to an adapter-only folder.
-ADAPTER_CONFIG = "adapter_config.json"
-ENCODER_SETTINGS = "caption_encoder.json"
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_SETTINGS
 
 
 @contextmanager

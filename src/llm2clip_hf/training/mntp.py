@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..modeling import assert_bidirectional
-from .adapters import ADAPTER_WEIGHTS, add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
+from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS, find_text_adapter
+from .adapters import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
 from .callbacks import EpochCallback
 from .checkpoints import AtomicCheckpointTrainer
 from .encoder_card import mntp_card
@@ -290,6 +291,11 @@ def _load_model(model: str | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrai
     llm: Any
     if isinstance(model, str):
         options = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+        if find_text_adapter(model, options) is not None:
+            raise ValueError(
+                f"{model!r} holds adapters of a caption encoder, and MNTP comes before stage 1: it needs a language "
+                "model with its head. Start from the LLM, or leave MNTP out."
+            )
         config = AutoConfig.from_pretrained(model, **options)
         config.is_causal = False
         load: Any = AutoModelForCausalLM.from_pretrained

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..modeling.loading_llm2clip import load_text_config
 from .adapter_folder import find_adapter
 
 
@@ -120,9 +121,7 @@ def describe_llm(
     Returns:
         `str`: One line. Activations come on top; they grow with the tokens of a forward pass.
     """
-    adapter = find_adapter(name_or_path)
-    config = AutoConfig.from_pretrained(name_or_path if adapter is None else adapter.settings["base_model"])
-    config = config.get_text_config()
+    config = load_text_config(name_or_path).get_text_config()
     with torch.device("meta"):
         llm = AutoModel.from_config(config)
     total = sum(parameter.numel() for parameter in llm.parameters())
