@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedConfig
 from transformers.quantizers import HfQuantizer
@@ -27,6 +33,7 @@ from llm2clip_hf.evaluation.model_loading import load_model_and_processor
 from llm2clip_hf.evaluation.text_towers import embed_texts
 from llm2clip_hf.modeling.loading_llm2clip import load_pretrained_text, load_text_config
 from llm2clip_hf.training import build_caption_encoder, quantization
+from llm2clip_hf.training.caption_encoder import CaptionEncoder
 from llm2clip_hf.training.size_estimate import describe_llm
 
 
@@ -219,6 +226,36 @@ def test_adapters_of_another_base_or_of_none_are_refused_everywhere(llm_dir, tmp
         load_pretrained_text(str(tmp_path / "causal"), None, None)
 
 
+@pytest.mark.parametrize("kind", ["built", "added", "whole", "quantised"])
+def test_trainer_of_sentence_transformers_passes_its_checkpoints(llm_dir, tmp_path, rounded, kind):
+    def run(folder: str, **kwargs: object) -> tuple[CaptionEncoder, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        config = {"lora_dropout": 0.0} if kind in ("built", "quantised") else None
+        encoder = build_caption_encoder(llm_dir, lora=config, quantization=rounded if kind == "quantised" else None)
+        if kind == "added":
+            encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        rows = {"anchor": ["a red boat", "green grass"] * 4, "positive": ["a boat", "a street with people"] * 4}
+        args = SentenceTransformerTrainingArguments(
+            str(tmp_path / folder), per_device_train_batch_size=2, save_steps=2, max_steps=4, learning_rate=0.01,
+            report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        loss = MultipleNegativesRankingLoss(encoder)
+        SentenceTransformerTrainer(encoder, args, Dataset.from_dict(rows), loss=loss).train(**kwargs)
+        return encoder, {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+
+    encoder, whole = run("first")
+    _, resumed = run("second", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    last = tmp_path / "first" / "checkpoint-4"
+    assert (last / "adapter").is_dir() == (kind != "whole")
+    assert (last / "modules.json").exists() == (kind != "quantised")
+    if kind == "quantised":
+        loaded = build_caption_encoder(str(last / "adapter"), lora=None, quantization=rounded)
+    else:
+        loaded = SentenceTransformer(str(last), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(vectors(loaded), vectors(encoder.eval()), atol=1e-5, rtol=0)
+
+
 def test_plain_adapters_of_peft_are_read(llm_dir, tmp_path):
     """What a trainer of another package, or `model.save_pretrained`, leaves: no settings and no tokenizer."""
     encoder = trained(llm_dir)
@@ -304,6 +341,21 @@ def test_quantised_encoder_is_saved_as_adapters_and_merged_in_full_precision(llm
     assert (vectors(full) - vectors(encoder)).abs().max() > 1e-4
     llm = load_pretrained_text(str(tmp_path / "adapter"), None, None)
     assert all(torch.equal(tensor, llm.state_dict()[name]) for name, tensor in full.llm.state_dict().items())
+    # A model takes them merged, or beside an LLM that is quantised again, which its folder only names.
+    tiny_models.model("clip", None).vision_model.save_pretrained(tmp_path / "vision")
+    model = LLM2CLIPModel.from_vision_text_pretrained(
+        str(tmp_path / "vision"),
+        str(tmp_path / "adapter"),
+        text_model_kwargs={"quantization_config": rounded},
+        text_weights="external",
+    )
+    model.save_pretrained(tmp_path / "model")
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model_kwargs={"quantization_config": rounded})
+    batch = encoder.tokenizer(TEXTS[:1], return_tensors="pt")
+    for loaded in (model, again):
+        torch.testing.assert_close(loaded.get_llm_embeds(**batch), vectors(encoder)[:1], atol=1e-5, rtol=0)
+    exact = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(exact.get_llm_embeds(**batch), vectors(full)[:1], atol=1e-5, rtol=0)
     full.save_pretrained(str(tmp_path / "merged"))
     config = PreTrainedConfig.get_config_dict(str(tmp_path / "merged"))[0]
     assert "quantization_config" not in config

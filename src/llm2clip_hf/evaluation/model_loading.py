@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from ..modeling.loading_llm2clip import find_text_adapter, load_pretrained_text
+from ..modeling.loading_llm2clip import find_adapters, load_pretrained_text
 
 
 __all__ = ["describe_model", "load_model_and_processor"]
@@ -43,7 +43,7 @@ def load_model_and_processor(
             is no processor.
     """
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
-    if find_text_adapter(name, remote) is not None:
+    if find_adapters(name, remote) is not None:
         raise ValueError(
             f"`{name}` holds the adapters of an LLM, which alone has no joint space of images and texts. Give a model "
             "that was trained with it, and these as `text_model` where the model does not name them."

@@ -118,7 +118,7 @@ def _load(name: str, processor: Any, pooling: Pooling | None) -> tuple[Any, Any]
     # Imported where they are used: they take seconds, and most evaluations need neither.
     from transformers import AutoModel, AutoTokenizer
 
-    from ..modeling.loading_llm2clip import find_file, find_text_adapter, load_pretrained_text
+    from ..modeling.loading_llm2clip import find_adapters, find_file, load_pretrained_text
 
     if pooling is None and find_file(name, "modules.json") is not None:
         raise ValueError(
@@ -126,7 +126,7 @@ def _load(name: str, processor: Any, pooling: Pooling | None) -> tuple[Any, Any]
             "or say with `pooling` how its LLM alone shall be pooled."
         )
     processor = AutoTokenizer.from_pretrained(name) if processor is None else processor
-    if find_text_adapter(name) is None:
+    if find_adapters(name) is None:
         return AutoModel.from_pretrained(name).eval(), processor
     return load_pretrained_text(name, None, None).eval(), processor
 

@@ -117,9 +117,9 @@ def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) 
     return found if revision is None else {"revision": revision, **found}
 
 
-def find_text_adapter(name: str, source: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def find_adapters(name: str, source: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """
-    What a repository or folder of adapters alone says of the LLM that they make; `None` for any other.
+    What a repository or folder of adapters alone says of the model that they make; `None` for any other.
 
     Args:
         name (`str`): Repository or folder.
@@ -150,7 +150,10 @@ def find_text_adapter(name: str, source: dict[str, Any] | None = None) -> dict[s
     config = json.loads(config_file.read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"`{config_file}` does not name the LLM of the adapters. Set `base_model_name_or_path`.")
+        raise ValueError(
+            f"`{config_file}` does not name the model that the adapters are for. Load that model and then these, with "
+            "`model.load_adapter(...)`, or set `base_model_name_or_path`."
+        )
     fields: dict[str, Any] = dict.fromkeys(("pooling", "hidden_size"))
     return {**fields, "base_model": base, "base_revision": config.get("revision"), "is_causal": False}
 
@@ -172,11 +175,11 @@ def find_file(name: str, file: str, source: dict[str, Any] | None = None) -> Pat
 def load_text_config(name: str, kwargs: dict[str, Any] | None = None) -> Any:
     """The config of an LLM, also of one saved as adapters only."""
     source = source_keywords(kwargs)
-    adapter = find_text_adapter(name, source)
+    adapter = find_adapters(name, source)
     if adapter is None:
         return AutoConfig.from_pretrained(name, **source)
     try:
-        config = AutoConfig.from_pretrained(adapter["base_model"], **_base_keywords(source, adapter))
+        config = AutoConfig.from_pretrained(adapter["base_model"], **base_keywords(source, adapter))
     except OSError as error:
         raise OSError(
             f"The LLM {adapter['base_model']!r} of the adapters in {name!r} cannot be read: "
@@ -192,7 +195,7 @@ def load_text_config(name: str, kwargs: dict[str, Any] | None = None) -> Any:
     return config
 
 
-def _base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+def base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
     """Keywords for the base of adapters: revision and subfolder are those of the adapters alone."""
     kept = {key: value for key, value in kwargs.items() if key not in ("revision", "code_revision", "subfolder")}
     revision = adapter["base_revision"]
@@ -205,7 +208,7 @@ def check_adapter_base(llm: PreTrainedModel, settings: dict[str, Any], name: Any
 
     Args:
         llm (`PreTrainedModel`): The LLM.
-        settings (`dict`): Those of [`find_text_adapter`].
+        settings (`dict`): Those of [`find_adapters`].
         name (`str`): Where the adapters are, for the message.
 
     Raises:
@@ -252,16 +255,19 @@ def is_quantized(llm: Any) -> bool:
 
 
 @torch.no_grad()
-def _load_adapter(llm: Any, name: str, source: dict[str, Any]) -> None:
-    """Puts adapters into their LLM, with the float32 weights that they were trained as."""
-    where = {key: value for key, value in source.items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
+def load_adapters(model: Any, name: str, source: dict[str, Any] | None = None) -> None:
+    """Puts adapters into a model of transformers, with the float32 weights that they were trained as."""
+    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
+    conversions = getattr(model, "_weight_conversions", None)
     with torch.random.fork_rng(devices=[]):  # they are drawn first, which must not change what is drawn later
-        llm.load_adapter(name, adapter_kwargs=where)
-    file = find_file(name, ADAPTER_WEIGHTS, source)
-    weights = load_state_dict(str(file))
-    for key, parameter in llm.named_parameters():
+        info = model.load_adapter(name, adapter_kwargs=where)
+    # Those of the adapters' names would be applied to all weights when the model is saved.
+    model._weight_conversions = conversions
+    check_loading_info(name, vars(info))
+    weights = load_state_dict(str(find_file(name, ADAPTER_WEIGHTS, source)))
+    for key, parameter in model.named_parameters():
         value = weights.get(f"base_model.model.{key.replace('.default', '')}")
-        if value is not None:  # transformers has rounded it to the type of the LLM
+        if value is not None and ".lora_" in key:  # transformers has rounded it to the type of the model
             parameter.data = value.to(parameter.device, torch.float32)
 
 
@@ -291,7 +297,7 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
             "`load_text_model=False` to do without it."
         )
     source = source_keywords(kwargs, revision)
-    adapter = find_text_adapter(name, source)
+    adapter = find_adapters(name, source)
     if adapter is not None and adapter["is_causal"]:
         raise ValueError(
             f"The adapters in {name!r} were trained on causal attention, and LLM2CLIP attends both ways. Use an "
@@ -303,13 +309,15 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
     keywords = {**(kwargs or {}), **source}
     base = name if adapter is None else str(adapter["base_model"])
     if adapter is not None:
-        keywords = _base_keywords(keywords, adapter)
+        keywords = base_keywords(keywords, adapter)
     model, info = AutoModel.from_pretrained(base, config=config, output_loading_info=True, **keywords)
     check_complete(base, info)
     if adapter is not None:
         check_adapter_base(model, adapter, name)
-        _load_adapter(model, name, source)
-        if not is_quantized(model):
+        load_adapters(model, name, source)
+        if is_quantized(model):
+            model.adapters_name = name
+        else:
             merge_adapters(model)
     return model
 
@@ -317,9 +325,9 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
 def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str, Any] | None) -> Any:
     """The tokenizer from where [`load_pretrained_text`] takes the LLM, for adapters without one that of their base."""
     source = {**source_keywords(kwargs), "revision": revision or (kwargs or {}).get("revision") or "main"}
-    adapter = find_text_adapter(name, source)
+    adapter = find_adapters(name, source)
     if adapter is not None and find_file(name, "tokenizer_config.json", source) is None:
-        name, source = adapter["base_model"], {"revision": "main", **_base_keywords(source, adapter)}
+        name, source = adapter["base_model"], {"revision": "main", **base_keywords(source, adapter)}
     return AutoTokenizer.from_pretrained(name, **source)
 
 
@@ -343,17 +351,20 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "ENCODER_SETTINGS",
     "HUB_KEYWORDS",
+    "base_keywords",
     "check_adapter_base",
     "check_complete",
     "check_loading_info",
     "external_text_kwargs",
+    "find_adapters",
     "find_file",
-    "find_text_adapter",
     "is_quantized",
+    "load_adapters",
     "load_pretrained_text",
     "load_pretrained_tokenizer",
     "load_pretrained_vision",
     "load_text_config",
     "merge_adapters",
+    "source_keywords",
     "weights_digest",
 ]

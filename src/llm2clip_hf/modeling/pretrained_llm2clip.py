@@ -26,20 +26,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .loading_llm2clip import (
     HUB_KEYWORDS,
+    base_keywords,
     check_loading_info,
     external_text_kwargs,
+    find_adapters,
+    load_adapters,
     load_pretrained_text,
     load_pretrained_tokenizer,
     load_pretrained_vision,
+    source_keywords,
 )
 from .modules_llm2clip import LLM2CLIPAdapterLinear, assert_bidirectional, check_text_fingerprint
 from .processing_llm2clip import apply_text_template, text_end_token, text_prefix_length
 from .publishing_llm2clip import PushedModel, take_push_options
 
+
+logger = logging.get_logger(__name__)
 
 ATTACH_HINT = (
     "Attach the LLM with `model.attach_text_model(AutoModel.from_pretrained(...))`, or pass stored LLM embeddings as "
@@ -169,6 +176,16 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             ValueError: if weights are missing, unexpected or (without `ignore_mismatched_sizes=True`) of another
                 shape, or the LLM does not fit.
         """
+        adapters, source = None, (kwargs.pop("adapter_kwargs", None) or {})
+        # `AutoModel` has followed adapters to the model that they are for.
+        if source.get("_adapter_model_path", pretrained_model_name_or_path) != pretrained_model_name_or_path:
+            adapters = source["_adapter_model_path"]
+        elif isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            source = source_keywords(kwargs)
+            found = find_adapters(str(pretrained_model_name_or_path), source)
+            if found is not None:
+                adapters, pretrained_model_name_or_path = str(pretrained_model_name_or_path), found["base_model"]
+                kwargs = base_keywords(kwargs, found)
         bundled = load_text_model and text_model is None
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
@@ -184,6 +201,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             )
         if text_model is not None:
             model.attach_text_model(text_model)
+        if adapters is not None:  # now that all parts are there
+            load_adapters(model, adapters, source)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -250,6 +269,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         """
         Saves config, weights and code; the folder loads with `trust_remote_code=True` without this package.
 
+        Of a model with adapters of `add_adapter`, it saves these alone, as any model of transformers does;
+        `from_pretrained` of that folder loads the model that they name, and puts them in.
+
         `AutoModel`, pipelines and, once the processor is saved there too, `SentenceTransformer` load it.
 
         Args:
@@ -262,10 +284,14 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
 
         Raises:
             ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
-                named, or if a part carries an adapter (LoRA) that has not been merged.
+                named, or if a part, other than by `add_adapter` of the whole model, carries an adapter (LoRA) that has
+                not been merged.
         """
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
-        self._check_merged(weights_given=kwargs.get("state_dict") is not None)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            self._save_adapters(save_directory, *args, push=push, text_weights=text_weights, **kwargs)
+            return
+        self._check_merged(text_weights, weights_given=kwargs.get("state_dict") is not None)
         with self._saving(text_weights or str(self.config.text_weights)):
             super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -273,9 +299,32 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             if push is not None:
                 self.push_to_hub(**push, text_weights=text_weights)
 
-    def _check_merged(self, weights_given: bool) -> None:
+    def _save_adapters(self, save_directory: Any, *args: Any, push: Any, text_weights: Any, **kwargs: Any) -> None:
+        """Saves what `add_adapter` put into the whole model, alone, as any model of transformers does."""
+        if push is not None:
+            self.push_to_hub(**push)  # says why not
+        if text_weights is not None:
+            raise ValueError(
+                f"`text_weights` is {text_weights!r}, but the model carries adapters of `add_adapter`, which are "
+                "saved alone. Leave it out, or merge them first, with `llm2clip_hf.training.merge_lora(model)`."
+            )
+        if not any(config.base_model_name_or_path for config in self.peft_config.values()):
+            logger.warning(
+                "The adapters do not name the model that they are for, which has not been loaded from a folder. Save "
+                "it before `add_adapter`, load it from there, and they load by themselves; else use `load_adapter`."
+            )
+        auto_class, type(self)._auto_class = type(self)._auto_class, None  # the code goes with whole models
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            type(self)._auto_class = auto_class
+
+    def _check_merged(self, text_weights: str | None, weights_given: bool) -> None:
         """Refuses parts with adapters, whose weights have other names, unless plain weights are given to be saved."""
+        named = self.config.text_base_model if (text_weights or self.config.text_weights) == "external" else None
         for name, part in self.named_children():
+            if name == "text_model" and named is not None and getattr(part, "adapters_name", None) == named:
+                continue  # as it came from there: adapters beside a quantised LLM
             # The flag is set by `add_adapter`; `get_peft_model` leaves only its layers, each with a base layer.
             layers = not weights_given and any(hasattr(module, "base_layer") for module in part.modules())
             if layers or getattr(part, "_hf_peft_config_loaded", False):

@@ -16,8 +16,8 @@ from ..modeling.loading_llm2clip import (
     ADAPTER_WEIGHTS,
     ENCODER_SETTINGS,
     check_adapter_base,
+    find_adapters,
     find_file,
-    find_text_adapter,
     is_quantized,
     weights_digest,
 )
@@ -36,22 +36,20 @@ class AdapterFolder:
     config_file: Path
     weights_file: Path
 
-    def check_base(self, llm: PreTrainedModel) -> None:
-        """
-        Checks that an LLM is the one that the adapters were trained on.
-
-        Raises:
-            ValueError: if its width or its weights are others.
-        """
-        check_adapter_base(llm, self.settings, self.config_file.parent)
-
     def attach(self, llm: PreTrainedModel) -> None:
         """Puts the adapters into their LLM, trainable."""
-        self.check_base(llm)
+        check_adapter_base(llm, self.settings, self.config_file.parent)
         config = LoraConfig.from_pretrained(str(self.config_file.parent))
         config.inference_mode = False
         add_lora(llm, config)
         load_adapter_weights(llm, self.weights_file)
+
+
+class AdapterCheckpoint(dict[str, Path]):
+    """Stands for the encoder in a checkpoint of adapters, which is not built to take its weights."""
+
+    def state_dict(self) -> "AdapterCheckpoint":
+        return self
 
 
 def find_adapter(name_or_path: str, revision: str | None = None) -> AdapterFolder | None:
@@ -62,7 +60,7 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> AdapterFolde
         ValueError: if its settings are incomplete or a file of it is missing.
     """
     source = {"revision": revision}
-    settings = find_text_adapter(name_or_path, source)
+    settings = find_adapters(name_or_path, source)
     if settings is None:
         return None
     config_file, weights_file = (find_file(name_or_path, name, source) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))

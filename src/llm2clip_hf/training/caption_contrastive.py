@@ -22,6 +22,7 @@ from .caption_loss import CaptionContrastiveLoss
 from .caption_sources import INSTRUCTION, LABEL, CaptionCollator, SourceRows, StreamRows, is_map_style, ordered_columns
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .checkpoints import AtomicCheckpointTrainer
+from .encoder_files import ADAPTER_FOLDER
 from .hub_publishing import PublishingEncoderTrainer
 from .run_checks import (
     UNUSED_ARGUMENTS,
@@ -36,7 +37,6 @@ from .single_source import EvaluationBatchSampler, SingleSourceBatchSampler
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
 # Options of the base classes that say how batches are drawn, with what this trainer does.
 _BATCH_OPTIONS = {
     "batch_sampler": "batch_sampler",

@@ -8,8 +8,8 @@ The caption encoder of stage 1: an LLM that attends both ways, pooled, as a `Sen
 (4) LoRA is added for training; saving merges it, so that a folder holds a plain LLM, or saves it alone.
 """
 
-import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,18 +20,18 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
 from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
-from ..modeling.loading_llm2clip import load_pretrained_tokenizer, load_text_config
+from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS, ENCODER_SETTINGS, load_pretrained_tokenizer, load_text_config
 from ..modeling.processing_llm2clip import text_end_token
-from . import caption_pooling
-from .adapter_folder import AdapterFolder, find_adapter, write_adapter
-from .adapters import add_lora, has_adapters, lora_config, merged_llm
+from .adapter_folder import AdapterCheckpoint, AdapterFolder, find_adapter, write_adapter
+from .adapters import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
 from .caption_pooling import CaptionPooling
 from .encoder_card import EncoderCard, stored_results, stored_training_data
-from .encoder_files import ENCODER_SETTINGS, written_folder
+from .encoder_files import ADAPTER_FOLDER, point_to_local_code, written_folder
 from .hub_publishing import PublishedEncoder
 from .quantization import quantization_label, quantized_model_kwargs
 
@@ -106,7 +106,9 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         Saves the encoder with LoRA merged; see the class.
 
-        Everything is written to a temporary folder first and then moved file by file, `modules.json` last.
+        Everything is written to a temporary folder first and then moved file by file, `modules.json` last. A folder
+        `checkpoint-N`, which is a checkpoint of a `Trainer`, also gets the adapters by themselves, from which the run
+        resumes, and of a quantised LLM nothing else.
 
         Args:
             path (`str`): Folder to write.
@@ -120,6 +122,10 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` is not supported: weights are saved as safetensors only.")
+        if has_adapters(self.llm) and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(path).name):
+            self.save_adapter(str(Path(path) / ADAPTER_FOLDER))
+            if quantization_label(self.llm):
+                return
         if quantization_label(self.llm):
             raise ValueError(
                 "The LLM is quantised, and adapters merged into rounded weights are not what was trained. Save them "
@@ -135,7 +141,25 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
                 self[0].model = attached
             if create_model_card:
                 self._create_model_card(str(folder), model_name or Path(path).resolve().name, train_datasets)
-            _point_to_local_code(folder / "modules.json")
+            point_to_local_code(folder / "modules.json")
+
+    @classmethod
+    def _load_with_module_classes(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+        """What `SentenceTransformerTrainer` resumes from: by this package, without the code in the folder."""
+        weights = Path(path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        if weights.is_file():
+            return AdapterCheckpoint(file=weights)
+        return build_caption_encoder(path, lora=None, bidirectional=False)  # causal or not, as its config says
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of `nn.Module`; of a checkpoint that holds adapters, these, and the LLM stays what it is."""
+        if not isinstance(state_dict, AdapterCheckpoint):
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        if not has_adapters(self.llm):
+            raise ValueError(
+                f"`{state_dict['file']}` is of a LoRA run, and the encoder has no adapters to load it into."
+            )
+        return load_adapter_weights(self.llm, state_dict["file"])
 
     def save_adapter(self, path: str, model_name: str | None = None, train_datasets: list[str] | None = None) -> None:
         """
@@ -143,7 +167,8 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
 
         `build_caption_encoder(path)`, `LLM2CLIPModel` and the command line load it. Nothing else does so correctly:
         PEFT, `AutoModel` and `SentenceTransformer` would put the adapters into the causal LLM, since an adapter has no
-        config to say that attention looks both ways. The folder's README says so too. For a folder that they load, use `save_pretrained`.
+        config to say that attention looks both ways. The folder's README says so too. For a folder that they load, use
+        `save_pretrained`.
 
         Args:
             path (`str`): Folder to write; not one that holds a model.
@@ -439,12 +464,3 @@ def _prompt_overhead(tokenizer: Any) -> int:
     ids = tokenizer("")["input_ids"]
     tail = ids[text_prefix_length(tokenizer) :]
     return len(tail) - int(bool(tail) and tail[-1] in tokenizer.all_special_ids)
-
-
-def _point_to_local_code(path: Path) -> None:
-    """Makes `modules.json` name the copy of the pooling code in the folder instead of this package."""
-    modules = json.loads(path.read_text(encoding="utf-8"))
-    for module in modules:
-        if module["type"] == f"{CaptionPooling.__module__}.{CaptionPooling.__name__}":
-            module["type"] = f"{Path(caption_pooling.__file__).stem}.{CaptionPooling.__name__}"
-    path.write_text(json.dumps(modules, indent=2), encoding="utf-8")
