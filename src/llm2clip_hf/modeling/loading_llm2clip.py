@@ -263,7 +263,7 @@ def load_adapters(model: Any, name: str, source: dict[str, Any] | None = None) -
         info = model.load_adapter(name, adapter_kwargs=where)
     # Those of the adapters' names would be applied to all weights when the model is saved.
     model._weight_conversions = conversions
-    check_loading_info(name, vars(info))
+    check_loading_info(name, vars(info) if info is not None else {})
     weights = load_state_dict(str(find_file(name, ADAPTER_WEIGHTS, source)))
     for key, parameter in model.named_parameters():
         value = weights.get(f"base_model.model.{key.replace('.default', '')}")

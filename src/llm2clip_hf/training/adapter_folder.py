@@ -36,12 +36,16 @@ class AdapterFolder:
     config_file: Path
     weights_file: Path
 
+    def lora(self) -> LoraConfig:
+        """The config of the adapters, to train them on."""
+        config = LoraConfig.from_pretrained(str(self.config_file.parent))
+        config.inference_mode = False
+        return config
+
     def attach(self, llm: PreTrainedModel) -> None:
         """Puts the adapters into their LLM, trainable."""
         check_adapter_base(llm, self.settings, self.config_file.parent)
-        config = LoraConfig.from_pretrained(str(self.config_file.parent))
-        config.inference_mode = False
-        add_lora(llm, config)
+        add_lora(llm, self.lora())
         load_adapter_weights(llm, self.weights_file)
 
 
