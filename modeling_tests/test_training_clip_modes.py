@@ -177,6 +177,23 @@ def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
 
 
+def test_lora_of_a_mixture_of_experts_saves_a_plain_model(tmp_path):
+    model = tiny_models.model("clip", "deepseek_v3")
+    dataset = Pairs(text="input_ids")
+    trainer = trainer_for(
+        model, tmp_path, dataset, max_steps=1, learning_rate=0.1, train_text="lora", text_lora={"r": 2}
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    ids = dataset[0]["input_ids"][None]
+    expected = model.eval().get_text_features(input_ids=ids).pooler_output
+    saved = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(saved.get_text_features(input_ids=ids).pooler_output, expected, atol=1e-5, rtol=0)
+    text_lora = {"target_parameters": ["mlp.experts.down_proj"]}
+    with pytest.raises(ValueError, match="is a ParamWrapper on a DeepseekV3.*cannot be merged"):
+        trainer_for(tiny_models.model("clip", "deepseek_v3"), tmp_path, train_text="lora", text_lora=text_lora)
+
+
 def test_merged_weights_of_a_half_precision_llm_are_rounded_once():
     llm = AutoModel.from_config(tiny_models.text_config(), dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in llm.named_parameters()}
