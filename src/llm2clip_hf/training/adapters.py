@@ -123,9 +123,9 @@ def _target_beside_experts(llm: PreTrainedModel, config: LoraConfig) -> None:
     """
     head: Any = llm.get_output_embeddings()
     names = {name for name, module in llm.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    targets = config.target_modules or set()
+    targets: Any = config.target_modules or ()
     if targets == "all-linear":
-        config.target_modules = {name for name in names if name.rpartition(".")[2] not in _EXPERT_NAMES}
+        config.target_modules = sorted(name for name in names if name.rpartition(".")[2] not in _EXPERT_NAMES)
         return
     if isinstance(targets, str):
         chosen = {name for name, _ in llm.named_modules() if re.fullmatch(targets, name)}
@@ -139,7 +139,7 @@ def _target_beside_experts(llm: PreTrainedModel, config: LoraConfig) -> None:
             f"{type(llm).__name__}. Name layers among {', '.join(open_to)}; train experts with "
             f"`lora={{'target_parameters': {_expert_paths(llm)}}}`."
         )
-    config.target_modules = chosen
+    config.target_modules = sorted(chosen)
 
 
 def _check_targets(llm: PreTrainedModel, config: LoraConfig) -> None:
@@ -237,9 +237,10 @@ def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
         if not any(name.startswith(f"{layer}.") for layer in layers)
     }
     for name, layer in layers.items():
-        single = copy.deepcopy(layer)
-        for part in (module for module in single.modules() if isinstance(module, BaseTunerLayer)):
-            part.merge(safe_merge=True)
+        single: Any = copy.deepcopy(layer)
+        for part in tuple(single.modules()):
+            if isinstance(part, BaseTunerLayer):
+                part.merge(safe_merge=True)
         base = single.get_base_layer().state_dict()
         state.update({f"{name}.{key}": tensor.detach().cpu() for key, tensor in base.items()})
     with torch.device("meta"):

@@ -144,12 +144,13 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
             point_to_local_code(folder / "modules.json")
 
     @classmethod
-    def _load_with_module_classes(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+    def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
         """What `SentenceTransformerTrainer` resumes from: by this package, without the code in the folder."""
-        weights = Path(path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        weights = Path(model_name_or_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
         if weights.is_file():
             return AdapterCheckpoint(file=weights)
-        return build_caption_encoder(path, lora=None, bidirectional=False)  # causal or not, as its config says
+        # Causal or not, as its config says.
+        return build_caption_encoder(model_name_or_path, lora=None, bidirectional=False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As of `nn.Module`; of a checkpoint that holds adapters, these, and the LLM stays what it is."""
