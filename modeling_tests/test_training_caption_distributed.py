@@ -21,14 +21,13 @@ from test_training_single_source import Stream, Texts
 from tiny_data import write_training_files
 from transformers import AutoModel
 
-from llm2clip_hf.cli import train_clip
+from llm2clip_hf.cli import train_captions, train_clip
 from llm2clip_hf.cli.train_captions import TrainCaptionsOptions, load_sources, train_and_save
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,
     CaptionContrastiveTrainingArguments,
     LLM2CLIPTrainer,
-    LLM2CLIPTrainingArguments,
     MNTPTrainer,
     MNTPTrainingArguments,
     build_caption_encoder,
@@ -160,24 +159,25 @@ def weights_at_the_start(folder: Path, verb: str) -> dict[str, torch.Tensor]:
         raise Started({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
 
     torch.manual_seed(os.getpid())
-    common = COMMON | {"warmup_steps": 0}
     trainer: Any = CaptionContrastiveTrainer if verb == "train-captions" else LLM2CLIPTrainer
     trainer.train = stop
-    if verb == "train-captions":
-        options = TrainCaptionsOptions(
-            llm=str(folder / "llm"), captions=str(folder / "captions.jsonl"), num_test_images=0
-        )
-        args = CaptionContrastiveTrainingArguments(str(folder), per_device_train_batch_size=3, **common)
-        arguments: tuple[Any, ...] = (options, args, *load_sources(options, args.seed))
-    else:
-        clip = train_clip.TrainClipOptions(
-            vision_model=str(folder / "vision"), text_model=str(folder / "llm"), text_mode="online"
-        )
-        clip_args = LLM2CLIPTrainingArguments(str(folder), train_vision="lora", **common)
-        arguments = (clip, clip_args, train_clip.load_table(clip, str(folder / "train.parquet")), None)
-    start = train_and_save if verb == "train-captions" else train_clip.train_and_save
+    options = {
+        "train-captions": [
+            "--llm",
+            f"{folder}/llm",
+            "--captions",
+            f"{folder}/captions.jsonl",
+            "--num_test_images",
+            "0",
+        ],
+        "train-clip": ["--vision_model", f"{folder}/vision", "--text_model", f"{folder}/llm", "--data"]
+        + [f"{folder}/train.parquet", "--text_mode", "online", "--train_vision", "lora"],
+    }
+    common = ["--output_dir", f"{folder}/out", "--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
+    common += ["--per_device_train_batch_size", "3"]
+    run = (train_captions if verb == "train-captions" else train_clip).run
     with pytest.raises(Started) as info:
-        start(*arguments, None)
+        run([*options[verb], *common])
     return info.value.args[0]
 
 
