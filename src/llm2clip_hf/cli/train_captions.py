@@ -62,9 +62,7 @@ SHOWN = (
 
 @dataclass
 class TrainCaptionsOptions:
-    llm: str = field(
-        metadata={"help": "Folder or repository of a decoder LLM, or of a result of stage 1 to train on."}
-    )
+    llm: str = field(metadata={"help": "Folder or repository of a decoder LLM, or of a stage-1 result to train on."})
     captions: str | None = field(
         default=None,
         metadata={"help": "Captions: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub data set."},
@@ -112,14 +110,9 @@ class TrainCaptionsOptions:
     pooling: Literal["mean", "eos", "last"] | None = field(
         default=None, metadata={"help": "How the states become one vector; mean (paper) if left out."}
     )
-    lora_r: int | None = field(
-        default=None,
-        metadata={"help": "Rank of LoRA; 16 (paper), or that of an adapter to train on, if left out; 0 trains all."},
-    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA; 16 (paper) if left out, 0 trains all."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of LoRA; 32 (paper) if left out."})
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of LoRA; 0.05 (released code) if left out."}
-    )
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.05 if left out."})
     quantization: Literal["4bit", "8bit"] | None = field(
         default=None, metadata={"help": "Load the LLM quantised, for one small GPU; saves the adapter alone."}
     )
@@ -127,12 +120,8 @@ class TrainCaptionsOptions:
         default=None,
         metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out, float32 with --lora_r 0."},
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
-    )
-    mntp_steps: int = field(
-        default=0, metadata={"help": "Steps of masked next token prediction on the captions before stage 1."}
-    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers, e.g. sdpa."})
+    mntp_steps: int = field(default=0, metadata={"help": "Steps of masked next token prediction before stage 1."})
     adapter_only: bool = field(default=False, metadata={"help": "Save the LoRA adapter instead of a merged LLM."})
     check: bool = field(
         default=False,
@@ -190,7 +179,7 @@ def prepare(
         quantization=options.quantization,
         attn_implementation=options.attn_implementation,
     )
-    if options.adapter_only and not options.lora_r:
+    if options.adapter_only and options.lora_r == 0:
         raise ValueError("`--adapter_only` saves the LoRA adapter, and `--lora_r 0` trains none. Leave one out.")
     train, test = load_sources(options, args.seed)
     for source in train.values():
@@ -209,9 +198,9 @@ def prepare(
 
 
 def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
-    """The fields of LoRA that are set, `None` for all weights."""
+    """The fields of LoRA that are given, `None` to train all weights."""
     fields = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
-    return fields if options.lora_r else None
+    return None if options.lora_r == 0 else {name: value for name, value in fields.items() if value is not None}
 
 
 def check_sources(options: TrainCaptionsOptions) -> None:
@@ -364,12 +353,6 @@ def weights_dtype(options: TrainCaptionsOptions) -> str | None:
     """Type of the LLM's weights in stage 1, `None` for the checkpoint's own; weights to train are float32."""
     trains_all = options.lora_r == 0 and not options.quantization
     return "float32" if options.dtype is None and trains_all else options.dtype
-
-
-def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
-    """The fields of LoRA that are given, `None` to train all weights."""
-    fields = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
-    return None if options.lora_r == 0 else {name: value for name, value in fields.items() if value is not None}
 
 
 def train_and_save(

@@ -2,6 +2,7 @@
 """A caption encoder saved as adapters only: megabytes that name their LLM, with the settings an embedding needs."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,21 @@ class AdapterFolder:
         config = LoraConfig.from_pretrained(str(self.config_file.parent))
         config.inference_mode = False
         return config
+
+    def check_options(self, bidirectional: bool, lora: Any) -> None:
+        """Refuses arguments of `build_caption_encoder` that ask for other adapters."""
+        folder = self.config_file.parent
+        own = self.lora()
+        given = dict(lora) if isinstance(lora, Mapping) else {}
+        others = {name: value for name, value in given.items() if value != getattr(own, name, None)}
+        if others or isinstance(lora, LoraConfig):
+            raise ValueError(
+                f"`{folder}` has adapters of its own, and `lora` asks for {others or 'a config'}. Pass "
+                "`lora='default'` (no `--lora_...` option) to train them on, or `lora=None` to merge them, to save a "
+                "whole LLM that new ones are trained on."
+            )
+        if not bidirectional and not self.settings["is_causal"]:
+            raise ValueError(f"The adapters in `{folder}` were trained bidirectionally. Leave `bidirectional` out.")
 
     def attach(self, llm: PreTrainedModel) -> None:
         """Puts the adapters into their LLM, trainable."""

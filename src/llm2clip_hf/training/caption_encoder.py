@@ -27,7 +27,7 @@ from ..data import embedding_fingerprint
 from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
 from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS, ENCODER_SETTINGS, load_pretrained_tokenizer, load_text_config
 from ..modeling.processing_llm2clip import text_end_token
-from .adapter_folder import AdapterCheckpoint, AdapterFolder, find_adapter, write_adapter
+from .adapter_folder import AdapterCheckpoint, find_adapter, write_adapter
 from .adapters import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
 from .caption_pooling import CaptionPooling
 from .encoder_card import EncoderCard, stored_results, stored_training_data
@@ -149,8 +149,7 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         weights = Path(model_name_or_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
         if weights.is_file():
             return AdapterCheckpoint(file=weights)
-        # Causal or not, as its config says.
-        return build_caption_encoder(model_name_or_path, lora=None, bidirectional=False)
+        return build_caption_encoder(model_name_or_path, lora=None, bidirectional=False)  # as its config says
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As of `nn.Module`; of a checkpoint that holds adapters, these, and the LLM stays what it is."""
@@ -313,15 +312,14 @@ def build_caption_encoder(
     if adapter is None and base_model is not None:
         raise ValueError(f"`base_model` is for an adapter-only encoder, and {name_or_path!r} is none. Leave it out.")
     if adapter is not None:
-        _check_adapter_options(adapter, bidirectional, lora)
+        adapter.check_options(bidirectional, lora)
         if base_model is None:
             load_text_config(name_or_path, {"revision": revision})  # says what is missing where the LLM is
         bidirectional = not adapter.settings["is_causal"]
         normalize = normalize or bool(adapter.settings.get("normalize"))
-    moved = base_model is not None
     transformer = _load_transformer(
         name_or_path if adapter is None else base_model or adapter.settings["base_model"],
-        revision if adapter is None else None if moved else adapter.settings["base_revision"],
+        revision if adapter is None else None if base_model else adapter.settings["base_revision"],
         bidirectional,
         attn_implementation=attn_implementation,
         **{**quantized_model_kwargs(quantization), **({} if dtype is None else {"dtype": dtype})},
@@ -373,7 +371,7 @@ def check_caption_encoder(
     """
     adapter = find_adapter(name_or_path)
     if adapter is not None:
-        _check_adapter_options(adapter, True, lora)
+        adapter.check_options(True, lora)
     elif lora is not None:
         lora_config({} if lora == "default" else lora)
     quantized_model_kwargs(quantization)
@@ -383,21 +381,6 @@ def check_caption_encoder(
     trained = adapter.settings["pooling"] if adapter is not None else getattr(text_config, "text_pooling", None)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     _finished_tokenizer(tokenizer, template, _MAX_LENGTH, _chosen_pooling(pooling, trained))
-
-
-def _check_adapter_options(adapter: AdapterFolder, bidirectional: bool, lora: Any) -> None:
-    folder = adapter.config_file.parent
-    own = LoraConfig.from_pretrained(str(folder))
-    given = dict(lora) if isinstance(lora, Mapping) else {}
-    others = {name: value for name, value in given.items() if value != getattr(own, name, None)}
-    if others or isinstance(lora, LoraConfig):
-        raise ValueError(
-            f"`{folder}` has adapters of its own, and `lora` asks for {others or 'a config'}. Pass `lora='default'` "
-            "(no `--lora_...` option) to train them on, or `lora=None` to merge them, e.g. to save a whole model that "
-            "new ones are trained on."
-        )
-    if not bidirectional and not adapter.settings["is_causal"]:
-        raise ValueError(f"The adapters in `{folder}` were trained bidirectionally. Leave `bidirectional` out.")
 
 
 def _chosen_pooling(pooling: str | None, trained: str | None) -> str:
