@@ -17,7 +17,7 @@ The defaults are the paper's (LoRA rank 16, learning rate 2e-4, 300 warm-up step
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from llm2clip_hf.data import CaptionPairDataset, load_captions
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
@@ -45,7 +45,8 @@ num_train = len(captions) - arguments.num_test_images
 train = CaptionPairDataset(captions.select(range(num_train)), seed=training_args.seed)
 test = [captions[image] for image in range(num_train, len(captions))]
 
-# 2. The LLM with bidirectional attention, mean pooling and LoRA.
+# 2. The LLM with bidirectional attention, mean pooling and LoRA, drawn at random.
+set_seed(training_args.seed)
 encoder = build_caption_encoder(arguments.llm)
 evaluator = CaptionRetrievalEvaluator(test)
 print("before:", evaluator(encoder))

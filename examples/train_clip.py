@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, Image
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
 from llm2clip_hf.data import ImageTextDataset, RandomResizedCropTransform, embed_captions
@@ -40,7 +40,8 @@ class Arguments:
 
 arguments, training_args = HfArgumentParser((Arguments, LLM2CLIPTrainingArguments)).parse_args_into_dataclasses()
 
-# 1. The untrained model: a pretrained tower, the LLM, a new projection and a new adaptor.
+# 1. The untrained model: a pretrained tower, the LLM, a new projection and a new adaptor, drawn at random.
+set_seed(training_args.seed)
 model = LLM2CLIPModel.from_vision_text_pretrained(
     arguments.vision, arguments.llm, projection_dim=arguments.projection_dim
 )

@@ -20,9 +20,9 @@ from transformers import AutoModel, CLIPTextModelWithProjection
 
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.cli import train_captions, train_clip
-from llm2clip_hf.data import CaptionEmbeddingStore, load_captions
+from llm2clip_hf.data import CaptionEmbeddingStore, load_captions, load_image_text
 from llm2clip_hf.evaluation import evaluate_retrieval
-from llm2clip_hf.training import load_concatenated_text_head
+from llm2clip_hf.training import build_caption_encoder, load_concatenated_text_head
 
 
 pytest.importorskip("sentence_transformers")
@@ -96,8 +96,6 @@ def test_from_captions_to_a_model(folder: Path, capsys: pytest.CaptureFixture[st
     processor = AutoProcessor.from_pretrained(folder / "clip")
     store.check_compatible(model, processor.tokenizer)
     recorded = json.loads((folder / "clip" / "results.json").read_text())["test"]
-    from llm2clip_hf.data import load_image_text
-
     table = load_image_text(folder / "train.parquet")
     measured = evaluate_retrieval(model, table.images, table.captions, processor=processor)
     assert measured["image_to_text_recall@1"] == pytest.approx(recorded["image_to_text_recall@1"], abs=0.06)
@@ -114,6 +112,78 @@ def test_weights_that_are_all_trained_are_float32(folder: Path, capsys: pytest.C
     refused = ["train-captions", *options, "--dtype", "bfloat16", "--output_dir", folder / "rounded"]
     assert cli.main([str(option) for option in refused]) == 1
     assert "are in half precision" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stage_1_saved_as_adapters_goes_through_every_verb(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train-captions", "--captions", folder / "captions.jsonl", "--num_test_images", 0, "--max_steps", 1]
+    train += ["--warmup_steps", 0, "--learning_rate", 0.05, *COMMON]
+    first, second = folder / "adapters", folder / "more-adapters"
+    run(*train, "--llm", folder / "llm", "--lora_r", 4, "--adapter_only", "--output_dir", first)
+    run(*train, "--llm", first, "--adapter_only", "--output_dir", second, "--check")
+    assert "LlamaModel" in capsys.readouterr().out
+    run(*train, "--llm", first, "--adapter_only", "--output_dir", second)
+    configs = [json.loads((path / "adapter_config.json").read_text()) for path in (first, second)]
+    assert [config["r"] for config in configs] == [4, 4]
+    assert configs[1]["base_model_name_or_path"] == str(folder / "llm")
+    weights = [load_file(path / "adapter_model.safetensors") for path in (first, second)]
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
+    for options, message in ((["--lora_r", 8], "has adapters of its own"), (["--mntp_steps", 1], "MNTP comes before")):
+        assert cli.main([str(each) for each in [*train, "--llm", first, *options, "--output_dir", folder / "no"]]) == 1
+        assert message in capsys.readouterr().err
+
+    data, made = folder / "train.parquet", folder / "adapter-store"
+    run("embed-captions", "--llm", second, "--data", data, "--output_dir", made)
+    store = CaptionEmbeddingStore.open(made)
+    encoder = build_caption_encoder(str(second), lora=None)
+    text = load_image_text(data).captions.caption(0)
+    torch.testing.assert_close(store[0][0].float(), torch.tensor(encoder.encode(text)), atol=2e-3, rtol=2e-3)
+
+    clip = ["train-clip", "--vision_model", folder / "vision", "--text_model", second, "--data", data]
+    clip += ["--projection_dim", 20, "--max_steps", 1, *COMMON]
+    run(*clip, "--store", made, "--output_dir", folder / "no", "--check")
+    run(*clip, "--store", made, "--output_dir", folder / "of-adapters")
+    run(*clip, "--text_mode", "online", "--text_weights", "bundled", "--output_dir", folder / "of-adapters-online")
+    for name in ("of-adapters", "of-adapters-online"):
+        model = AutoModel.from_pretrained(folder / name)
+        for key, tensor in encoder.llm.state_dict().items():
+            assert torch.equal(model.text_model.state_dict()[key], tensor), key
+    evaluate = ["evaluate", "--tasks", data, "--device", "cpu", "--published", "False"]
+    capsys.readouterr()
+    run(*evaluate, "--model", folder / "of-adapters")
+    table = capsys.readouterr().out
+    run(*evaluate, "--model", folder / "of-adapters", "--text_model", second)
+    assert capsys.readouterr().out == table
+    assert cli.main([str(each) for each in [*evaluate, "--model", second]]) == 1
+    assert "adapters of an LLM" in capsys.readouterr().err
+
+
+SEEDED = {
+    "train-captions": ["--llm", "{}/llm", "--captions", "{}/captions.jsonl", "--num_test_images", 0, "--lora_r", 4]
+    + ["--mntp_steps", 1, "--warmup_steps", 0],
+    "train-clip": ["--vision_model", "{}/vision", "--text_model", "{}/llm", "--data", "{}/train.parquet", "--store"]
+    + ["{}/seeded-store", "--projection_dim", 20, "--train_vision", "lora"],
+}
+
+
+@pytest.mark.parametrize("verb", list(SEEDED))
+def test_runs_of_one_seed_write_equal_files(folder: Path, verb: str) -> None:
+    def files(name: str, seed: int) -> dict[str, bytes]:
+        torch.manual_seed(len(name))  # what was drawn before a run must not matter
+        options = [str(option).format(folder) for option in SEEDED[verb]]
+        target = folder / name / "run"
+        run(verb, *options, "--output_dir", target, "--max_steps", 2, "--seed", seed, "--save_strategy", "no", *COMMON)
+        # Not among them, since they hold paths and times.
+        left_out = ("results.json", "training_args.bin", "trainer_state.json")
+        found = [file for file in target.rglob("*") if file.is_file() and file.name not in left_out]
+        return {str(file.relative_to(target)): file.read_bytes() for file in found}
+
+    first, again, other = (files(f"{verb}-{name}", seed) for name, seed in (("a", 7), ("bb", 7), ("ccc", 8)))
+    assert first.keys() == again.keys()
+    # The folder of MNTP is named in the files of what was made of it.
+    differing = {name for name in first if first[name].replace(b"-a/", b"-bb/") != again[name]}
+    assert not differing
+    assert first["model.safetensors"] != other["model.safetensors"]
 
 
 @pytest.mark.slow

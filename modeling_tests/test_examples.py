@@ -44,6 +44,13 @@ def test_every_example_that_trains_can_be_resumed() -> None:
         assert given == {"resume_from_checkpoint": "training_args.resume_from_checkpoint"}, name
 
 
+@pytest.mark.parametrize("name", ["train_caption_contrastive.py", "train_clip.py"])
+def test_training_examples_seed_before_they_build(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    builders = ("= build_caption_encoder(", ".from_vision_text_pretrained(", "Trainer(")
+    assert 0 < text.index("\nset_seed(training_args.seed)") < min(text.find(b) % len(text) for b in builders)
+
+
 @pytest.mark.slow
 def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")

@@ -9,9 +9,10 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers import AutoModel, BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer, TrainingArguments
 
 from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
+from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments, merge_lora
 
 
 TARGETS = {
@@ -77,6 +78,85 @@ def test_unmerged_adapters_of_plain_peft_are_not_saved(targets: str, tmp_path: P
     peft.get_peft_model(model, lora(targets))
     with pytest.raises(ValueError, match="`text_(model|adapter)` carries an adapter"):
         model.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("part", list(TARGETS))
+@pytest.mark.parametrize("text_weights", ["bundled", "external"])
+def test_adapters_of_transformers_are_saved_alone_and_found_again(
+    part: str, text_weights: str, tmp_path: Path
+) -> None:
+    built = tiny_models.model()
+    built.text_model.save_pretrained(tmp_path / "llm")
+    built.config.text_base_model = str(tmp_path / "llm")
+    built.save_pretrained(tmp_path / "base", text_weights=text_weights)
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "base")
+    plain = logits(model)
+    model.add_adapter(lora(TARGETS[part]))
+    wanted = logits(model)
+    assert (wanted - plain).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    for auto in (LLM2CLIPModel, AutoModel):
+        again = auto.from_pretrained(tmp_path / "adapter")
+        assert_close(logits(again), wanted)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    assert_close(logits(loaded), wanted)
+    merge_lora(loaded)
+    loaded.save_pretrained(tmp_path / "merged", text_weights="bundled")
+    assert_close(logits(LLM2CLIPModel.from_pretrained(tmp_path / "merged")), wanted)
+    with pytest.raises(ValueError, match="`text_weights` is 'bundled', but the model carries adapters"):
+        model.save_pretrained(tmp_path / "no", text_weights="bundled")
+    with pytest.raises(ValueError, match="a repository gets whole models"):
+        model.save_pretrained(tmp_path / "no", push_to_hub=True)
+    assert not (tmp_path / "no").exists()
+
+
+def pairs(rows: list[int]) -> dict[str, Any]:
+    return {**inputs(len(rows)), "return_loss": True}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_plain_trainer_passes_its_checkpoints(named: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_models.model()
+    if named:
+        model.save_pretrained(tmp_path / "base")
+        model = LLM2CLIPModel.from_pretrained(tmp_path / "base")
+    model.add_adapter(lora(TARGETS["everywhere"]))
+    before = logits(model)
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, save_steps=1, learning_rate=0.1, remove_unused_columns=False, use_cpu=True,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=list(range(6)), data_collator=pairs).train()
+    wanted = logits(model)
+    assert (wanted - before).abs().max() > 1e-3
+    assert any("do not name the model" in record.message for record in caplog.records) != named
+    if named:
+        again = LLM2CLIPModel.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    else:
+        with pytest.raises(ValueError, match="does not name the model that the adapters are for"):
+            LLM2CLIPModel.from_pretrained(tmp_path / "out" / "checkpoint-2")
+        again = tiny_models.model()
+        again.load_adapter(str(tmp_path / "out" / "checkpoint-2"))
+    assert_close(logits(again), wanted)
+
+
+def test_adapters_of_transformers_are_merged_by_the_trainer_of_stage_2(tmp_path: Path) -> None:
+    tiny_models.model().save_pretrained(tmp_path / "base")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "base")
+    model.add_adapter(lora(TARGETS["vision"]))
+    args = LLM2CLIPTrainingArguments(
+        str(tmp_path / "out"), max_steps=1, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+        per_device_train_batch_size=3,
+    )  # fmt: skip
+    trainer = LLM2CLIPTrainer(model, args, data_collator=lambda rows: inputs(len(rows)), train_dataset=list(range(9)))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    model.text_model.save_pretrained(tmp_path / "llm")
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model=AutoModel.from_pretrained(tmp_path / "llm"))
+    assert_close(logits(loaded), logits(model))
 
 
 def test_modules_to_save_are_trained_and_reloaded(tmp_path: Path) -> None:

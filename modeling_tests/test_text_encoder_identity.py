@@ -17,7 +17,7 @@ from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.data import CaptionEmbeddingStore, ImageTextDataset, RandomResizedCropTransform, embed_captions
 from llm2clip_hf.data.fingerprint import weights_identity
-from llm2clip_hf.modeling.loading_llm2clip import record_text_settings
+from llm2clip_hf.modeling.processing_llm2clip import record_text_settings
 from llm2clip_hf.training.clip_checks import check_stores
 
 

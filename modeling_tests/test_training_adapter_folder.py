@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedConfig
 from transformers.quantizers import HfQuantizer
@@ -22,7 +28,13 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
+from llm2clip_hf.evaluation.model_loading import load_model_and_processor
+from llm2clip_hf.evaluation.text_towers import embed_texts
+from llm2clip_hf.modeling.loading_llm2clip import load_pretrained_text, load_text_config
 from llm2clip_hf.training import build_caption_encoder, quantization
+from llm2clip_hf.training.caption_encoder import CaptionEncoder
+from llm2clip_hf.training.size_estimate import describe_llm
 
 
 TEXTS = ["a red boat", "  two dogs run over the grass  ", "", "a photo. " * 20]
@@ -113,8 +125,6 @@ def test_moved_base_is_found_and_another_is_refused(llm_dir, tmp_path):
     encoder.save_adapter(str(tmp_path / "adapter"))
     adapter = str(tmp_path / "adapter")
     shutil.move(llm_dir, tmp_path / "moved")
-    with pytest.raises(OSError, match="llm"):
-        build_caption_encoder(adapter)
     moved = build_caption_encoder(adapter, base_model=str(tmp_path / "moved")).eval()
     torch.testing.assert_close(vectors(moved), vectors(encoder))
     for dtype in (torch.bfloat16, torch.float16):
@@ -153,6 +163,110 @@ def test_wrong_options_and_broken_folders_are_refused(llm_dir, tmp_path):
     (adapter / "caption_encoder.json").write_text("{}")
     with pytest.raises(ValueError, match="has no 'base_model', 'base_revision'"):
         build_caption_encoder(str(adapter))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_read_wherever_a_merged_encoder_is(llm_dir, tmp_path, dtype):
+    encoder = trained(llm_dir, pooling="eos", dtype=dtype)
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    encoder.save_adapter(adapter)
+    encoder.save_pretrained(merged)
+    tiny_models.model("clip", None).vision_model.save_pretrained(tmp_path / "vision")
+    tiny_models.image_processor().save_pretrained(tmp_path / "vision")
+    texts: dict[str, torch.Tensor] = {}
+    for name in (adapter, merged):
+        torch.manual_seed(3)
+        model = LLM2CLIPModel.from_vision_text_pretrained(
+            str(tmp_path / "vision"),
+            name,
+            projection_dim=20,
+            text_weights="external",
+            text_model_kwargs={"dtype": dtype},
+        )
+        processor = LLM2CLIPProcessor.from_vision_text_pretrained(str(tmp_path / "vision"), name)
+        assert (model.config.text_base_model, model.config.text_pooling) == (name, "eos")
+        model.save_pretrained(tmp_path / "external")
+        model.save_pretrained(tmp_path / "bundled", text_weights="bundled")
+        again = LLM2CLIPModel.from_pretrained(tmp_path / "external", text_model_kwargs={"dtype": dtype})
+        bundled = LLM2CLIPModel.from_pretrained(tmp_path / "bundled")
+        batch = processor(text=TEXTS[:1])
+        with torch.no_grad():
+            texts[name] = model.get_text_features(**batch).pooler_output
+            for loaded in (again, bundled):
+                assert torch.equal(loaded.get_text_features(**batch).pooler_output, texts[name])
+        weights = load_text_config(name), model.text_model.state_dict()
+        if name == adapter:
+            first = weights
+    assert torch.equal(texts[adapter], texts[merged])
+    assert first[1].keys() == weights[1].keys()
+    assert all(torch.equal(first[1][key], weights[1][key]) for key in first[1])
+    assert (first[0].is_causal, first[0].text_pooling) == (False, "eos")
+    if dtype == torch.float32:
+        raw = embed_texts(merged, TEXTS[:1], pooling="last")
+        torch.testing.assert_close(embed_texts(adapter, TEXTS[:1]), raw)
+        torch.testing.assert_close(raw, vectors(encoder)[:1].float(), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="adapters of an LLM.*these as `text_model`"):
+        load_model_and_processor(adapter)
+    # Its own rank counts.
+    assert describe_llm(adapter, lora_rank=4, dtype="float32") == describe_llm(merged, lora_rank=16, dtype="float32")
+
+
+def test_adapters_of_another_base_or_of_none_are_refused_everywhere(llm_dir, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    trained(llm_dir).save_adapter(adapter)
+    shutil.rmtree(llm_dir)
+    for read in (build_caption_encoder, load_text_config, lambda name: load_pretrained_text(name, None, None)):
+        with pytest.raises(OSError, match="The LLM .*llm' of the adapters in .* cannot be read"):
+            read(adapter)
+    save_llm(tmp_path / "llm", seed=6)
+    for read in (build_caption_encoder, lambda name: load_pretrained_text(name, None, None)):
+        with pytest.raises(ValueError, match="its weights are not those that the adapters were trained on"):
+            read(adapter)
+    trained(str(tmp_path / "llm"), bidirectional=False).save_adapter(str(tmp_path / "causal"))
+    with pytest.raises(ValueError, match="trained on causal attention"):
+        load_pretrained_text(str(tmp_path / "causal"), None, None)
+
+
+@pytest.mark.parametrize("kind", ["built", "added", "whole", "quantised"])
+def test_trainer_of_sentence_transformers_passes_its_checkpoints(llm_dir, tmp_path, rounded, kind):
+    def run(folder: str, **kwargs: object) -> tuple[CaptionEncoder, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        config = {"lora_dropout": 0.0} if kind in ("built", "quantised") else None
+        encoder = build_caption_encoder(llm_dir, lora=config, quantization=rounded if kind == "quantised" else None)
+        if kind == "added":
+            encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        rows = {"anchor": ["a red boat", "green grass"] * 4, "positive": ["a boat", "a street with people"] * 4}
+        args = SentenceTransformerTrainingArguments(
+            str(tmp_path / folder), per_device_train_batch_size=2, save_steps=2, max_steps=4, learning_rate=0.01,
+            report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        loss = MultipleNegativesRankingLoss(encoder)
+        SentenceTransformerTrainer(encoder, args, Dataset.from_dict(rows), loss=loss).train(**kwargs)
+        return encoder, {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+
+    encoder, whole = run("first")
+    _, resumed = run("second", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    last = tmp_path / "first" / "checkpoint-4"
+    assert (last / "adapter").is_dir() == (kind != "whole")
+    assert (last / "modules.json").exists() == (kind != "quantised")
+    if kind == "quantised":
+        loaded = build_caption_encoder(str(last / "adapter"), lora=None, quantization=rounded)
+    else:
+        loaded = SentenceTransformer(str(last), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(vectors(loaded), vectors(encoder.eval()), atol=1e-5, rtol=0)
+
+
+def test_plain_adapters_of_peft_are_read(llm_dir, tmp_path):
+    """What a trainer of another package, or `model.save_pretrained`, leaves: no settings and no tokenizer."""
+    encoder = trained(llm_dir)
+    encoder.llm.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "caption_encoder.json").exists()
+    for lora in ("default", None):
+        loaded = build_caption_encoder(str(tmp_path / "plain"), lora=lora).eval()
+        torch.testing.assert_close(vectors(loaded), vectors(encoder), atol=1e-5, rtol=0)
+    merged = load_pretrained_text(str(tmp_path / "plain"), None, None).state_dict()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in loaded.llm.state_dict().items())
 
 
 def test_merged_save_replaces_adapters_in_the_folder(llm_dir, tmp_path):
@@ -226,6 +340,23 @@ def test_quantised_encoder_is_saved_as_adapters_and_merged_in_full_precision(llm
         assert any(p.requires_grad for p in again.parameters()) == (lora is not None)
     full = build_caption_encoder(str(tmp_path / "adapter"), lora=None)
     assert (vectors(full) - vectors(encoder)).abs().max() > 1e-4
+    llm = load_pretrained_text(str(tmp_path / "adapter"), None, None)
+    assert all(torch.equal(tensor, llm.state_dict()[name]) for name, tensor in full.llm.state_dict().items())
+    # A model takes them merged, or beside an LLM that is quantised again, which its folder only names.
+    tiny_models.model("clip", None).vision_model.save_pretrained(tmp_path / "vision")
+    model = LLM2CLIPModel.from_vision_text_pretrained(
+        str(tmp_path / "vision"),
+        str(tmp_path / "adapter"),
+        text_model_kwargs={"quantization_config": rounded},
+        text_weights="external",
+    )
+    model.save_pretrained(tmp_path / "model")
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "model", text_model_kwargs={"quantization_config": rounded})
+    batch = encoder.tokenizer(TEXTS[:1], return_tensors="pt")
+    for loaded in (model, again):
+        torch.testing.assert_close(loaded.get_llm_embeds(**batch), vectors(encoder)[:1], atol=1e-5, rtol=0)
+    exact = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(exact.get_llm_embeds(**batch), vectors(full)[:1], atol=1e-5, rtol=0)
     full.save_pretrained(str(tmp_path / "merged"))
     config = PreTrainedConfig.get_config_dict(str(tmp_path / "merged"))[0]
     assert "quantization_config" not in config

@@ -21,11 +21,13 @@ from test_training_single_source import Stream, Texts
 from tiny_data import write_training_files
 from transformers import AutoModel
 
+from llm2clip_hf.cli import train_captions, train_clip
 from llm2clip_hf.cli.train_captions import TrainCaptionsOptions, load_sources, train_and_save
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,
     CaptionContrastiveTrainingArguments,
+    LLM2CLIPTrainer,
     MNTPTrainer,
     MNTPTrainingArguments,
     build_caption_encoder,
@@ -144,6 +146,49 @@ def pretend_accelerators() -> None:
 
 def as_tensor(error: Any) -> torch.Tensor:
     return torch.tensor(list(str(error).encode()))
+
+
+class Started(Exception):
+    """A run has built its model."""
+
+
+def weights_at_the_start(folder: Path, verb: str) -> dict[str, torch.Tensor]:
+    """The trained weights of a verb as its trainer gets them, in a process that has drawn numbers of its own."""
+
+    def stop(self: Any, **kwargs: Any) -> None:
+        raise Started({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
+
+    torch.manual_seed(os.getpid())
+    trainer: Any = CaptionContrastiveTrainer if verb == "train-captions" else LLM2CLIPTrainer
+    trainer.train = stop
+    options = {
+        "train-captions": [
+            "--llm",
+            f"{folder}/llm",
+            "--captions",
+            f"{folder}/captions.jsonl",
+            "--num_test_images",
+            "0",
+        ],
+        "train-clip": ["--vision_model", f"{folder}/vision", "--text_model", f"{folder}/llm", "--data"]
+        + [f"{folder}/train.parquet", "--text_mode", "online", "--train_vision", "lora"],
+    }
+    common = ["--output_dir", f"{folder}/out", "--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
+    common += ["--per_device_train_batch_size", "3"]
+    run = (train_captions if verb == "train-captions" else train_clip).run
+    with pytest.raises(Started) as info:
+        run([*options[verb], *common])
+    return info.value.args[0]
+
+
+@pytest.mark.parametrize("verb", ["train-captions", "train-clip"])
+def test_two_processes_start_from_equal_weights(tmp_path, verb):
+    write_training_files(tmp_path)
+    first, second = in_two_processes(weights_at_the_start, tmp_path, verb)
+    drawn = [name for name in first if "lora_A" in name or "text_adapter" in name]
+    assert drawn
+    for name in first:
+        assert (first[name] == second[name]).all(), name
 
 
 @pytest.mark.slow

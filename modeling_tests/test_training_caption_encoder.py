@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
@@ -24,6 +25,7 @@ from llm2clip_hf.training import (
     build_caption_encoder,
 )
 from llm2clip_hf.training.caption_pooling import CaptionPooling
+from llm2clip_hf.training.size_estimate import describe_llm
 
 
 TEXTS = ["a red boat", "http://example.com/cat.jpg", "  two dogs run over the grass  ", "x", "", "a photo. " * 20]
@@ -310,3 +312,85 @@ def test_lora_target_without_a_layer_is_named(llm_dir, targets):
         build_caption_encoder(llm_dir, lora={"target_modules": targets})
     with pytest.raises(ValueError, match="`lora.modules_to_save`"):
         build_caption_encoder(llm_dir, lora={"modules_to_save": ["embed_tokens"]})
+
+
+# ------------------------------------------------------------------------------------------------ mixtures of experts
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+def moe_vectors(encoder: SentenceTransformer) -> torch.Tensor:
+    return torch.tensor(encoder.eval().encode(TEXTS[:3]))
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("architecture", list(tiny_models.MOE))
+def test_mixture_of_experts_is_trained_saved_and_merged(tmp_path, vision_dir, caplog, architecture, experts):
+    llm = save_llm(tmp_path / "llm", architecture)
+    encoder = build_caption_encoder(llm, lora={"r": 4, **(EXPERTS if experts else {})})
+    trained = {name for name, p in encoder.llm.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    owners = {name.partition(".lora_")[0].split(".")[2] for name in trained}
+    assert owners == ({"self_attn", "mlp"} if experts else {"self_attn"})
+    assert all(".experts." in name for name in trained if ".mlp." in name)
+    count = f"{sum(p.numel() for p in encoder.llm.parameters() if p.requires_grad) / 1e6:.2f} M parameters"
+    assert "is a mixture of experts: LoRA is on " in caplog.text and count in caplog.text
+    assert ("stay as they are" in caplog.text) != experts
+
+    with_random_lora(encoder)
+    wanted = moe_vectors(encoder)
+    assert (wanted - moe_vectors(build_caption_encoder(llm, lora=None))).abs().max() > 0.1
+    encoder.save_pretrained(str(tmp_path / "merged"))
+    encoder.save_adapter(str(tmp_path / "adapter"))
+    merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(moe_vectors(merged), wanted, atol=1e-5, rtol=0)
+    for lora in ("default", None):
+        loaded = build_caption_encoder(str(tmp_path / "adapter"), lora=lora)
+        torch.testing.assert_close(moe_vectors(loaded), wanted, atol=1e-5, rtol=0)
+        assert loaded.fingerprint()["weights_sha256"] == encoder.fingerprint()["weights_sha256"]
+    for source in ("merged", "adapter"):
+        model = LLM2CLIPModel.from_vision_text_pretrained(vision_dir, str(tmp_path / source))
+        model.save_pretrained(tmp_path / f"{source}-model", text_weights="bundled")
+        again = LLM2CLIPModel.from_pretrained(tmp_path / f"{source}-model")
+        batch = encoder.tokenizer(TEXTS[:1], return_tensors="pt")
+        for llm2clip in (model, again):
+            torch.testing.assert_close(llm2clip.get_llm_embeds(**batch), wanted[:1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_training_of_a_mixture_of_experts_reaches_its_end(tmp_path, experts):
+    llm = save_llm(tmp_path / "llm", "mixtral")
+    encoder = build_caption_encoder(llm, lora={"r": 4, **(EXPERTS if experts else {})})
+    args = CaptionContrastiveTrainingArguments(
+        str(tmp_path / "out"), max_steps=2, save_steps=1, per_device_train_batch_size=3, mini_batch_size=2,
+        warmup_steps=0, learning_rate=0.01, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = CaptionContrastiveTrainer(encoder, args, CaptionPairDataset([[f"a {i}", f"the {i}"] for i in range(6)]))
+    before = moe_vectors(encoder)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "merged"))
+    assert (moe_vectors(encoder) - before).abs().max() > 1e-3
+    merged = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(moe_vectors(merged), moe_vectors(encoder), atol=1e-5, rtol=0)
+
+
+def test_targets_that_are_not_what_they_seem_in_a_mixture_are_refused(tmp_path):
+    llm = save_llm(tmp_path / "llm", "deepseek_v3")
+    for targets in (["q_a_proj", "down_proj"], r".*\.(q_a_proj|gate_proj)"):
+        with pytest.raises(ValueError, match=r"takes for the experts.*among kv_a_proj.*'target_parameters'"):
+            build_caption_encoder(llm, lora={"target_modules": targets})
+    with pytest.raises(ValueError, match="'experts.w1', which no parameter of DeepseekV3Model is called. Its experts"):
+        build_caption_encoder(llm, lora={"target_parameters": ["experts.w1"]})
+    with pytest.raises(ValueError, match="`lora_dropout` is 0.1, and `target_parameters` take none"):
+        build_caption_encoder(llm, lora={**EXPERTS, "lora_dropout": 0.1})
+    # A pattern stays what it is: PEFT would take its last names, in all layers.
+    encoder = build_caption_encoder(llm, lora={"target_modules": r"layers\.1\..*\.q_a_proj"})
+    trained = {name.partition(".lora_")[0] for name, p in encoder.llm.named_parameters() if p.requires_grad}
+    assert trained == {"layers.1.self_attn.q_a_proj"}
+
+
+def test_check_says_what_is_trained_of_a_mixture(tmp_path):
+    text = describe_llm(save_llm(tmp_path / "llm", "gpt_oss"), lora_rank=4, dtype="float32")
+    encoder = build_caption_encoder(str(tmp_path / "llm"), lora={"r": 4})
+    trained = sum(p.numel() for p in encoder.llm.parameters() if p.requires_grad)
+    assert f"LoRA on k_proj, o_proj, q_proj, v_proj, {trained / 1e6:.2f} M parameters; experts (0.04 M" in text

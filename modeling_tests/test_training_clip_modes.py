@@ -101,6 +101,17 @@ def test_lora_of_the_vision_tower_is_on_queries_keys_and_values(tmp_path, vision
             assert group["weight_decay"] == 0.05
 
 
+def test_lora_is_drawn_from_the_seed_of_the_run(tmp_path):
+    def drawn(start: int, seed: int) -> torch.Tensor:
+        model = tiny_models.model("clip")
+        torch.manual_seed(start)
+        trainer_for(model, tmp_path, train_vision="lora", seed=seed)
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(drawn(1, 7), drawn(2, 7))
+    assert not torch.equal(drawn(1, 7), drawn(1, 8))
+
+
 @pytest.mark.parametrize("side", ["vision", "text"])
 def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
     text = "input_ids"
@@ -164,6 +175,23 @@ def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
     model.save_pretrained(tmp_path / "merged")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "merged"))
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+def test_lora_of_a_mixture_of_experts_saves_a_plain_model(tmp_path):
+    model = tiny_models.model("clip", "deepseek_v3")
+    dataset = Pairs(text="input_ids")
+    trainer = trainer_for(
+        model, tmp_path, dataset, max_steps=1, learning_rate=0.1, train_text="lora", text_lora={"r": 2}
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    ids = dataset[0]["input_ids"][None]
+    expected = model.eval().get_text_features(input_ids=ids).pooler_output
+    saved = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(saved.get_text_features(input_ids=ids).pooler_output, expected, atol=1e-5, rtol=0)
+    text_lora = {"target_parameters": ["mlp.experts.down_proj"]}
+    with pytest.raises(ValueError, match="is a ParamWrapper on a DeepseekV3.*cannot be merged"):
+        trainer_for(tiny_models.model("clip", "deepseek_v3"), tmp_path, train_text="lora", text_lora=text_lora)
 
 
 def test_merged_weights_of_a_half_precision_llm_are_rounded_once():

@@ -293,6 +293,16 @@ def test_real_model_learns_and_becomes_a_caption_encoder(shared_dir, tmp_path):
     torch.testing.assert_close(encoder.encode("a red boat", convert_to_tensor=True), hidden.mean(0))
 
 
+def test_lora_is_drawn_from_the_seed_of_the_run(lm_dir, tmp_path):
+    def drawn(start: int, seed: int) -> torch.Tensor:
+        torch.manual_seed(start)
+        trainer = MNTPTrainer(lm_dir, arguments(tmp_path, seed=seed), TEXTS)
+        return next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(drawn(1, 7), drawn(2, 7))
+    assert not torch.equal(drawn(1, 7), drawn(1, 8))
+
+
 def test_all_weights_can_be_trained_and_resumed(lm_dir, tmp_path):
     trainer = MNTPTrainer(lm_dir, arguments(tmp_path, max_steps=2), TEXTS, lora=None)
     trainer.train()

@@ -63,6 +63,36 @@ TEXT: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", **_DECODER},
 }
 
+# Mixtures of experts, whose kernel takes rows of whole 16 bytes.
+_MOE = {**_DECODER, "intermediate_size": 56, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", **_MOE, "num_local_experts": 4},
+    "qwen3_moe": {"model_type": "qwen3_moe", **_MOE, "num_experts": 4, "decoder_sparse_step": 1},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_MOE,
+        "num_local_experts": 4,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    # One dense layer, one with a shared expert, and attention of low rank.
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        **_MOE,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
 # The pre-tokenizer of Llama 3: numbers in groups of three, line breaks apart from letters.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -89,7 +119,7 @@ def vision_config(name: str) -> Any:
 
 
 def text_config(name: str = "llama") -> Any:
-    fields = dict(TEXT[name])
+    fields = dict({**TEXT, **MOE}[name])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 

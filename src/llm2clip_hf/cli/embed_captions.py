@@ -261,15 +261,16 @@ def embed(
 
 def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tuple[Any, dict[str, Any]]:
     """What turns captions into embeddings, and the arguments of `embed_captions` that go with it."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
     import llm2clip_hf  # noqa: F401  (registers the model type)
+    from llm2clip_hf.modeling.loading_llm2clip import load_text_config
 
     trust = options.trust_remote_code
     # bfloat16, the type of most checkpoints, has 8 bits: a pooled cosine with float32 of
     # 0.93 to 0.997. float16, as fast, has 11: 0.9997 and more. On a CPU neither is faster everywhere.
     dtype = options.dtype or ("float32" if device == "cpu" else "float16")
-    config = AutoConfig.from_pretrained(llm, trust_remote_code=trust)
+    config = load_text_config(llm, {"trust_remote_code": trust})
     if config.model_type == "llm2clip":
         refuse_template(options, llm)
         settings = {"dtype": dtype, "attn_implementation": options.attn_implementation}

@@ -76,15 +76,15 @@ def _check_weights(options: Any, stores: "list[CaptionEmbeddingStore]") -> None:
 
 def _weights_of(options: Any, llm: str, dtype: Any) -> dict[str, Any] | None:
     """The identity of the LLM's weights, loaded in the dtype that a store names; `None` for a model without LLM."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     import llm2clip_hf  # noqa: F401  (registers the model type)
     from llm2clip_hf.data.fingerprint import weights_identity
-    from llm2clip_hf.modeling.loading_llm2clip import load_pretrained_text
+    from llm2clip_hf.modeling.loading_llm2clip import load_pretrained_text, load_text_config
 
     kwargs = {"dtype": dtype} if dtype in ("float32", "bfloat16", "float16") else {}
     trust = options.trust_remote_code
-    config = AutoConfig.from_pretrained(llm, trust_remote_code=trust)
+    config = load_text_config(llm, {"trust_remote_code": trust})
     if config.model_type != "llm2clip":
         return weights_identity(load_pretrained_text(llm, None, kwargs))
     if config.text_weights == "none":

@@ -62,7 +62,7 @@ SHOWN = (
 
 @dataclass
 class TrainCaptionsOptions:
-    llm: str = field(metadata={"help": "Folder or repository of a decoder LLM."})
+    llm: str = field(metadata={"help": "Folder or repository of a decoder LLM, or of a stage-1 result to train on."})
     captions: str | None = field(
         default=None,
         metadata={"help": "Captions: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub data set."},
@@ -110,9 +110,9 @@ class TrainCaptionsOptions:
     pooling: Literal["mean", "eos", "last"] | None = field(
         default=None, metadata={"help": "How the states become one vector; mean (paper) if left out."}
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA (paper); 0 trains all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "Alpha of LoRA (paper)."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA (released code)."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA; 16 (paper) if left out, 0 trains all."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of LoRA; 32 (paper) if left out."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.05 if left out."})
     quantization: Literal["4bit", "8bit"] | None = field(
         default=None, metadata={"help": "Load the LLM quantised, for one small GPU; saves the adapter alone."}
     )
@@ -120,12 +120,8 @@ class TrainCaptionsOptions:
         default=None,
         metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out, float32 with --lora_r 0."},
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
-    )
-    mntp_steps: int = field(
-        default=0, metadata={"help": "Steps of masked next token prediction on the captions before stage 1."}
-    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers, e.g. sdpa."})
+    mntp_steps: int = field(default=0, metadata={"help": "Steps of masked next token prediction before stage 1."})
     adapter_only: bool = field(default=False, metadata={"help": "Save the LoRA adapter instead of a merged LLM."})
     check: bool = field(
         default=False,
@@ -183,7 +179,7 @@ def prepare(
         quantization=options.quantization,
         attn_implementation=options.attn_implementation,
     )
-    if options.adapter_only and not options.lora_r:
+    if options.adapter_only and options.lora_r == 0:
         raise ValueError("`--adapter_only` saves the LoRA adapter, and `--lora_r 0` trains none. Leave one out.")
     train, test = load_sources(options, args.seed)
     for source in train.values():
@@ -202,9 +198,9 @@ def prepare(
 
 
 def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
-    """The fields of LoRA that are set, `None` for all weights."""
+    """The fields of LoRA that are given, `None` to train all weights."""
     fields = {"r": options.lora_r, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
-    return fields if options.lora_r else None
+    return None if options.lora_r == 0 else {name: value for name, value in fields.items() if value is not None}
 
 
 def check_sources(options: TrainCaptionsOptions) -> None:
@@ -349,7 +345,8 @@ def print_plan(
         print(f"mntp      {options.mntp_steps} steps before")
     print(f"steps     {steps}, {batch} pairs per step on {args.world_size} device(s)")
     dtype = weights_dtype(options)
-    print(describe_llm(options.llm, lora_rank=options.lora_r, dtype=dtype, quantization=options.quantization))
+    rank = 16 if options.lora_r is None else options.lora_r
+    print(describe_llm(options.llm, lora_rank=rank, dtype=dtype, quantization=options.quantization))
 
 
 def weights_dtype(options: TrainCaptionsOptions) -> str | None:
@@ -368,9 +365,12 @@ def train_and_save(
     """Trains, measures and saves."""
     from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
     from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
+    from llm2clip_hf.training.run_checks import seed_run
 
+    llm = pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm
+    seed_run(args)
     encoder = build_caption_encoder(
-        pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm,
+        llm,
         template=None if options.template == "none" else options.template,
         max_length=options.max_length,
         pooling=options.pooling,

@@ -272,11 +272,9 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
 
 def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume: Any) -> Plan:
     """Makes and checks all parts of a run but the embeddings; nothing here takes long, and nothing is written."""
-    from transformers import set_seed
-
     from llm2clip_hf.training.clip_checks import check_stores, count_steps, prepare_training
     from llm2clip_hf.training.clip_evaluation import class_prompts
-    from llm2clip_hf.training.run_checks import check_settings
+    from llm2clip_hf.training.run_checks import check_settings, seed_run
 
     from .embed_captions import check_store_options
 
@@ -297,7 +295,7 @@ def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume
         captions |= {} if test is None else {f"{folder}-test": test.captions}
         captions |= {} if classes is None else {f"{folder}-zero-shot": class_prompts(classes)}
     stores = open_finished(captions)
-    set_seed(args.seed)  # before anything random is built
+    seed_run(args)  # before anything random is built
     model, processor = load_model(options, with_llm=not (stored or options.check))
     bundled = holds_llm(options, args, configs.get("model"))
     needed = bundled or not stored or len(stores) < len(captions)
@@ -360,11 +358,11 @@ def train_and_save(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments",
 
 def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPModel", Any]:
     """Model and processor; the LLM's weights only where they are needed."""
-    from transformers import AutoConfig, AutoModel, AutoProcessor
+    from transformers import AutoModel, AutoProcessor
 
     from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
     from llm2clip_hf.modeling import text_prefix_length
-    from llm2clip_hf.modeling.loading_llm2clip import pin_revision
+    from llm2clip_hf.modeling.loading_llm2clip import load_text_config, pin_revision
 
     if options.model is not None:
         trust = options.trust_remote_code
@@ -392,7 +390,7 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
         return model, processor
     model = LLM2CLIPModel.from_vision_text_pretrained(
         vision,
-        text_config=AutoConfig.from_pretrained(llm).get_text_config(),
+        text_config=load_text_config(llm).get_text_config(),
         text_base_revision=pin_revision(llm, {}).get("revision"),
         text_prefix_length=text_prefix_length(processor.tokenizer),
         text_weights="external",

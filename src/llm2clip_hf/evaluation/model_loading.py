@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from ..modeling.loading_llm2clip import load_pretrained_text
+from ..modeling.loading_llm2clip import find_adapters, load_pretrained_text
 
 
 __all__ = ["describe_model", "load_model_and_processor"]
@@ -43,6 +43,11 @@ def load_model_and_processor(
             is no processor.
     """
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if find_adapters(name, remote) is not None:
+        raise ValueError(
+            f"`{name}` holds the adapters of an LLM, which alone has no joint space of images and texts. Give a model "
+            "that was trained with it, and these as `text_model` where the model does not name them."
+        )
     config = AutoConfig.from_pretrained(name, **remote)
     extra: dict[str, Any] = {}
     if config.model_type == "llm2clip":
@@ -54,7 +59,6 @@ def load_model_and_processor(
                     "one of `text_model` and `text_embeddings`."
                 )
             extra["text_model"] = load_pretrained_text(text_model, None, {"dtype": _dtype(dtype)})
-        extra["text_model_kwargs"] = {"dtype": _dtype(dtype)}
     elif text_model is not None or not load_text_model:
         raise ValueError(f"`{name}` is a {config.model_type} model, which has a text encoder of its own.")
     model = AutoModel.from_pretrained(name, dtype=_dtype(dtype), **extra, **remote).eval()

@@ -50,8 +50,8 @@ def embed_texts(
             Raw LLM only: whether a token sees the earlier ones alone; by default what the model's config says, which
             is yes for a raw LLM. `False` is checked to have an effect. The model is left as it was.
         pooling (`str`, *optional*):
-            Raw LLM only: `"mean"` (default) over the tokens, without the leading special tokens, as of LLM2CLIP; or
-            `"last"`, the last token.
+            Raw LLM only: `"mean"` over the tokens, without the leading special tokens, as of LLM2CLIP; or
+            `"last"`, the last token. By default what stage 1 recorded in its config, else the mean.
         batch_size (`int`, defaults to 32): texts per forward pass.
         max_length (`int`, *optional*): tokens per text; by default 512 or the encoder's own maximum, if smaller.
         device (*optional*): device to move the encoder to first; by default it stays where it is.
@@ -118,26 +118,17 @@ def _load(name: str, processor: Any, pooling: Pooling | None) -> tuple[Any, Any]
     # Imported where they are used: they take seconds, and most evaluations need neither.
     from transformers import AutoModel, AutoTokenizer
 
-    if pooling is None and _has_file(name, "modules.json"):
+    from ..modeling.loading_llm2clip import find_adapters, find_file, load_pretrained_text
+
+    if pooling is None and find_file(name, "modules.json") is not None:
         raise ValueError(
             f"`{name}` is a sentence-transformers model with a pooling of its own. Pass it as `SentenceTransformer`, "
             "or say with `pooling` how its LLM alone shall be pooled."
         )
     processor = AutoTokenizer.from_pretrained(name) if processor is None else processor
-    return AutoModel.from_pretrained(name).eval(), processor
-
-
-def _has_file(name: str, file: str) -> bool:
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        name,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found is not None
+    if find_adapters(name) is None:
+        return AutoModel.from_pretrained(name).eval(), processor
+    return load_pretrained_text(name, None, None).eval(), processor
 
 
 class _TextTower(torch.nn.Module):
@@ -180,6 +171,8 @@ def _embed_with_llm(
     if pooling not in (None, "mean", "last"):
         raise ValueError(f"`pooling` must be 'mean' or 'last', got {pooling!r}.")
     llm = model.base_model  # without the head that predicts tokens
+    if pooling is None and getattr(llm.config, "text_pooling", None) in ("eos", "last"):
+        pooling = "last"  # as stage 1 trained it
     unique = list(dict.fromkeys(texts))
     length = options["max_length"] or longest_text(llm, tokenizer)
     prefix = 0 if pooling == "last" else text_prefix_length(tokenizer)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from llm2clip_hf.modeling import apply_text_template, assert_bidirectional
-from llm2clip_hf.modeling.loading_llm2clip import pin_revision
+from llm2clip_hf.modeling.loading_llm2clip import load_text_config, pin_revision
 from llm2clip_hf.modeling.processing_llm2clip import record_text_settings
 
 from .checkpoint_files import Source, read_weights
@@ -101,7 +101,7 @@ def read_text_model(name: str | None, width: int | None) -> TextModel | None:
         return None
     try:
         source = pin_revision(name, {"trust_remote_code": False})
-        config = AutoConfig.from_pretrained(name, **source)
+        config = load_text_config(name, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

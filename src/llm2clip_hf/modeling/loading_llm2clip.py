@@ -12,15 +12,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Loading of the parts: a vision tower, and an LLM that a model names or is built from."""
+"""Loading of the parts: a vision tower, and an LLM, whole or as adapters, that a model names or is built from."""
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+import torch
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
@@ -44,6 +48,11 @@ _PLACING = (
     "torch_dtype",
 )
 SHARED_KEYWORDS = (*HUB_KEYWORDS, *_PLACING, "quantization_config", "revision", "trust_remote_code")
+# Files of adapters, and what stage 1 says of its own beside them.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ENCODER_SETTINGS = "caption_encoder.json"
+_SETTINGS = "base_model base_revision is_causal template pooling max_length normalize hidden_size".split()
 _PART_KEYWORDS = (*_SOURCE_KEYWORDS, *_PLACING, "experts_implementation", "key_mapping", "use_safetensors", "variant")
 
 
@@ -253,9 +262,178 @@ def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) 
     return found if revision is None else {"revision": revision, **found}
 
 
+def find_adapters(name: str, source: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """
+    What a repository or folder of adapters alone says of the model that they make; `None` for any other.
+
+    Args:
+        name (`str`): Repository or folder.
+        source (`dict`, *optional*): `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        `dict`: `base_model`, `base_revision`, `is_causal`, `pooling`, `hidden_size`; all of `caption_encoder.json`
+        where stage 1 saved the adapters.
+
+    Raises:
+        ValueError: if files of it are missing, or it does not name its base.
+    """
+    if find_file(name, "config.json", source) is not None:
+        return None  # a whole model
+    files = {file: find_file(name, file, source) for file in (ENCODER_SETTINGS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    settings_file, config_file, weights_file = files.values()
+    if settings_file is None and config_file is None:
+        return None
+    settings = None if settings_file is None else json.loads(settings_file.read_text(encoding="utf-8"))
+    if settings is not None and (missing := [repr(field) for field in _SETTINGS if field not in settings]):
+        raise ValueError(f"`{settings_file}` has no {', '.join(missing)}. Save the encoder again.")
+    if config_file is None or weights_file is None:
+        found = ADAPTER_CONFIG if settings is None else ENCODER_SETTINGS
+        absent = ADAPTER_CONFIG if config_file is None else ADAPTER_WEIGHTS
+        raise ValueError(f"{name!r} holds `{found}`, but no `{absent}`. Save the encoder again.")
+    if settings is not None:
+        return settings
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"`{config_file}` does not name the model that the adapters are for. Load that model and then these, with "
+            "`model.load_adapter(...)`, or set `base_model_name_or_path`."
+        )
+    fields: dict[str, Any] = dict.fromkeys(("pooling", "hidden_size"))
+    return {**fields, "base_model": base, "base_revision": config.get("revision"), "is_causal": False}
+
+
+def find_file(name: str, file: str, source: dict[str, Any] | None = None) -> Path | None:
+    """A file of a folder or a repository; `None` if it has none of that name."""
+    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
+    found = cached_file(
+        name,
+        file,
+        **where,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def load_text_config(name: str, kwargs: dict[str, Any] | None = None) -> Any:
+    """The config of an LLM, also of one saved as adapters only."""
+    source = source_keywords(kwargs)
+    adapter = find_adapters(name, source)
+    if adapter is None:
+        return AutoConfig.from_pretrained(name, **source)
+    try:
+        config = AutoConfig.from_pretrained(adapter["base_model"], **base_keywords(source, adapter))
+    except OSError as error:
+        raise OSError(
+            f"The LLM {adapter['base_model']!r} of the adapters in {name!r} cannot be read: "
+            f"{' '.join(str(error).split())[:200]} Put it where `{ENCODER_SETTINGS}` and `{ADAPTER_CONFIG}` say it "
+            "is, or make a whole model with `build_caption_encoder(adapters, base_model=..., lora=None)` and "
+            "`save_pretrained`."
+        ) from error
+    # As in the config of a whole model that stage 1 saves.
+    text_config = config.get_text_config()
+    if not adapter["is_causal"]:
+        text_config.is_causal = False
+    if adapter["pooling"] is not None:
+        text_config.text_pooling = adapter["pooling"]
+    return config
+
+
+def base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for the base of adapters: revision and subfolder are those of the adapters alone."""
+    kept = {key: value for key, value in kwargs.items() if key not in ("revision", "code_revision", "subfolder")}
+    revision = adapter["base_revision"]
+    return kept if revision is None else {**kept, "revision": revision}
+
+
+def check_adapter_base(llm: PreTrainedModel, settings: dict[str, Any], name: Any) -> None:
+    """
+    Checks that an LLM, without adapters, is the one that adapters were trained on.
+
+    Args:
+        llm (`PreTrainedModel`): The LLM.
+        settings (`dict`): Those of [`find_adapters`].
+        name (`str`): Where the adapters are, for the message.
+
+    Raises:
+        ValueError: if its width or its weights are others.
+    """
+    width = settings["hidden_size"]
+    problem = ""
+    if width is not None and llm.config.hidden_size != width:
+        problem = f"its width is {llm.config.hidden_size}, not {width}"
+    else:
+        # float16 holds other values than bfloat16.
+        dtypes = {str(llm.dtype), settings.get("base_dtype")}
+        comparable = len(dtypes) == 1 or "torch.float16" not in dtypes
+        embeddings: Any = llm.get_input_embeddings()
+        states = {"base_embeddings_sha256": {"weight": embeddings.weight}}
+        if not is_quantized(llm):
+            states["base_sha256"] = llm.state_dict()
+        # The digest of all weights is missing where the LLM was quantised.
+        known = {key: state for key, state in states.items() if comparable and settings.get(key)}
+        if any(weights_digest(state) != settings[key] for key, state in known.items()):
+            problem = "its weights are not those that the adapters were trained on"
+    if problem:
+        raise ValueError(
+            f"The LLM in `{llm.config._name_or_path}` is not the base {settings['base_model']!r} of the adapters in "
+            f"`{name}`: {problem}. Give the right LLM as `base_model`."
+        )
+
+
+@torch.no_grad()
+def weights_digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of weights rounded to bfloat16, since an LLM may be trained in one precision and used in another."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_quantized(llm: Any) -> bool:
+    config = getattr(getattr(llm, "config", None), "quantization_config", None)
+    return config is not None and bool(getattr(llm, "is_quantized", False))
+
+
+@torch.no_grad()
+def load_adapters(model: Any, name: str, source: dict[str, Any] | None = None) -> None:
+    """Puts adapters into a model of transformers, with the float32 weights that they were trained as."""
+    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
+    conversions = getattr(model, "_weight_conversions", None)
+    with torch.random.fork_rng(devices=[]):  # they are drawn first, which must not change what is drawn later
+        info = model.load_adapter(name, adapter_kwargs=where)
+    # Those of the adapters' names would be applied to all weights when the model is saved.
+    model._weight_conversions = conversions
+    check_loading_info(name, vars(info) if info is not None else {})
+    weights = load_state_dict(str(find_file(name, ADAPTER_WEIGHTS, source)))
+    for key, parameter in model.named_parameters():
+        value = weights.get(f"base_model.model.{key.replace('.default', '')}")
+        if value is not None and ".lora_" in key:  # transformers has rounded it to the type of the model
+            parameter.data = value.to(parameter.device, torch.float32)
+
+
+@torch.no_grad()
+def merge_adapters(llm: Any) -> None:
+    """Merges adapters of PEFT into the weights of an LLM, layer by layer, and takes them out."""
+    layers = {name: module for name, module in llm.named_modules() if hasattr(module, "base_layer")}
+    for layer in layers.values():
+        layer.merge(safe_merge=True)
+    for name, layer in layers.items():
+        if not name.rpartition(".base_layer")[0]:  # adapters of several parameters lie one in the other
+            llm.set_submodule(name, layer.get_base_layer())
+    if layers:
+        llm._hf_peft_config_loaded = False
+        del llm.peft_config
+
+
 def part_config(name: str, source: dict[str, Any], kwargs: dict[str, Any], part: str) -> tuple[Any, Any]:
     """The config that a repository holds, and in it that of the part, with the fields that `kwargs` set, taken out."""
-    whole = AutoConfig.from_pretrained(name, **source)
+    whole = load_text_config(name, source) if part == "text" else AutoConfig.from_pretrained(name, **source)
     # A composite model, such as CLIP or LLaVA, has one config for each of its parts.
     config = getattr(whole, f"{part}_config", None) or whole
     # A vision tower is trained, so it is not quantised.
@@ -294,6 +472,9 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
     """
     A decoder without a head, out of its own repository or out of that of a multimodal model.
 
+    The result of stage 1 may be saved as adapters only. They are merged, unless the LLM is quantised: then they stay
+    beside the rounded weights.
+
     Args:
         name (`str`): Repository or folder.
         revision (`str`, *optional*): Of the repository, unless `kwargs` says.
@@ -313,10 +494,29 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
         )
     kwargs = dict(kwargs or {})
     source = source_keywords(kwargs, revision)
+    adapter = find_adapters(name, source)
+    if adapter is not None and adapter["is_causal"]:
+        raise ValueError(
+            f"The adapters in {name!r} were trained on causal attention, and LLM2CLIP attends both ways. Use an "
+            "encoder that was trained with `bidirectional=True`."
+        )
     whole, config = part_config(name, source, kwargs, "text")
     # Set here, since loading drops it from keyword arguments.
     config.is_causal = False
     kwargs |= source
+    if adapter is None:
+        return _load_whole_text(name, whole, config, kwargs)
+    model = _load_whole_text(str(adapter["base_model"]), whole, config, base_keywords(kwargs, adapter))
+    check_adapter_base(model, adapter, name)
+    load_adapters(model, name, source)
+    if is_quantized(model):
+        model.adapters_name = name
+    else:
+        merge_adapters(model)
+    return model
+
+
+def _load_whole_text(name: str, whole: Any, config: Any, kwargs: dict[str, Any]) -> Any:
     if config is not whole:
         if type(config) not in MODEL_MAPPING:
             raise ValueError(
@@ -330,8 +530,13 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
 
 
 def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str, Any] | None) -> Any:
-    """The tokenizer from where [`load_pretrained_text`] takes the LLM."""
-    return AutoTokenizer.from_pretrained(name, **{"revision": "main", **source_keywords(kwargs, revision)})
+    """The tokenizer from where [`load_pretrained_text`] takes the LLM, for adapters without one that of their base."""
+    source = {**source_keywords(kwargs), "revision": revision or (kwargs or {}).get("revision") or "main"}
+    adapter = find_adapters(name, source)
+    if adapter is not None and find_file(name, "tokenizer_config.json", source) is None:
+        name, source = adapter["base_model"], {"revision": "main", **base_keywords(source, adapter)}
+    options = {key: value for key, value in (kwargs or {}).items() if key == "use_fast"}
+    return AutoTokenizer.from_pretrained(name, **source, **options)
 
 
 def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
@@ -383,15 +588,26 @@ def forget_shards(config: Any) -> None:
 
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "ENCODER_SETTINGS",
     "HUB_KEYWORDS",
+    "base_keywords",
+    "check_adapter_base",
     "check_complete",
     "check_loading_info",
     "choose_shards",
     "external_text_kwargs",
+    "find_adapters",
+    "find_file",
     "forget_shards",
+    "is_quantized",
+    "load_adapters",
     "load_pretrained_text",
     "load_pretrained_tokenizer",
+    "load_text_config",
     "load_within",
+    "merge_adapters",
     "part_config",
     "part_device_map",
     "pin_revision",
@@ -400,4 +616,5 @@ __all__ = [
     "source_of_parts",
     "stored_text_weights",
     "text_keywords",
+    "weights_digest",
 ]

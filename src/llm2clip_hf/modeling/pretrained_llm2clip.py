@@ -26,19 +26,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .card_llm2clip import is_repository
 from .configuration_llm2clip import LLM2CLIPConfig, config_fields
 from .inputs_llm2clip import assert_bidirectional
 from .loading_llm2clip import (
+    base_keywords,
     check_loading_info,
     choose_shards,
     external_text_kwargs,
+    find_adapters,
     forget_shards,
+    load_adapters,
     load_pretrained_text,
     load_pretrained_tokenizer,
     pin_revision,
     route_keywords,
+    source_keywords,
     stored_text_weights,
     text_keywords,
 )
@@ -53,6 +58,8 @@ from .processing_llm2clip import apply_text_template, template_digest, text_end_
 from .publishing_llm2clip import PushedModel, take_push_options
 from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
 
+
+logger = logging.get_logger(__name__)
 
 ATTACH_HINT = (
     "Attach the LLM with `model.attach_text_model(AutoModel.from_pretrained(...))`, or pass stored LLM embeddings as "
@@ -214,6 +221,16 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             ValueError: if weights are missing, unexpected or (without `ignore_mismatched_sizes=True`) of another
                 shape, the LLM does not fit, or an argument for loading it cannot be used.
         """
+        adapters, source = None, (kwargs.pop("adapter_kwargs", None) or {})
+        # `AutoModel` has followed adapters to the model that they are for.
+        if source.get("_adapter_model_path", pretrained_model_name_or_path) != pretrained_model_name_or_path:
+            adapters = source["_adapter_model_path"]
+        elif isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            source = source_keywords(kwargs)
+            found = find_adapters(str(pretrained_model_name_or_path), source)
+            if found is not None:
+                adapters, pretrained_model_name_or_path = str(pretrained_model_name_or_path), found["base_model"]
+                kwargs = base_keywords(kwargs, found)
         bundled = load_text_model and text_model is None
         if text_model_kwargs or kwargs.get("quantization_config") is not None:
             where = stored_text_weights(pretrained_model_name_or_path, kwargs) if bundled else "none"
@@ -237,6 +254,8 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             model.attach_text_model(text_model)
         elif model.text_model is not None:
             model._text_base = (model.config.text_base_model, sampled_weights(model.text_model))
+        if adapters is not None:  # now that all parts are there
+            load_adapters(model, adapters, source)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -252,8 +271,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         r"""
         Builds an untrained model from a pretrained vision tower and a pretrained LLM.
 
-        The projection and the adaptor are new. `LLM2CLIPProcessor.from_vision_text_pretrained` makes the processor for
-        it from the same parts.
+        The projection and the adaptor are new, drawn from torch's generator: call `transformers.set_seed` before, on
+        all processes alike. `LLM2CLIPProcessor.from_vision_text_pretrained` makes the processor for it from the same
+        parts.
 
         Args:
             vision_model_name_or_path (`str`):
@@ -335,6 +355,9 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         """
         Saves config, weights and code; the folder loads with `trust_remote_code=True` without this package.
 
+        Of a model with adapters of `add_adapter`, it saves these alone, as any model of transformers does;
+        `from_pretrained` of that folder loads the model that they name, and puts them in.
+
         `AutoModel`, pipelines and, once the processor is saved there too, `SentenceTransformer` load it.
 
         Args:
@@ -347,11 +370,14 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
 
         Raises:
             ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
-                named or not the one that is named (see [`~LLM2CLIPModel.text_model_is_named`]), or if a part carries
-                an adapter (LoRA) that has not been merged.
+                named or not the one that is named (see [`~LLM2CLIPModel.text_model_is_named`]), or if a part, other
+                than by `add_adapter` of the whole model, carries an adapter (LoRA) that has not been merged.
         """
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
-        self._check_merged(weights_given=kwargs.get("state_dict") is not None)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            self._save_adapters(save_directory, *args, push=push, text_weights=text_weights, **kwargs)
+            return
+        self._check_merged(text_weights, weights_given=kwargs.get("state_dict") is not None)
         with self._saving(text_weights or str(self.config.text_weights)):
             if self.config.text_weights == "bundled":
                 kwargs = {**_llm_last(kwargs.pop("state_dict", None) or self.state_dict()), **kwargs}
@@ -377,9 +403,32 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         now = sampled_weights(self.text_model)
         return now is None or same_sampled_weights(before, now)
 
-    def _check_merged(self, weights_given: bool) -> None:
+    def _save_adapters(self, save_directory: Any, *args: Any, push: Any, text_weights: Any, **kwargs: Any) -> None:
+        """Saves what `add_adapter` put into the whole model, alone, as any model of transformers does."""
+        if push is not None:
+            self.push_to_hub(**push)  # says why not
+        if text_weights is not None:
+            raise ValueError(
+                f"`text_weights` is {text_weights!r}, but the model carries adapters of `add_adapter`, which are "
+                "saved alone. Leave it out, or merge them first, with `llm2clip_hf.training.merge_lora(model)`."
+            )
+        if not any(config.base_model_name_or_path for config in self.peft_config.values()):
+            logger.warning(
+                "The adapters do not name the model that they are for, which has not been loaded from a folder. Save "
+                "it before `add_adapter`, load it from there, and they load by themselves; else use `load_adapter`."
+            )
+        auto_class, type(self)._auto_class = type(self)._auto_class, None  # the code goes with whole models
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            type(self)._auto_class = auto_class
+
+    def _check_merged(self, text_weights: str | None, weights_given: bool) -> None:
         """Refuses parts with adapters, whose weights have other names, unless plain weights are given to be saved."""
+        named = self.config.text_base_model if (text_weights or self.config.text_weights) == "external" else None
         for name, part in self.named_children():
+            if name == "text_model" and named is not None and getattr(part, "adapters_name", None) == named:
+                continue  # as it came from there: adapters beside a quantised LLM
             # The flag is set by `add_adapter`; `get_peft_model` leaves only its layers, each with a base layer.
             layers = not weights_given and any(hasattr(module, "base_layer") for module in part.modules())
             if layers or getattr(part, "_hf_peft_config_loaded", False):

@@ -22,13 +22,13 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .inputs_llm2clip import check_images, check_text
-from .loading_llm2clip import source_of_parts
+from .loading_llm2clip import load_pretrained_tokenizer, source_of_parts
 from .publishing_llm2clip import PushedProcessor, take_push_options
 
 
@@ -372,7 +372,7 @@ class LLM2CLIPProcessor(PushedProcessor):
         """
         vision, text = source_of_parts(f"`{cls.__name__}.from_vision_text_pretrained`", kwargs, text_base_revision)
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, **vision)
-        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **text)
+        tokenizer = load_pretrained_tokenizer(text_model_name_or_path, None, text)
         return cls(image_processor, apply_text_template(tokenizer, text_template, max_length))
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:

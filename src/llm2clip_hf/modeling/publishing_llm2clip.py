@@ -336,6 +336,11 @@ class PushedModel:
             PermissionError: without a token that may write to the repository.
             ConnectionError: if the connection breaks; nothing has been committed then.
         """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The model carries adapters of `add_adapter`, and a repository gets whole models. Merge them, with "
+                "`llm2clip_hf.training.merge_lora(model)`, or save them and upload that folder with `huggingface_hub`."
+            )
         with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
             # Whatever can fail here fails before anything is made on the Hub.
             pin_text_model(self.config, self.text_model, text_weights, token)

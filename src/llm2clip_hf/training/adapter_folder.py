@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """A caption encoder saved as adapters only: megabytes that name their LLM, with the settings an embedding needs."""
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from .adapters import ADAPTER_WEIGHTS, add_lora, base_state, has_adapters, load_adapter_weights
-from .encoder_files import ADAPTER_CONFIG, ENCODER_SETTINGS
-from .quantization import quantization_label
+from ..modeling.loading_llm2clip import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ENCODER_SETTINGS,
+    check_adapter_base,
+    find_adapters,
+    find_file,
+    is_quantized,
+    weights_digest,
+)
+from .adapters import add_lora, base_state, has_adapters, load_adapter_weights
 
 
-_FIELDS = ("base_model", "base_revision", "is_causal", "template", "pooling", "max_length", "normalize", "hidden_size")
 # How PEFT names the weights of a wrapped model in a file.
 _PREFIX = "base_model.model."
 
@@ -32,38 +37,39 @@ class AdapterFolder:
     config_file: Path
     weights_file: Path
 
-    def check_base(self, llm: PreTrainedModel) -> None:
-        """
-        Checks that an LLM is the one that the adapters were trained on.
+    def lora(self) -> LoraConfig:
+        """The config of the adapters, to train them on."""
+        config = LoraConfig.from_pretrained(str(self.config_file.parent))
+        config.inference_mode = False
+        return config
 
-        Raises:
-            ValueError: if its width or its weights are others.
-        """
-        name, width = self.settings["base_model"], llm.config.hidden_size
-        problem = ""
-        if width != self.settings["hidden_size"]:
-            problem = f"its width is {width}, not {self.settings['hidden_size']}"
-        else:
-            digests = base_digests(llm)
-            # One of the two is missing where the LLM is, or was, quantised; float16 holds other values than bfloat16.
-            dtypes = {str(llm.dtype), self.settings.get("base_dtype")}
-            comparable = len(dtypes) == 1 or "torch.float16" not in dtypes
-            shared = [key for key, value in digests.items() if comparable and value and self.settings.get(key)]
-            if any(digests[key] != self.settings[key] for key in shared):
-                problem = "its weights are not those that the adapters were trained on"
-        if problem:
+    def check_options(self, bidirectional: bool, lora: Any) -> None:
+        """Refuses arguments of `build_caption_encoder` that ask for other adapters."""
+        folder = self.config_file.parent
+        own = self.lora()
+        given = dict(lora) if isinstance(lora, Mapping) else {}
+        others = {name: value for name, value in given.items() if value != getattr(own, name, None)}
+        if others or isinstance(lora, LoraConfig):
             raise ValueError(
-                f"The LLM in `{llm.config._name_or_path}` is not the base {name!r} of the adapters in "
-                f"`{self.config_file.parent}`: {problem}. Give the right LLM as `base_model`."
+                f"`{folder}` has adapters of its own, and `lora` asks for {others or 'a config'}. Pass "
+                "`lora='default'` (no `--lora_...` option) to train them on, or `lora=None` to merge them, to save a "
+                "whole LLM that new ones are trained on."
             )
+        if not bidirectional and not self.settings["is_causal"]:
+            raise ValueError(f"The adapters in `{folder}` were trained bidirectionally. Leave `bidirectional` out.")
 
     def attach(self, llm: PreTrainedModel) -> None:
         """Puts the adapters into their LLM, trainable."""
-        self.check_base(llm)
-        config = LoraConfig.from_pretrained(str(self.config_file.parent))
-        config.inference_mode = False
-        add_lora(llm, config)
+        check_adapter_base(llm, self.settings, self.config_file.parent)
+        add_lora(llm, self.lora())
         load_adapter_weights(llm, self.weights_file)
+
+
+class AdapterCheckpoint(dict[str, Path]):
+    """Stands for the encoder in a checkpoint of adapters, which is not built to take its weights."""
+
+    def state_dict(self) -> "AdapterCheckpoint":
+        return self
 
 
 def find_adapter(name_or_path: str, revision: str | None = None) -> AdapterFolder | None:
@@ -73,18 +79,12 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> AdapterFolde
     Raises:
         ValueError: if its settings are incomplete or a file of it is missing.
     """
-    settings_file = _file(name_or_path, ENCODER_SETTINGS, revision)
-    if settings_file is None:
+    source = {"revision": revision}
+    settings = find_adapters(name_or_path, source)
+    if settings is None:
         return None
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    missing = [field for field in _FIELDS if field not in settings]
-    if missing:
-        raise ValueError(f"`{settings_file}` has no {', '.join(map(repr, missing))}. Save the encoder again.")
-    files = {name: _file(name_or_path, name, revision) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-    for name, file in files.items():
-        if file is None:
-            raise ValueError(f"{name_or_path!r} holds `{ENCODER_SETTINGS}`, but no `{name}`. Save the encoder again.")
-    config_file, weights_file = (file for file in files.values() if file is not None)
+    config_file, weights_file = (find_file(name_or_path, name, source) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    assert config_file is not None and weights_file is not None, "found together"
     return AdapterFolder(settings, config_file, weights_file)
 
 
@@ -117,7 +117,6 @@ def write_adapter(folder: Path, llm: PreTrainedModel, settings: dict[str, Any]) 
     (folder / ENCODER_SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
 def base_digests(llm: PreTrainedModel) -> dict[str, str | None]:
     """
     SHA-256 of the LLM's weights and of its token embeddings alone, adapters left out, rounded to bfloat16.
@@ -128,27 +127,5 @@ def base_digests(llm: PreTrainedModel) -> dict[str, str | None]:
     embeddings: Any = llm.get_input_embeddings()
     if isinstance(embeddings, BaseTunerLayer):
         embeddings = embeddings.get_base_layer()
-    whole = None if quantization_label(llm) else _digest(base_state(llm))
-    return {"base_sha256": whole, "base_embeddings_sha256": _digest({"weight": embeddings.weight})}
-
-
-def _digest(state: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
-        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _file(name_or_path: str, file: str, revision: str | None) -> Path | None:
-    found = cached_file(
-        name_or_path,
-        file,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
+    whole = None if is_quantized(llm) else weights_digest(base_state(llm))
+    return {"base_sha256": whole, "base_embeddings_sha256": weights_digest({"weight": embeddings.weight})}

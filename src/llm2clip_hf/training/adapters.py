@@ -2,6 +2,7 @@
 """LoRA on the LLM: add it, load its weights, merge it."""
 
 import copy
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,20 +16,28 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
+# What layers of experts, dense or shared ones beside them, and routers are called; PEFT takes some of these names for
+# the experts themselves, whatever they are in the LLM.
+_EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "router"} | {
+    "shared_expert_gate"
+}
 
 
 def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
     """
     A LoRA config: the paper's recipe, rank 16 and alpha 32 (section 4.1), with dropout 0.05 on all linear layers
     (released code), and other values for the fields that a mapping names; a `LoraConfig` is copied as it is.
+
+    PEFT has no dropout for `target_parameters`, the experts of a mixture, so there is none where a mapping names them.
     """
     if isinstance(lora, LoraConfig):
         return copy.deepcopy(lora)
     fields: dict[str, Any] = {
         "r": 16,
         "lora_alpha": 32,
-        "lora_dropout": 0.05,
+        "lora_dropout": 0.0 if lora.get("target_parameters") else 0.05,
         "target_modules": "all-linear",
         "bias": "none",
         "task_type": TaskType.FEATURE_EXTRACTION,
@@ -48,6 +57,9 @@ def add_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
     """
     Puts LoRA layers into a model and freezes everything else.
 
+    In a mixture of experts, "all-linear" are the layers outside of experts and routers (the attention), and what is
+    trained is logged; experts are trained where `target_parameters` names them.
+
     Args:
         llm (`PreTrainedModel`): The LLM, changed in place; its weights may be quantised.
         config (`LoraConfig`): Ranks and targets.
@@ -60,16 +72,84 @@ def add_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
             f"`lora.modules_to_save` is {config.modules_to_save!r}, but an encoder is saved with its adapters merged, "
             "which keeps LoRA only. Leave it out, or train all weights with `lora=None`."
         )
+    if config.target_parameters and config.lora_dropout:
+        raise ValueError(f"`lora_dropout` is {config.lora_dropout}, and `target_parameters` take none. Set it to 0.")
     _check_targets(llm, config)
+    experts = expert_parameters(llm)
+    if experts:
+        _target_beside_experts(llm, config)
     llm.add_adapter(config)
     for parameter in llm.parameters():
         if parameter.requires_grad:
             # In bfloat16 an update of a few 1e-4 of the weight is rounded away.
             parameter.data = parameter.data.float()
+    if experts and llm.device.type != "meta":
+        logger.warning("%s is a mixture of experts: LoRA is %s.", type(llm).__name__, describe_lora(llm))
+
+
+def expert_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the experts of a mixture by name, each those of all experts of a layer: three dimensions."""
+    return {
+        f"{name}.{leaf}": p
+        for name, module in llm.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for leaf, p in module.named_parameters(recurse=False)
+        if p.ndim == 3
+    }
+
+
+def _expert_paths(llm: nn.Module) -> list[str]:
+    """The names of `expert_parameters` within a layer."""
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in expert_parameters(llm)})
+
+
+def describe_lora(llm: PreTrainedModel) -> str:
+    """What LoRA trains in an LLM and, of a mixture of experts, what it leaves out; without a full stop."""
+    layers = tuner_layers(llm)
+    trained = sum(p.numel() for p in llm.parameters() if p.requires_grad)
+    text = f"on {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}, {trained / 1e6:,.2f} M parameters"
+    experts = {name.replace(".base_layer", ""): p.numel() for name, p in expert_parameters(llm).items()}
+    frozen = sum(count for name, count in experts.items() if name.rpartition(".")[0] not in layers)
+    if frozen:
+        text += f"; experts ({frozen / 1e6:,.2f} M parameters), routers and layers named like them stay as they are"
+    return text
+
+
+def _target_beside_experts(llm: PreTrainedModel, config: LoraConfig) -> None:
+    """
+    Names the layers of a mixture of experts that LoRA is for in full.
+
+    PEFT reads `all-linear`, patterns and some names (`down_proj`, ...) as those of experts, in some architectures.
+    """
+    head: Any = llm.get_output_embeddings()
+    names = {name for name, module in llm.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    targets: Any = config.target_modules or ()
+    if targets == "all-linear":
+        config.target_modules = sorted(name for name in names if name.rpartition(".")[2] not in _EXPERT_NAMES)
+        return
+    if isinstance(targets, str):
+        chosen = {name for name, _ in llm.named_modules() if re.fullmatch(targets, name)}
+    else:
+        chosen = {name for name, _ in llm.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)}
+    refused = sorted({name.rpartition(".")[2] for name in chosen} & _EXPERT_NAMES)
+    if refused:
+        open_to = sorted({name.rpartition(".")[2] for name in names} - _EXPERT_NAMES)
+        raise ValueError(
+            f"`lora.target_modules` names {', '.join(map(repr, refused))}, which PEFT takes for the experts of "
+            f"{type(llm).__name__}. Name layers among {', '.join(open_to)}; train experts with "
+            f"`lora={{'target_parameters': {_expert_paths(llm)}}}`."
+        )
+    config.target_modules = sorted(chosen)
 
 
 def _check_targets(llm: PreTrainedModel, config: LoraConfig) -> None:
     """Names the target that no layer has; PEFT speaks up only when all of them miss."""
+    parameters = [name for name, _ in llm.named_parameters()]
+    if absent := [t for t in config.target_parameters or () if not any(f".{n}".endswith(f".{t}") for n in parameters)]:
+        raise ValueError(
+            f"`lora.target_parameters` names {', '.join(map(repr, absent))}, which no parameter of "
+            f"{type(llm).__name__} is called. Its experts are {_expert_paths(llm)}."
+        )
     targets = config.target_modules
     if not targets or targets == "all-linear":
         return
@@ -115,8 +195,12 @@ def load_adapter_weights(llm: PreTrainedModel, file: Path) -> None:
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The PEFT layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    """The PEFT layers of a model by name; of several around one module, as for the experts of a mixture, the outer."""
+    layers: dict[str, BaseTunerLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and name.removesuffix(".base_layer") not in layers:
+            layers[name] = module
+    return layers
 
 
 def base_state(llm: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -153,8 +237,10 @@ def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
         if not any(name.startswith(f"{layer}.") for layer in layers)
     }
     for name, layer in layers.items():
-        single = copy.deepcopy(layer)
-        single.merge(safe_merge=True)
+        single: Any = copy.deepcopy(layer)
+        for part in tuple(single.modules()):
+            if isinstance(part, BaseTunerLayer):
+                part.merge(safe_merge=True)
         base = single.get_base_layer().state_dict()
         state.update({f"{name}.{key}": tensor.detach().cpu() for key, tensor in base.items()})
     with torch.device("meta"):

@@ -14,13 +14,15 @@ from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..hub.card_facts import run_options
-from .adapters import ADAPTER_WEIGHTS, has_adapters, load_adapter_weights
+from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS
+from .adapters import has_adapters, load_adapter_weights
 from .callbacks import EpochCallback
 from .caption_encoder import CaptionEncoder
 from .caption_loss import CaptionContrastiveLoss
 from .caption_sources import INSTRUCTION, LABEL, CaptionCollator, SourceRows, StreamRows, is_map_style, ordered_columns
 from .caption_training_args import CaptionContrastiveTrainingArguments
 from .checkpoints import AtomicCheckpointTrainer
+from .encoder_files import ADAPTER_FOLDER
 from .hub_publishing import PublishingEncoderTrainer
 from .run_checks import (
     UNUSED_ARGUMENTS,
@@ -35,7 +37,6 @@ from .single_source import EvaluationBatchSampler, SingleSourceBatchSampler
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
 # Options of the base classes that say how batches are drawn, with what this trainer does.
 _BATCH_OPTIONS = {
     "batch_sampler": "batch_sampler",

@@ -8,8 +8,8 @@ The caption encoder of stage 1: an LLM that attends both ways, pooled, as a `Sen
 (4) LoRA is added for training; saving merges it, so that a folder holds a plain LLM, or saves it alone.
 """
 
-import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,17 +20,18 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import embedding_fingerprint
 from ..modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
+from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS, ENCODER_SETTINGS, load_pretrained_tokenizer, load_text_config
 from ..modeling.processing_llm2clip import record_text_settings, text_end_token
-from . import caption_pooling
-from .adapter_folder import AdapterFolder, find_adapter, write_adapter
-from .adapters import add_lora, has_adapters, lora_config, merged_llm
+from .adapter_folder import AdapterCheckpoint, find_adapter, write_adapter
+from .adapters import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
 from .caption_pooling import CaptionPooling
 from .encoder_card import EncoderCard, stored_results, stored_training_data
-from .encoder_files import ENCODER_SETTINGS, written_folder
+from .encoder_files import ADAPTER_FOLDER, point_to_local_code, written_folder
 from .hub_publishing import PublishedEncoder
 from .quantization import quantization_label, quantized_model_kwargs
 
@@ -105,7 +106,9 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         Saves the encoder with LoRA merged; see the class.
 
-        Everything is written to a temporary folder first and then moved file by file, `modules.json` last.
+        Everything is written to a temporary folder first and then moved file by file, `modules.json` last. A folder
+        `checkpoint-N`, which is a checkpoint of a `Trainer`, also gets the adapters by themselves, from which the run
+        resumes, and of a quantised LLM nothing else.
 
         Args:
             path (`str`): Folder to write.
@@ -119,6 +122,10 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` is not supported: weights are saved as safetensors only.")
+        if has_adapters(self.llm) and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(path).name):
+            self.save_adapter(str(Path(path) / ADAPTER_FOLDER))
+            if quantization_label(self.llm):
+                return
         if quantization_label(self.llm):
             raise ValueError(
                 "The LLM is quantised, and adapters merged into rounded weights are not what was trained. Save them "
@@ -134,15 +141,34 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
                 self[0].model = attached
             if create_model_card:
                 self._create_model_card(str(folder), model_name or Path(path).resolve().name, train_datasets)
-            _point_to_local_code(folder / "modules.json")
+            point_to_local_code(folder / "modules.json")
+
+    @classmethod
+    def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
+        """What `SentenceTransformerTrainer` resumes from: by this package, without the code in the folder."""
+        weights = Path(model_name_or_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        if weights.is_file():
+            return AdapterCheckpoint(file=weights)
+        return build_caption_encoder(model_name_or_path, lora=None, bidirectional=False)  # as its config says
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of `nn.Module`; of a checkpoint that holds adapters, these, and the LLM stays what it is."""
+        if not isinstance(state_dict, AdapterCheckpoint):
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        if not has_adapters(self.llm):
+            raise ValueError(
+                f"`{state_dict['file']}` is of a LoRA run, and the encoder has no adapters to load it into."
+            )
+        return load_adapter_weights(self.llm, state_dict["file"])
 
     def save_adapter(self, path: str, model_name: str | None = None, train_datasets: list[str] | None = None) -> None:
         """
         Saves the LoRA weights alone, with the name of their LLM: a folder of megabytes, and all a quantised run has.
 
-        `build_caption_encoder(path)` loads it. Nothing else does so correctly: PEFT, `AutoModel` and
-        `SentenceTransformer` would put the adapters into the causal LLM, since an adapter has no config to say that
-        attention looks both ways. The folder's README says so too. For a folder that they load, use `save_pretrained`.
+        `build_caption_encoder(path)`, `LLM2CLIPModel` and the command line load it. Nothing else does so correctly:
+        PEFT, `AutoModel` and `SentenceTransformer` would put the adapters into the causal LLM, since an adapter has no
+        config to say that attention looks both ways. The folder's README says so too. For a folder that they load, use
+        `save_pretrained`.
 
         Args:
             path (`str`): Folder to write; not one that holds a model.
@@ -229,6 +255,8 @@ def build_caption_encoder(
     r"""
     Makes a caption encoder of a decoder LLM: the model that stage 1 trains, or one to embed captions with.
 
+    LoRA starts from draws of torch's generator: call `transformers.set_seed` before, on all processes alike.
+
     Its embedding equals `pool_text(llm(input_ids, attention_mask).last_hidden_state, attention_mask, prefix_length,
     pooling)` of `llm2clip_hf.modeling`, whatever the padding side and the order of the batch.
 
@@ -253,7 +281,8 @@ def build_caption_encoder(
         lora (`LoraConfig`, `dict` or `None`, *optional*, defaults to `"default"`):
             Adapters to train: `"default"` is rank 16, alpha 32, dropout 0.05 on all linear layers; a `dict` changes
             fields of that, e.g. `{"r": 32}`; `None` adds none, for inference or to train all weights. Of an
-            adapter-only encoder, `"default"` trains its own adapters on, and `None` merges them.
+            adapter-only encoder, `"default"` trains its own adapters on (as does a `dict` of what they are), and
+            `None` merges them.
         quantization (`str` or a quantisation config of transformers, *optional*):
             Load the LLM in `"4bit"` (NF4, double quantisation, bf16 arithmetic) or `"8bit"` through bitsandbytes, on
             the GPU of this process, and train LoRA on it. Such an encoder is saved with `save_adapter`.
@@ -283,13 +312,14 @@ def build_caption_encoder(
     if adapter is None and base_model is not None:
         raise ValueError(f"`base_model` is for an adapter-only encoder, and {name_or_path!r} is none. Leave it out.")
     if adapter is not None:
-        _check_adapter_options(adapter, bidirectional, lora)
+        adapter.check_options(bidirectional, lora)
+        if base_model is None:
+            load_text_config(name_or_path, {"revision": revision})  # says what is missing where the LLM is
         bidirectional = not adapter.settings["is_causal"]
-        normalize = normalize or adapter.settings["normalize"]
-    moved = base_model is not None
+        normalize = normalize or bool(adapter.settings.get("normalize"))
     transformer = _load_transformer(
         name_or_path if adapter is None else base_model or adapter.settings["base_model"],
-        revision if adapter is None else None if moved else adapter.settings["base_revision"],
+        revision if adapter is None else None if base_model else adapter.settings["base_revision"],
         bidirectional,
         attn_implementation=attn_implementation,
         **{**quantized_model_kwargs(quantization), **({} if dtype is None else {"dtype": dtype})},
@@ -297,7 +327,7 @@ def build_caption_encoder(
     llm = transformer.model
     stored = {} if adapter is None else adapter.settings
     chosen = _chosen_pooling(pooling, stored.get("pooling") or getattr(llm.config, "text_pooling", None))
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
+    tokenizer = load_pretrained_tokenizer(name_or_path, revision, {})
     tokenizer = _finished_tokenizer(tokenizer, template, _chosen_length(max_length, stored, tokenizer, llm), chosen)
     transformer.processor = transformer.input_formatter.processor = tokenizer
     # Beside `is_causal`, so that whoever loads the LLM pools as it was trained.
@@ -341,7 +371,7 @@ def check_caption_encoder(
     """
     adapter = find_adapter(name_or_path)
     if adapter is not None:
-        _check_adapter_options(adapter, True, lora)
+        adapter.check_options(True, lora)
     elif lora is not None:
         lora_config({} if lora == "default" else lora)
     quantized_model_kwargs(quantization)
@@ -351,16 +381,6 @@ def check_caption_encoder(
     trained = adapter.settings["pooling"] if adapter is not None else getattr(text_config, "text_pooling", None)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     _finished_tokenizer(tokenizer, template, _MAX_LENGTH, _chosen_pooling(pooling, trained))
-
-
-def _check_adapter_options(adapter: AdapterFolder, bidirectional: bool, lora: Any) -> None:
-    folder = adapter.config_file.parent
-    if not (lora is None or lora == "default"):
-        raise ValueError(
-            f"`{folder}` has adapters of its own. Pass `lora='default'` to train them on or `lora=None` to merge them."
-        )
-    if not bidirectional and not adapter.settings["is_causal"]:
-        raise ValueError(f"The adapters in `{folder}` were trained bidirectionally. Leave `bidirectional` out.")
 
 
 def _chosen_pooling(pooling: str | None, trained: str | None) -> str:
@@ -428,12 +448,3 @@ def _prompt_overhead(tokenizer: Any) -> int:
     ids = tokenizer("")["input_ids"]
     tail = ids[text_prefix_length(tokenizer) :]
     return len(tail) - int(bool(tail) and tail[-1] in tokenizer.all_special_ids)
-
-
-def _point_to_local_code(path: Path) -> None:
-    """Makes `modules.json` name the copy of the pooling code in the folder instead of this package."""
-    modules = json.loads(path.read_text(encoding="utf-8"))
-    for module in modules:
-        if module["type"] == f"{CaptionPooling.__module__}.{CaptionPooling.__name__}":
-            module["type"] = f"{Path(caption_pooling.__file__).stem}.{CaptionPooling.__name__}"
-    path.write_text(json.dumps(modules, indent=2), encoding="utf-8")

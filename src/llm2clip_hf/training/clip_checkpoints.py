@@ -120,8 +120,12 @@ def _as_plain_model(model: Any) -> Iterator[None]:
     sharded_class = type(model)
     model.__class__ = unsharded_class(model)
     towers: list[Any] = [tower for tower in (getattr(model, name, None) for name in _TOWERS) if has_adapters(tower)]
+    towers.append(model)  # `add_adapter` of the whole model
     flags = [getattr(tower, "_hf_peft_config_loaded", False) for tower in towers]
     config: Any = getattr(model, "config", None)
+    conversions = getattr(model, "_weight_conversions", None)
+    if flags[-1]:  # `load_adapter` left those of the adapters' names
+        model._weight_conversions = None
     text_weights = getattr(config, "text_weights", None)
     if has_llm(model):
         config.text_weights = saved_text_weights(model)
@@ -133,5 +137,7 @@ def _as_plain_model(model: Any) -> Iterator[None]:
         model.__class__ = sharded_class
         for tower, flag in zip(towers, flags):
             tower._hf_peft_config_loaded = flag
+        if flags[-1]:
+            model._weight_conversions = conversions
         if has_llm(model):
             config.text_weights = text_weights

@@ -18,7 +18,7 @@ from . import clip_text
 from .adapters import has_adapters
 from .chunking import CLIP_TEXT_NAMES, has_batch_statistics
 from .clip_training_args import LLM2CLIPTrainingArguments
-from .run_checks import check_float32_weights, check_metric_options, check_one_device
+from .run_checks import check_float32_weights, check_metric_options, check_one_device, seed_run
 from .streams import shards_itself
 from .trained_parts import has_llm, is_llm2clip, prepare_trained_parts
 
@@ -67,6 +67,7 @@ def prepare_training(
     """
     check_one_device(args)
     check_metric_options(args, compute_metrics)
+    seed_run(args)  # before LoRA and the concatenated head are drawn
     prepare_trained_parts(model, args)
     clip_text.attach_clip_text_model(model, clip_text_model, args.integration)
     check_trainable(model, args)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of stage 1 that appear file by file, each whole, the one that makes them loadable last."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -8,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .adapters import ADAPTER_WEIGHTS
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_SETTINGS
+from . import caption_pooling
+from .caption_pooling import CaptionPooling
 
 
-# What belongs to an adapter-only folder.
-ADAPTER_CONFIG = "adapter_config.json"
-ENCODER_SETTINGS = "caption_encoder.json"
+# Where a checkpoint keeps adapters: beside a tokenizer, `AutoModel` would load the causal LLM with them.
+ADAPTER_FOLDER = "adapter"
 
 
 @contextmanager
@@ -43,3 +45,12 @@ def _move_files(source: Path, target: Path, last: str) -> None:
         os.replace(file, destination)
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir()
+
+
+def point_to_local_code(path: Path) -> None:
+    """Makes `modules.json` name the copy of the pooling code in the folder instead of this package."""
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    for module in modules:
+        if module["type"] == f"{CaptionPooling.__module__}.{CaptionPooling.__name__}":
+            module["type"] = f"{Path(caption_pooling.__file__).stem}.{CaptionPooling.__name__}"
+    path.write_text(json.dumps(modules, indent=2), encoding="utf-8")

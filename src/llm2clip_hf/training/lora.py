@@ -112,6 +112,8 @@ def merge_lora(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "_hf_peft_config_loaded", False):
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
+            # `load_adapter` leaves those of the adapters' names, which saving would apply to all weights.
+            vars(module).pop("_weight_conversions", None)
             if hasattr(module, "peft_config"):
                 del module.peft_config
 

@@ -26,11 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..modeling import assert_bidirectional
-from .adapters import ADAPTER_WEIGHTS, add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
+from ..modeling.loading_llm2clip import ADAPTER_WEIGHTS, find_adapters
+from .adapters import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
 from .callbacks import EpochCallback
 from .checkpoints import AtomicCheckpointTrainer
 from .encoder_card import mntp_card
-from .encoder_files import written_folder
+from .encoder_files import ADAPTER_FOLDER, written_folder
 from .mntp_data import IGNORED, MaskedTextCollator, MaskedTexts
 from .precision import gpu_supports_bf16
 from .run_checks import (
@@ -40,12 +41,12 @@ from .run_checks import (
     describe_divergence,
     refuse_arguments,
     refuse_options,
+    seed_run,
 )
 
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_FOLDER = "adapter"
 # Options of `TrainingArguments` that have no effect here, and why.
 UNUSED_OPTIONS = {
     "label_names": "the masked tokens are the labels",
@@ -172,6 +173,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
             revision = (model_kwargs or {}).get("revision") or "main"
             processing_class = AutoTokenizer.from_pretrained(model, revision=revision)
         llm = _load_model(model, dict(model_kwargs or {}))
+        seed_run(args)  # before LoRA is drawn
         if has_adapters(llm):
             if lora not in (None, "default"):
                 raise ValueError("`lora` has no effect on a model that has adapters already. Leave one of them out.")
@@ -248,7 +250,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
             super()._save(output_dir, state_dict)
         elif self._is_checkpoint:
             # In a folder of its own: beside it, `AutoModel` would load the causal LLM with these adapters.
-            llm.save_pretrained(folder / _ADAPTER_FOLDER)
+            llm.save_pretrained(folder / ADAPTER_FOLDER)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         else:
             with written_folder(folder, last="config.json") as temporary:
@@ -262,10 +264,10 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         if not has_adapters(llm):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        file = Path(resume_from_checkpoint) / _ADAPTER_FOLDER / ADAPTER_WEIGHTS
+        file = Path(resume_from_checkpoint) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
         if not file.is_file():
             raise ValueError(
-                f"{resume_from_checkpoint} holds no `{_ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run."
+                f"{resume_from_checkpoint} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run."
             )
         load_adapter_weights(llm, file)
 
@@ -287,7 +289,12 @@ def _head_at(llm: Any, masked: torch.Tensor) -> Iterator[None]:
 def _load_model(model: str | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
     llm: Any
     if isinstance(model, str):
-        options = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+        options: dict[str, Any] = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+        if find_adapters(model, options) is not None:
+            raise ValueError(
+                f"{model!r} holds adapters of a caption encoder, and MNTP comes before stage 1: it needs a language "
+                "model with its head. Start from the LLM, or leave MNTP out."
+            )
         config = AutoConfig.from_pretrained(model, **options)
         config.is_causal = False
         load: Any = AutoModelForCausalLM.from_pretrained

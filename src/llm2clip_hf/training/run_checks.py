@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would let a run end in nothing, or pass over what the user asked for, found before its first step."""
+"""Before the first step: the seed, and what would let a run end in nothing, or pass over what the user asked for."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING
@@ -9,8 +9,23 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments, enable_full_determinism, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
+
+
+def seed_run(args: TrainingArguments) -> None:
+    """
+    Seeds all random generators, on all processes alike, as `Trainer` does.
+
+    `Trainer` is made of a finished model, so whoever builds one (LoRA, an adaptor, a projection) seeds before that.
+
+    Args:
+        args (`TrainingArguments`): `seed` and `full_determinism` of the run.
+    """
+    if args.full_determinism:
+        enable_full_determinism(args.seed)
+    else:
+        set_seed(args.seed)
 
 
 def check_float32_weights(model: nn.Module, learning_rate: float, remedy: str) -> None:

@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..modeling.loading_llm2clip import load_text_config
 from .adapter_folder import find_adapter
+from .adapters import add_lora, describe_lora, lora_config
 
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}
@@ -120,22 +122,23 @@ def describe_llm(
     Returns:
         `str`: One line. Activations come on top; they grow with the tokens of a forward pass.
     """
-    adapter = find_adapter(name_or_path)
-    config = AutoConfig.from_pretrained(name_or_path if adapter is None else adapter.settings["base_model"])
-    config = config.get_text_config()
+    config = load_text_config(name_or_path).get_text_config()
     with torch.device("meta"):
         llm = AutoModel.from_config(config)
     total = sum(parameter.numel() for parameter in llm.parameters())
-    trained = total if lora_rank == 0 else 0
+    trained, lora = total if lora_rank == 0 else 0, ""
     if lora_rank:
-        linear = [module for module in llm.modules() if isinstance(module, torch.nn.Linear)]
-        trained = sum(lora_rank * (module.in_features + module.out_features) for module in linear)
+        adapter = find_adapter(name_or_path)
+        with torch.device("meta"):
+            add_lora(llm, lora_config({"r": lora_rank}) if adapter is None else adapter.lora())
+        trained = sum(parameter.numel() for parameter in llm.parameters() if parameter.requires_grad)
+        lora = f"; LoRA {describe_lora(llm)}"
     weights = quantization or dtype or _name(config.dtype)
     # Weight, gradient and AdamW's two moments in float32 for each trained number.
     memory = total * _BYTES[weights] + 16 * trained
     return (
         f"LLM       {type(llm).__name__}, {total / 1e6:,.1f} M parameters in {weights}, {trained / 1e6:,.1f} M "
-        f"trained, about {memory / 2**30:,.1f} GiB without activations"
+        f"trained, about {memory / 2**30:,.1f} GiB without activations{lora}"
     )
 
 
