@@ -24,7 +24,7 @@ test-slow: $(VENV)/.dev  ## Run the slow tests
 	$(PYTEST) -m "slow and not gpu"
 
 test-extras: $(VENV)/.extras  ## Run the tests of ONNX export and quantisation, with the libraries that they need
-	$(PYTEST) modeling_tests/test_export.py modeling_tests/test_peft_and_quantization.py
+	$(PYTEST) modeling_tests/hub/test_export.py modeling_tests/modeling/test_peft_and_quantization.py
 
 test-all: $(VENV)/.dev  ## Run all tests, those for a GPU too
 	$(PYTEST)

@@ -34,8 +34,8 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from llm2clip_hf.training.caption_batches import mini_batches
-from llm2clip_hf.training.caption_loss import CaptionContrastiveLoss
+from llm2clip_hf.training.captions.batches import mini_batches
+from llm2clip_hf.training.captions.loss import CaptionContrastiveLoss
 
 
 Batch = list[dict[str, Tensor]]

@@ -29,11 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator, caption_retrieval_accuracy
-from llm2clip_hf.training import (
-    CaptionContrastiveTrainer,
-    CaptionContrastiveTrainingArguments,
-    build_caption_encoder,
-)
+from llm2clip_hf.training import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments, build_caption_encoder
 
 
 METRIC = "caption_retrieval_accuracy"

@@ -33,7 +33,7 @@ import torch
 from safetensors import safe_open
 
 from llm2clip_hf.data import CaptionEmbeddingStore, embed_captions
-from llm2clip_hf.data.embed import token_budget_batches
+from llm2clip_hf.data.sampling import token_budget_batches
 
 
 Row = dict[str, Any]

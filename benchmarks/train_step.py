@@ -31,7 +31,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, TrainerCallback
 
 from llm2clip_hf.modeling import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
-from llm2clip_hf.training.optimizer_groups import build_optimizer_groups
+from llm2clip_hf.training.clip.parameters import build_optimizer_groups
 
 
 Step = Callable[[], None]

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import llm2clip_hf  # noqa: F401  registers LLM2CLIP with the Auto classes
-from llm2clip_hf.evaluation.pictures import write_pictures
-from llm2clip_hf.evaluation.tasks import evaluate_tasks
+from llm2clip_hf.evaluation.tasks.pictures import write_pictures
+from llm2clip_hf.evaluation.tasks.runner import evaluate_tasks
 
 
 @dataclass

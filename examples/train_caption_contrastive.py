@@ -21,11 +21,7 @@ from transformers import HfArgumentParser, set_seed
 
 from llm2clip_hf.data import CaptionPairDataset, load_captions
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
-from llm2clip_hf.training import (
-    CaptionContrastiveTrainer,
-    CaptionContrastiveTrainingArguments,
-    build_caption_encoder,
-)
+from llm2clip_hf.training import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments, build_caption_encoder
 
 
 @dataclass

@@ -20,6 +20,7 @@ LAYERS = {
     "modeling": 0,
     "ops": 0,
     "distributed": 0,
+    "files": 0,
     "evaluation.metrics": 0,
     "losses": 1,
     "data": 1,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .ops import contrastive_loss, registration, sigmoid_loss
+from .ops import contrastive_loss, sigmoid_loss
+from .ops import operators as registration
 from .ops.contrastive import (
     Implementation,
     SameGroup,

@@ -25,8 +25,8 @@ def run(argv: Sequence[str]) -> int:
     if arguments.folder is None:
         parser.error("FOLDER is required")
 
-    from llm2clip_hf.hub import LLM2CLIPModelCardData
-    from llm2clip_hf.hub.model_card import CARD_FILE, FACTS_FILE
+    from ..hub import LLM2CLIPModelCardData
+    from ..hub.cards import CARD_FILE, FACTS_FILE
 
     folder = Path(arguments.folder)
     if not folder.is_dir():
@@ -71,7 +71,7 @@ def _parser() -> VerbParser:
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    from llm2clip_hf.modeling.card_llm2clip import is_repository
+    from ..modeling.card_llm2clip import is_repository
 
     datasets = arguments.dataset or []
     fields: dict[str, Any] = {
@@ -93,7 +93,7 @@ def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
 def _results(files: Sequence[str]) -> dict[str, Any]:
     import json
 
-    from llm2clip_hf.evaluation.report import to_eval_results
+    from ..evaluation.tasks.report import to_eval_results
 
     results: dict[str, Any] = {}
     entries: list[Any] = []

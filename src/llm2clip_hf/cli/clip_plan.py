@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import json_values, named_values, nearest
-from .processes import is_main_process
+from .runs import is_main_process
 
 
 if TYPE_CHECKING:
-    from llm2clip_hf.data import CaptionEmbeddingStore, ImageTextTable
-    from llm2clip_hf.evaluation.datasets import ClassificationData
+    from ..data import CaptionEmbeddingStore, ImageTextTable
+    from ..evaluation.tasks.loading import ClassificationData
 
 
 # Fields of LLM2CLIPConfig that come from the parts, or have options of another name.
@@ -31,22 +31,7 @@ OWN_FIELDS = (
 
 @dataclass
 class Plan:
-    """
-    What a run is made of.
-
-    Args:
-        table, test: the images with captions to train and to measure on; no `table` for shards.
-        classes: the labelled images to measure on.
-        captions: what each store is to hold, by its folder, that of the training first; `None` for the captions of
-            shards, read when embedded.
-        stores: the stores that are finished, by folder.
-        model, processor: the model, without its LLM unless that takes part in the training.
-        dataset: the training set; it gives text as long as its store is not finished.
-        parts: collator, and CLIP's own text encoder, as arguments of the trainer.
-        steps: number of optimizer steps.
-        bundled: whether the LLM is put into the model at the end.
-        identity: what determines the course of the run.
-    """
+    """What a run is made of."""
 
     table: "ImageTextTable | None"
     test: "ImageTextTable | None"
@@ -64,7 +49,7 @@ class Plan:
 
 def find_models(options: Any) -> dict[str, Any]:
     """The configs of the models that are named, which are there with their weights, by option."""
-    from llm2clip_hf.training.size_estimate import find_model
+    from ..training.lora import find_model
 
     configs = {
         option: find_model(name, option, trust_remote_code=option == "model" and options.trust_remote_code)
@@ -89,7 +74,7 @@ def model_fields(options: Any) -> dict[str, Any]:
     """The fields of the config of a new model that the user sets."""
     import inspect
 
-    from llm2clip_hf import LLM2CLIPConfig
+    from .. import LLM2CLIPConfig
 
     given = json_values(options.model_config, "model_config")
     known = sorted({*inspect.signature(LLM2CLIPConfig).parameters} - {"kwargs", *OWN_FIELDS})
@@ -107,9 +92,8 @@ def model_fields(options: Any) -> dict[str, Any]:
 
 def load_classes(source: str) -> "ClassificationData":
     """The labelled images of `zero_shot_data`."""
-    from llm2clip_hf.evaluation.datasets import load_task_data
-    from llm2clip_hf.evaluation.definitions import TASKS
-    from llm2clip_hf.evaluation.task_specs import resolve_tasks
+    from ..evaluation.tasks.definitions import TASKS, resolve_tasks
+    from ..evaluation.tasks.loading import load_task_data
 
     known = source in TASKS or source.startswith("zero-shot:")
     [task] = resolve_tasks([source if known else f"zero-shot:{source}"])
@@ -121,7 +105,7 @@ def load_classes(source: str) -> "ClassificationData":
 
 def load_tables(options: Any) -> "tuple[ImageTextTable | None, ImageTextTable | None]":
     """Images with captions to train and to measure on; what both have in common is warned of."""
-    from llm2clip_hf.data import find_overlap, load_image_text
+    from ..data import find_overlap, load_image_text
 
     if options.shards and (options.split or options.subset):
         raise ValueError("`--split` and `--subset` are of `--data`; `--shards` name their files themselves.")
@@ -151,7 +135,7 @@ def load_tables(options: Any) -> "tuple[ImageTextTable | None, ImageTextTable | 
 
 def open_finished(captions: Mapping[str, Any]) -> "dict[str, CaptionEmbeddingStore]":
     """The stores that are finished already, by folder; one of other captions is refused."""
-    from llm2clip_hf.data import CaptionEmbeddingStore
+    from ..data import CaptionEmbeddingStore
 
     stores = {}
     for folder, table in captions.items():
@@ -167,9 +151,9 @@ def open_finished(captions: Mapping[str, Any]) -> "dict[str, CaptionEmbeddingSto
 
 def check_llm(options: Any, configs: dict[str, Any], model: Any, processor: Any, needed: bool) -> None:
     """Whether the LLM that will embed captions is there and fits the adaptor, the pooling and the template."""
-    from llm2clip_hf.modeling.pretrained_llm2clip import check_end_token
-    from llm2clip_hf.training.caption_encoder import check_caption_encoder
-    from llm2clip_hf.training.size_estimate import find_model
+    from ..modeling.pretrained_llm2clip import check_end_token
+    from ..training.captions.encoder import check_caption_encoder
+    from ..training.lora import find_model
 
     config, llm = model.config, configs.get("text_model")
     if llm is None:
@@ -215,8 +199,8 @@ def check_evaluation(options: Any, args: Any, test: Any, classes: "Classificatio
     """Whether there is something to measure during training where that is asked for, and the metric exists."""
     import torch
 
-    from llm2clip_hf.evaluation import retrieval_metrics
-    from llm2clip_hf.evaluation.zero_shot import classification_metrics
+    from ..evaluation import retrieval_metrics
+    from ..evaluation.zero_shot import classification_metrics
 
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
     if evaluates and test is None and classes is None:
@@ -258,7 +242,7 @@ def check_first_images(model: Any, processor: Any, dataset: Any, others: list[An
 
     import torch
 
-    from llm2clip_hf.evaluation import encode_images
+    from ..evaluation import encode_images
 
     if hasattr(dataset, "shuffle_buffer"):
         first = copy.copy(dataset)
@@ -283,7 +267,7 @@ def outline_of_llm(config: Any) -> Any:
 
 def make_evaluators(options: Any, plan: Plan) -> dict[str, Any]:
     """What is measured during training and after it, by name."""
-    from llm2clip_hf.training.clip_evaluation import evaluate_classes, evaluate_text_encoders
+    from ..training.clip.evaluation import evaluate_classes, evaluate_text_encoders
 
     evaluators: dict[str, Any] = {}
     tokenizer = getattr(plan.parts["data_collator"], "clip_tokenizer", None)
@@ -324,8 +308,8 @@ def embed_missing(options: Any, plan: Plan, captions: Any, folder: str) -> "Capt
 
 def print_plan(options: Any, args: Any, plan: Plan) -> None:
     """What would run: data, models, what is trained, steps, and the size of the stores."""
-    from llm2clip_hf.data import find_overlap
-    from llm2clip_hf.training.size_estimate import describe_llm, describe_trained
+    from ..data import find_overlap
+    from ..training.lora import describe_llm, describe_trained
 
     if plan.table is None:
         fields = named_values(options.caption_fields, "caption_fields") or {}

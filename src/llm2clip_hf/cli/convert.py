@@ -57,9 +57,9 @@ def run(argv: Sequence[str]) -> int:
     if arguments.source is None or arguments.output_dir is None:
         parser.error("SOURCE and OUTPUT_DIR are required")
 
-    from llm2clip_hf.hub import convert_checkpoint
-    from llm2clip_hf.hub.language_models import PUBLISHED_LLMS
-    from llm2clip_hf.modeling import LLM2CLIPConfig
+    from ..hub import convert_checkpoint
+    from ..hub.text_keys import PUBLISHED_LLMS
+    from ..modeling import LLM2CLIPConfig
 
     report = convert_checkpoint(
         arguments.source,

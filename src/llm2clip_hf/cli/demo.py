@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
             parser.error(f"--{name.replace('_', '-')} belongs to --app")
     check_output(Path(arguments.output_dir))
 
-    from llm2clip_hf.demo import FAST, FULL, run_demo
+    from ..demo import FAST, FULL, run_demo
 
     run_demo(
         arguments.output_dir, seed=arguments.seed, settings=FAST if arguments.fast else FULL, split=arguments.split
@@ -89,7 +89,7 @@ def _is_record(path: Path) -> bool:
 
 def run_app(arguments: argparse.Namespace) -> int:
     """Serves the search page until it is interrupted."""
-    from llm2clip_hf.demo.app import import_gradio, launch_app, load_index
+    from ..demo.app import import_gradio, launch_app, load_index
 
     import_gradio()  # if it is missing, say so before the work
     index = load_index(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import named_values, parse_options
-from .processes import is_main_process, process_device
+from .runs import is_main_process, process_device
 
 
 if TYPE_CHECKING:
-    from llm2clip_hf.data import CaptionEmbeddingStore
+    from ..data import CaptionEmbeddingStore
 
 
 EXAMPLES = """\
@@ -127,9 +127,9 @@ def run(argv: Sequence[str]) -> int:
 
 def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
     """The captions and their keys, after all checks that need no weights; prints what would be embedded."""
-    from llm2clip_hf.data import CaptionEmbeddingStore
-    from llm2clip_hf.training.caption_encoder import check_caption_encoder
-    from llm2clip_hf.training.size_estimate import describe_llm, find_model
+    from ..data import CaptionEmbeddingStore
+    from ..training.captions.encoder import check_caption_encoder
+    from ..training.lora import describe_llm, find_model
 
     if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
         raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")
@@ -181,7 +181,7 @@ def refuse_template(options: Any, llm: str) -> None:
 
 def verify(path: str) -> int:
     """Compares every file of a store with its checksum."""
-    from llm2clip_hf.data import CaptionEmbeddingStore
+    from ..data import CaptionEmbeddingStore
 
     store = CaptionEmbeddingStore.open(path)
     store.verify()
@@ -191,7 +191,7 @@ def verify(path: str) -> int:
 
 def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
     """The captions, and one key per image where the table has keys."""
-    from llm2clip_hf.data import load_captions, load_image_text
+    from ..data import load_captions, load_image_text
 
     if options.shards is not None:
         if options.split or options.subset:
@@ -224,7 +224,7 @@ def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
 
 def read_shards(options: Any) -> tuple[Any, list[str]]:
     """The captions and keys of tar or parquet shards."""
-    from llm2clip_hf.data import load_shard_captions
+    from ..data import load_shard_captions
 
     fields = named_values(options.caption_fields, "caption_fields")
     if fields is None:
@@ -244,7 +244,7 @@ def embed(
     options: Any, llm: str, captions: Any, keys: list[str] | None, output_dir: str, pooling: Any = None
 ) -> "CaptionEmbeddingStore":
     """Embeds captions on the device of this process; `options` are those of this verb or of `train-clip`."""
-    from llm2clip_hf.data import embed_captions
+    from ..data import embed_captions
 
     encoder, arguments = load_encoder(options, llm, process_device(options.device), pooling)
     return embed_captions(
@@ -264,7 +264,8 @@ def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tu
     from transformers import AutoModel, AutoTokenizer
 
     import llm2clip_hf  # noqa: F401  (registers the model type)
-    from llm2clip_hf.modeling.loading_llm2clip import load_text_config
+
+    from ..modeling.loading_llm2clip import load_text_config
 
     trust = options.trust_remote_code
     # bfloat16, the type of most checkpoints, has 8 bits: a pooled cosine with float32 of
@@ -279,7 +280,7 @@ def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tu
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=trust)
         longest = options.max_length or min(512, tokenizer.model_max_length)
         return model, {"tokenizer": tokenizer, "max_length": longest}
-    from llm2clip_hf.training import build_caption_encoder
+    from ..training import build_caption_encoder
 
     encoder = build_caption_encoder(
         llm,

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .options import parse_options
-from .processes import is_main_process, process_device, process_group
-from .results import RESULTS_FILE, write_results
+from .runs import RESULTS_FILE, is_main_process, process_device, process_group, write_results
 
 
 EXAMPLES = """\
@@ -103,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
 
 def list_tasks() -> int:
     """Prints the benchmarks."""
-    from llm2clip_hf.evaluation.definitions import TASKS
+    from ..evaluation.tasks.definitions import TASKS
 
     for name, task in TASKS.items():
         hub = f"Hub: {task.hub.repo}" if task.hub is not None else "local copy only"
@@ -117,7 +116,7 @@ def show(options: EvaluateOptions) -> int:
     import json
     from pathlib import Path
 
-    from llm2clip_hf.evaluation.report import format_report
+    from ..evaluation.tasks.report import format_report
 
     path = Path(str(options.show))
     path = path / RESULTS_FILE if path.is_dir() else path
@@ -136,10 +135,10 @@ def show(options: EvaluateOptions) -> int:
 
 def evaluate(options: EvaluateOptions) -> int:
     """Measures, prints and writes; on several processes, the first one prints and writes."""
-    from llm2clip_hf.evaluation.model_loading import describe_model, load_model_and_processor
-    from llm2clip_hf.evaluation.report import describe_hardware, format_report
-    from llm2clip_hf.evaluation.task_specs import resolve_tasks
-    from llm2clip_hf.evaluation.tasks import evaluate_tasks
+    from ..evaluation.model_loading import describe_model, load_model_and_processor
+    from ..evaluation.tasks.definitions import resolve_tasks
+    from ..evaluation.tasks.report import describe_hardware, format_report
+    from ..evaluation.tasks.runner import evaluate_tasks
 
     tasks = resolve_tasks(options.tasks)  # before the model, which may take minutes to load
     device = process_device(options.device)
@@ -194,7 +193,7 @@ def write_outputs(options: EvaluateOptions, record: dict[str, Any], evaluation: 
     path = write_results(options.output_dir, record)
     print(f"\nwritten   {path}")
     if options.pictures:
-        from llm2clip_hf.evaluation.pictures import write_pictures
+        from ..evaluation.tasks.pictures import write_pictures
 
         for picture in write_pictures(evaluation, path.parent, str(options.model).rstrip("/").split("/")[-1]):
             print(f"written   {picture}")

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from llm2clip_hf.version import __version__
+from ..version import __version__
 
 
 # Verb: (module with `run(argv) -> int`, help line).
@@ -44,15 +44,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Runs a verb.
-
-    Args:
-        argv (`list[str]`, *optional*): Arguments without the program's name; `sys.argv[1:]` if left out.
-
-    Returns:
-        `int`: exit status, 0 on success, 2 on wrong usage, 1 on failure with one line on standard error.
-    """
+    """Runs a verb."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["--help"], ["-h"]):
         print(usage())

@@ -53,15 +53,7 @@ def _wording(verb: str, usage: str, description: str, examples: str) -> dict[str
 
 
 class VerbParser(argparse.ArgumentParser):
-    """
-    A parser for a verb with few options.
-
-    Args:
-        verb (`str`): The verb, for the usage line.
-        usage (`str`): What follows the verb in the usage line.
-        description (`str`): First paragraph of the help.
-        examples (`str`): Command lines, shown at the end of the help.
-    """
+    """A parser for a verb with few options."""
 
     def __init__(self, verb: str, *, usage: str, description: str, examples: str) -> None:
         super().__init__(**_wording(verb, usage, description, examples))
@@ -74,16 +66,7 @@ class VerbParser(argparse.ArgumentParser):
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
-    """
-    Ends with the first argument that no option takes, and the option that is nearest to it.
-
-    Args:
-        parser (`argparse.ArgumentParser`): The parser of the verb.
-        rest (`list[str]`): What it could not place.
-
-    Raises:
-        SystemExit: with 2, if there is any.
-    """
+    """Ends with the first argument that no option takes, and the option that is nearest to it."""
     for argument in rest:
         if not argument.startswith("-"):
             parser.error(f"unexpected argument {argument}")
@@ -101,25 +84,7 @@ def parse_options(
     training: type | None = None,
     shown: Sequence[str] = (),
 ) -> tuple[Any, ...]:
-    """
-    Fills dataclasses from a command line.
-
-    Args:
-        argv (`list[str]`): Arguments after the verb.
-        verb (`str`): The verb, for the usage line.
-        description (`str`): First paragraph of the help.
-        examples (`str`): Command lines, shown at the end of the help.
-        own (`type`): Dataclass of the verb.
-        training (`type`, *optional*): Training arguments of transformers to take as well.
-        shown (`list[str]`): Fields of `training` that the short help shows.
-
-    Returns:
-        `tuple`: An instance of `own`, and one of `training` if given.
-
-    Raises:
-        SystemExit: with 0 after a help text, with 2 on wrong usage.
-        ValueError: if the file cannot be read or holds no mapping.
-    """
+    """Fills dataclasses from a command line."""
     types = [own] if training is None else [own, training]
     parser = _parser(types, verb, description, examples)
     arguments = list(argv)
@@ -157,19 +122,7 @@ def parse_options(
 
 
 def named_values(given: Any, option: str) -> dict[str, Any] | None:
-    """
-    A mapping given in a config file, or as `name=value` on the command line.
-
-    Args:
-        given (`dict`, `list[str]` or `None`): The value of the option.
-        option (`str`): Its name, for the message.
-
-    Returns:
-        `dict` or `None`.
-
-    Raises:
-        ValueError: if an entry has no `=`.
-    """
+    """A mapping given in a config file, or as `name=value` on the command line."""
     if given is None:
         return None
     if isinstance(given, Mapping):
@@ -181,20 +134,7 @@ def named_values(given: Any, option: str) -> dict[str, Any] | None:
 
 
 def json_values(given: Any, option: str) -> dict[str, Any]:
-    """
-    `named_values` whose values on the command line are read as JSON, and as text where they are none.
-
-    Args:
-        given (`dict`, `list[str]` or `None`): The value of the option.
-        option (`str`): Its name, for the message.
-
-    Returns:
-        `dict`
-
-    Example:
-    >>> json_values(["vision_pooling=mean", "adapter_dropout=0.1", "normalize_llm_embeds=false"], "model_config")
-    {'vision_pooling': 'mean', 'adapter_dropout': 0.1, 'normalize_llm_embeds': False}
-    """
+    """`named_values` whose values on the command line are read as JSON, and as text where they are none."""
     values = named_values(given, option) or {}
     return values if isinstance(given, Mapping) else {name: _json_or_text(value) for name, value in values.items()}
 
@@ -272,19 +212,7 @@ def _instance(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def read_logit_scale(value: str | None, name: str) -> float | str | None:
-    """
-    The start of the logit scale as it is given to a model: its logarithm, or `"pretrained"`.
-
-    Args:
-        value (`str`, *optional*): As written by the user.
-        name (`str`): Of the option, for the error.
-
-    Returns:
-        `float`, `"pretrained"` or `None`
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """The start of the logit scale as it is given to a model: its logarithm, or `"pretrained"`."""
     if value is None or value == "pretrained":
         return value
     try:

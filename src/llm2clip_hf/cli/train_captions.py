@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import parse_options
-from .processes import is_main_process
-from .results import (
+from .runs import (
     claim_run,
     digest_of_files,
+    is_main_process,
     last_checkpoint,
     logs_to_stderr,
     print_results,
@@ -22,7 +22,7 @@ from .results import (
 
 
 if TYPE_CHECKING:
-    from llm2clip_hf.training import CaptionContrastiveTrainingArguments
+    from ..training import CaptionContrastiveTrainingArguments
 
 
 EXAMPLES = """\
@@ -131,7 +131,7 @@ class TrainCaptionsOptions:
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status."""
-    from llm2clip_hf.training import CaptionContrastiveTrainingArguments
+    from ..training import CaptionContrastiveTrainingArguments
 
     options, args = parse_options(
         argv,
@@ -161,12 +161,12 @@ def prepare(
     """The sources, the captions of the test images and the number of steps, and all checks that need no weights."""
     from transformers import AutoTokenizer
 
-    from llm2clip_hf.data import CaptionPairDataset
-    from llm2clip_hf.training.caption_encoder import check_caption_encoder
-    from llm2clip_hf.training.mntp import mask_token_id
-    from llm2clip_hf.training.run_checks import check_settings
-    from llm2clip_hf.training.single_source import count_steps
-    from llm2clip_hf.training.size_estimate import find_model
+    from ..data import CaptionPairDataset
+    from ..training.base_trainer import check_settings
+    from ..training.captions.encoder import check_caption_encoder
+    from ..training.captions.mntp import mask_token_id
+    from ..training.captions.sources import count_steps
+    from ..training.lora import find_model
 
     check_sources(options)
     check_settings(args)
@@ -229,7 +229,7 @@ def check_sources(options: TrainCaptionsOptions) -> None:
 
 def load_sources(options: TrainCaptionsOptions, seed: int) -> tuple[dict[str, Any], list[list[str]]]:
     """The training sources by name, and the captions of the test images."""
-    from llm2clip_hf.data import CaptionPairDataset, find_overlap, load_captions
+    from ..data import CaptionPairDataset, find_overlap, load_captions
 
     check_sources(options)
     test: list[list[str]] = []
@@ -292,7 +292,7 @@ def source_settings(name: str, entry: Any, on_bad_row: str) -> tuple[str, dict[s
 
 def other_source(kind: str, settings: dict[str, Any], seed: int) -> Any:
     """A source of text pairs, or of lines paired with themselves."""
-    from llm2clip_hf.data import DropoutPairDataset, TextPairDataset
+    from ..data import DropoutPairDataset, TextPairDataset
 
     path = settings.pop("path")
     return TextPairDataset(path, seed=seed, **settings) if kind == "pairs" else DropoutPairDataset(path, **settings)
@@ -302,7 +302,7 @@ def data_identity(
     options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments", train: dict[str, Any]
 ) -> dict[str, Any]:
     """What is trained on, by digests, and how many pairs a batch has."""
-    from llm2clip_hf.data import CaptionPairDataset
+    from ..data import CaptionPairDataset
 
     found: dict[str, Any] = {
         "pairs_per_batch": args.per_device_train_batch_size * args.world_size,
@@ -328,7 +328,7 @@ def print_plan(
     steps: int,
 ) -> None:
     """What would run: data, steps, size of the model."""
-    from llm2clip_hf.training.size_estimate import describe_llm
+    from ..training.lora import describe_llm
 
     batch = args.per_device_train_batch_size * args.world_size
     for name, source in train.items():
@@ -363,9 +363,9 @@ def train_and_save(
     resume: Any,
 ) -> int:
     """Trains, measures and saves."""
-    from llm2clip_hf.evaluation import CaptionRetrievalEvaluator
-    from llm2clip_hf.training import CaptionContrastiveTrainer, build_caption_encoder
-    from llm2clip_hf.training.run_checks import seed_run
+    from ..evaluation import CaptionRetrievalEvaluator
+    from ..training import CaptionContrastiveTrainer, build_caption_encoder
+    from ..training.base_trainer import seed_run
 
     llm = pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm
     seed_run(args)
@@ -412,7 +412,7 @@ def train_and_save(
 
 def mntp_arguments(options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments") -> Any:
     """The arguments of masked next token prediction."""
-    from llm2clip_hf.training import MNTPTrainingArguments
+    from ..training import MNTPTrainingArguments
 
     return MNTPTrainingArguments(
         os.path.join(str(args.output_dir), "mntp"),
@@ -429,8 +429,8 @@ def pretrained_with_mntp(
     """The LLM after masked next token prediction on the captions; its folder."""
     from torch.utils.data import ConcatDataset
 
-    from llm2clip_hf.data import CaptionPairDataset
-    from llm2clip_hf.training import MNTPTrainer
+    from ..data import CaptionPairDataset
+    from ..training import MNTPTrainer
 
     folder = Path(str(args.output_dir)) / "mntp"
     if (folder / "config.json").is_file():

@@ -23,10 +23,11 @@ from .clip_plan import (
     print_plan,
 )
 from .options import named_values, parse_options
-from .processes import is_main_process
-from .results import (
+from .runs import (
     bundle,
+    check_finished_stores,
     claim_folder,
+    is_main_process,
     logs_to_stderr,
     refuse_finished,
     resume_point,
@@ -34,13 +35,12 @@ from .results import (
     table_identity,
     write_results,
 )
-from .store_check import check_finished_stores
 
 
 if TYPE_CHECKING:
-    from llm2clip_hf.data import CaptionEmbeddingStore, ImageTextTable
-    from llm2clip_hf.modeling import LLM2CLIPModel
-    from llm2clip_hf.training import LLM2CLIPTrainingArguments
+    from ..data import CaptionEmbeddingStore, ImageTextTable
+    from ..modeling import LLM2CLIPModel
+    from ..training import LLM2CLIPTrainingArguments
 
 
 EXAMPLES = """\
@@ -202,7 +202,7 @@ class TrainClipOptions:
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit status."""
-    from llm2clip_hf.training import LLM2CLIPTrainingArguments
+    from ..training import LLM2CLIPTrainingArguments
 
     options, args = parse_options(
         argv,
@@ -272,10 +272,9 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
 
 def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume: Any) -> Plan:
     """Makes and checks all parts of a run but the embeddings; nothing here takes long, and nothing is written."""
-    from llm2clip_hf.training.clip_checks import check_stores, count_steps, prepare_training
-    from llm2clip_hf.training.clip_evaluation import class_prompts
-    from llm2clip_hf.training.run_checks import check_settings, seed_run
-
+    from ..training.base_trainer import check_settings, seed_run
+    from ..training.clip.checks import check_stores, count_steps, prepare_training
+    from ..training.clip.evaluation import class_prompts
     from .embed_captions import check_store_options
 
     check_choices(options, args)
@@ -317,8 +316,8 @@ def train_and_save(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments",
     """Embeds what is not embedded yet, trains, measures and saves."""
     from transformers import EarlyStoppingCallback
 
-    from llm2clip_hf.training import LLM2CLIPTrainer
-    from llm2clip_hf.training.clip_evaluation import run_evaluators
+    from ..training import LLM2CLIPTrainer
+    from ..training.clip.evaluation import run_evaluators
 
     for folder, captions in plan.captions.items():
         if folder not in plan.stores:
@@ -360,9 +359,9 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
     """Model and processor; the LLM's weights only where they are needed."""
     from transformers import AutoModel, AutoProcessor
 
-    from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
-    from llm2clip_hf.modeling import text_prefix_length
-    from llm2clip_hf.modeling.loading_llm2clip import load_text_config, pin_revision
+    from .. import LLM2CLIPModel, LLM2CLIPProcessor
+    from ..modeling import text_prefix_length
+    from ..modeling.loading_llm2clip import load_text_config, pin_revision
 
     if options.model is not None:
         trust = options.trust_remote_code
@@ -407,7 +406,7 @@ def training_data(
     processor: Any,
 ) -> Any:
     """The training set: a table with random access, or a stream of shards."""
-    from llm2clip_hf.data import ImageTextStream, RandomResizedCropTransform
+    from ..data import ImageTextStream, RandomResizedCropTransform
 
     scale = (0.9, 1.0) if options.crop_scale is None else (options.crop_scale[0], options.crop_scale[1])
     transform = RandomResizedCropTransform.from_image_processor(processor.image_processor, scale=scale)
@@ -433,8 +432,8 @@ def collator_and_clip_text(options: TrainClipOptions, model: "LLM2CLIPModel", pr
     """The collator, and CLIP's own text encoder where it is trained too, as arguments of the trainer."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-    from llm2clip_hf.data import ImageTextCollator
-    from llm2clip_hf.training import ClipTextCollator
+    from ..data import ImageTextCollator
+    from ..training import ClipTextCollator
 
     length = {} if options.max_length is None else {"max_length": options.max_length}
     collator = ImageTextCollator(processor, **length)

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-text data: captions, the caption-embedding store, datasets, transforms and the collator."""
 
-from .caption_loading import load_captions
-from .captions import CaptionPairDataset, CaptionTable
-from .collator import ImageTextCollator
-from .embed import embed_captions
-from .embedding_store import CaptionEmbeddingStore
-from .fingerprint import embedding_fingerprint
-from .image_text import ImageTextDataset
+from .caption_pairs import CaptionPairDataset
+from .caption_stream import stream_caption_pairs
+from .captions import CaptionTable, load_captions
+from .image_text import ImageTextCollator, ImageTextDataset
 from .image_text_loading import ImageTextTable, load_image_text
-from .image_text_streaming import ImageTextStream
-from .load_report import LoadReport
+from .image_text_stream import ImageTextStream
+from .images import CenterCropTransform, RandomResizedCropTransform
 from .overlap import Overlap, find_overlap
-from .shard_captions import load_shard_captions
-from .shard_counts import count_samples
-from .skips import SkipReport
-from .streaming import stream_caption_pairs
-from .sub_captions import split_sub_captions
+from .reports import LoadReport, SkipReport
+from .sampling import split_sub_captions
+from .shard_index import count_samples, load_shard_captions
+from .store.embed import embed_captions
+from .store.embedding_store import CaptionEmbeddingStore
+from .store.fingerprint import embedding_fingerprint
 from .text_pairs import DropoutPairDataset, TextPairDataset
-from .transforms import CenterCropTransform, RandomResizedCropTransform
 
 
 __all__ = [

@@ -10,26 +10,25 @@ embedding store and the image-text dataset share.
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .load_report import LoadReport, text_problem
-from .pair_dataset import PairDataset
-from .pair_draws import draw_pair, pair_bits, resolve_sides, side_pairs
-from .sampling import random_bits
+from .columns import describe_kinds, resolve_caption_columns
+from .reports import BadRows, LoadReport, Places, describe_place, text_problem
+from .sources import _clean, good_blocks, open_text_source
 
 
-__all__ = ["CaptionPairDataset", "CaptionTable", "Captions"]
+if TYPE_CHECKING:
+    from .columns import TextColumn
+    from .sources import Block, TextSource
+
 
 CaptionsOfImage = str | Sequence[str]
 Captions = Sequence[CaptionsOfImage] | Mapping[str, Sequence[CaptionsOfImage]]
 """Per image a caption or a list of captions; or a mapping from source name to such a sequence."""
-
 DEFAULT_SOURCE = "caption"
-
-# Streams of `random_bits` for hard negatives: one per attempt, from this number on.
-_NEGATIVE, _NEGATIVE_DRAWS = 100, 32
 _PARTS_PER_UPDATE = 8192
 
 
@@ -191,129 +190,6 @@ class _Selection(Sequence[CaptionsOfImage]):
         return self._column[self._rows[index]]
 
 
-class CaptionPairDataset(PairDataset):
-    """
-    Two distinct captions per image, drawn anew each epoch: the positives of caption-contrastive tuning.
-
-    Every image gives one row `{"anchor": str, "positive": str, "label": int}`, with `"negative": str` before the label
-    if `hard_negatives` is set. The label is the number of the image: rows of equal label are never each other's
-    negatives. By default the pair is drawn uniformly among the distinct captions of the image (over all its sources),
-    without replacement. All draws are pure functions of `(seed, epoch, row)`. Source: paper section 3.1, any two
-    captions of an image are positives.
-
-    Args:
-        captions: as for `CaptionTable`, or a `CaptionTable`; at least two distinct captions per image.
-        seed (`int`, defaults to 0): seed of the draws.
-        hard_negatives (`bool`, defaults to `False`):
-            Add a random caption of another image, from the same source as the positive and different in text from all
-            captions of the anchor's image. Source: released stage-1 data code.
-        pair_sources (two name patterns, *optional*):
-            Draw the two captions from two kinds of sources, for example `("short*", "long*")`: a coin per row decides
-            which of the two is the anchor's. Patterns as in `fnmatch`. Source: released stage-1 data code.
-        instruction (`str`, *optional*):
-            Instruction of the anchor column; positives and negatives get none. For a trainer to read; the texts stay
-            as they are. The paper's is "Given a caption, retrieve a similar relevant caption." (section 3.1).
-
-    Attributes:
-        table (`CaptionTable`): the captions.
-
-    Raises:
-        ValueError: if an image has fewer than two distinct captions (the message names the row), no caption in one of
-            the `pair_sources`, or there is no caption to draw negatives from.
-
-    Example:
-    >>> pairs = CaptionPairDataset([["a cat", "a grey cat", "a cat asleep"]], seed=1)
-    >>> pairs.set_epoch(3)
-    >>> pairs[0]["anchor"] != pairs[0]["positive"], pairs[0]["label"]
-    (True, 0)
-    """
-
-    def __init__(
-        self,
-        captions: "Captions | CaptionTable",
-        seed: int = 0,
-        *,
-        hard_negatives: bool = False,
-        pair_sources: tuple[str, str] | None = None,
-        instruction: str | None = None,
-    ) -> None:
-        self.table = captions if isinstance(captions, CaptionTable) else CaptionTable(captions)
-        super().__init__(len(self.table), seed, instruction, has_negatives=hard_negatives)
-        self._sides = None if pair_sources is None else resolve_sides(pair_sources, self.table.source_names)
-        self._check_pairs()
-        self._captions_of_source: dict[int, np.ndarray] = {}
-        if hard_negatives:
-            self._captions_of_source = self._index_sources()
-
-    def _check_pairs(self) -> None:
-        few = np.flatnonzero(self.table.distinct_counts < 2)
-        if few.size:
-            row = int(few[0])
-            raise ValueError(
-                f"Row {row} has fewer than two distinct captions: {self.table[row]!r} ({few.size} such rows). "
-                'Caption pairs need two per image; drop the rows (`load_captions(..., on_bad_row="skip", '
-                "min_captions=2)`) or add captions."
-            )
-        if self._sides is None:
-            return
-        # A row can only lack a pair if a side is empty or texts repeat within the image.
-        counts = np.diff(self.table.offsets)
-        suspicious = self.table.distinct_counts < counts
-        for side in self._sides:
-            present = np.concatenate([[0], np.cumsum(np.isin(self.table.source_ids, list(side)))])
-            suspicious |= np.diff(present[self.table.offsets]) == 0
-        for row in np.flatnonzero(suspicious).tolist():
-            if not side_pairs(self.table[row], self._source_ids(row), self._sides):
-                raise ValueError(
-                    f"Row {row} has no two distinct captions in the two `pair_sources`: {self.table[row]!r}. "
-                    "Drop the row, or widen the patterns."
-                )
-
-    def _index_sources(self) -> dict[int, np.ndarray]:
-        index = {}
-        drawn = range(len(self.table.source_names)) if self._sides is None else set().union(*self._sides)
-        for source in drawn:
-            rows = np.flatnonzero(self.table.source_ids == source)
-            if rows.size and self.table.image_of(rows[0]) == self.table.image_of(rows[-1]):
-                raise ValueError(
-                    f"Only one image has captions in the source `{self.table.source_names[source]}`, so there is no "
-                    "caption of that kind to draw hard negatives from. Leave the source out, or add images."
-                )
-            index[source] = rows
-        return index
-
-    def _source_ids(self, row: int) -> list[int]:
-        return self.table.source_ids[self.table.offsets[row] : self.table.offsets[row + 1]].tolist()
-
-    def _draw(self, epoch: int, rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        bits = pair_bits(self._seed, epoch, rows)
-        negative_bits = random_bits(self._seed, epoch, rows, _NEGATIVE).tolist()
-        for row, first_try, *row_bits in zip(rows.tolist(), negative_bits, *bits):
-            texts, source_ids = self.table[row], self._source_ids(row)
-            anchor, positive, source = draw_pair(texts, source_ids, self._sides, *row_bits)
-            drawn: dict[str, Any] = {"anchor": anchor, "positive": positive}
-            if self._captions_of_source:
-                drawn["negative"] = self._negative(epoch, row, source, set(texts), first_try)
-            yield drawn | {"label": row}
-
-    def _negative(self, epoch: int, row: int, source: int, own: set[str], bits: int) -> str:
-        candidates = self._captions_of_source[source]
-        position = bits % len(candidates)
-        for attempt in range(1, _NEGATIVE_DRAWS + 1):
-            if (text := self.table.caption(int(candidates[position]))) not in own:
-                return text
-            bits = int(random_bits(self._seed, epoch, np.array([row]), _NEGATIVE + attempt)[0])
-            position = bits % len(candidates)
-        # Nearly all captions of the source are the image's own texts: look at every one of them.
-        for flat_row in np.roll(candidates, -position).tolist():
-            if (text := self.table.caption(flat_row)) not in own:
-                return text
-        raise ValueError(
-            f"Row {row} has no hard negative: all captions in the source `{self.table.source_names[source]}` are "
-            "equal to one of its own. Leave the source out, or set `hard_negatives=False`."
-        )
-
-
 def _digest_part(image: int, source: int, text: bytes) -> bytes:
     # The length prefix keeps ["ab", "c"] apart from ["a", "bc"].
     return b"%d,%d,%d:%b" % (image, source, len(text), text)
@@ -356,3 +232,179 @@ def _count_shared(hashes: np.ndarray, counts: np.ndarray) -> int:
     starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
     ends = np.concatenate([starts[1:], [len(hashes)]])
     return int((ends - starts)[images[starts] != images[ends - 1]].sum())
+
+
+def load_captions(
+    source: Any,
+    *,
+    columns: str | Sequence[str] | Mapping[str, str] | None = None,
+    image_column: str | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    default_split: str = "train",
+    on_bad_row: str = "error",
+    min_captions: int = 1,
+) -> CaptionTable:
+    """
+    Captions per image from a file, a folder, a Hub data set or a table.
+
+    The same rows give the same table, with the same `sha256`, whatever form they come in.
+
+    Args:
+        source:
+            Path of a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file; a folder
+            of files of one of these kinds, or one written by `save_to_disk`; a pattern such as `data/part-*.jsonl`;
+            the name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping from column to values; a
+            sequence of rows (mappings, or the captions themselves). A `Dataset` stays memory-mapped; files are held in
+            memory as Arrow.
+        columns (*optional*):
+            Caption columns, each of strings or of lists of strings; every column is a caption source of its own.
+            A mapping names the sources: `{"dense": "longSV_captions"}`. By default all columns called `caption(s)`,
+            `*_caption(s)`, `raw`, `short` or `long`, in any row or file; without one, `text`, `texts` or `sentences`.
+            Columns that their name calls wrong captions, such as `negative_caption`, are only read if named here.
+        image_column (`str`, *optional*):
+            Column with the id of the image, for tables with several rows per image, such as one row per caption. Rows
+            of equal id become one image, at the place of the first. In COCO's annotation files, `image_id`.
+        split (`str`, *optional*): split of a Hub data set, a `DatasetDict`, or a folder, which has the splits that
+            `datasets` tells by the names of its files; without it `default_split`, or the only one.
+        subset (`str`, *optional*): configuration of a Hub data set.
+        default_split (`str`, defaults to `"train"`): split to take where `split` names none; `"test"` for test data.
+        on_bad_row (`str`, defaults to `"error"`):
+            `"error"` raises at the first row that cannot be read, the first caption that is null, empty or no valid
+            text, and the first image with too few captions. `"skip"` leaves these captions, rows and images out,
+            counts them, and logs one warning.
+        min_captions (`int`, defaults to 1): distinct captions that an image needs; 2 for `CaptionPairDataset`.
+
+    Returns:
+        `CaptionTable`, whose `report` (`LoadReport`) holds the counts, among them the captions shared by several
+        images.
+
+    Raises:
+        ValueError: if no caption column is found (the message lists the columns), no image is left, or, with
+            `on_bad_row="error"`, a row is bad (the message names file and row).
+
+    Example:
+    >>> table = load_captions([{"raw_caption": "a cat", "longSV_captions": "a grey cat"}, {"raw_caption": " "}],
+    ...     on_bad_row="skip", min_captions=2)
+    >>> table[0], table.source_names, table.report.bad_texts, table.report.too_few_texts
+    (['a cat', 'a grey cat'], ('raw_caption', 'longSV_captions'), 2, 1)
+    """
+    if min_captions < 1:
+        raise ValueError(f"`min_captions` must be positive, got {min_captions}.")
+    bad = BadRows(on_bad_row)
+    # Step (1)
+    sources = open_text_source(source, split, subset, default_split)
+    kinds = kinds_of(sources)
+    chosen = resolve_caption_columns(columns, kinds, sources[0].name)
+    image_column = image_column or sources[0].image_column
+    if image_column is not None and image_column not in kinds:
+        raise ValueError(f"There is no image column `{image_column}`; the table has {describe_kinds(kinds)}.")
+
+    # Steps (2) and (3)
+    texts, places, groups = _read(sources, list(chosen.values()), image_column, bad)
+    first_rows = np.arange(len(places))
+    if image_column is not None:
+        texts, first_rows = _group(texts, groups)
+
+    # Step (4)
+    keep = sum((column.lengths() for column in texts), np.zeros(len(first_rows), dtype=np.int64)) > 0
+    texts, first_rows = _keep(texts, first_rows, keep, places, min_captions, bad)
+    table = CaptionTable(dict(zip(chosen, texts)))
+    keep = table.distinct_counts >= min_captions
+    if not keep.all():
+        texts, _ = _keep(texts, first_rows, keep, places, min_captions, bad)
+        table = CaptionTable(dict(zip(chosen, texts)))
+    _finish_report(table, bad, _name_of(source))
+    return table
+
+
+def kinds_of(sources: "list[TextSource]") -> dict[str, str]:
+    """The columns of all tables; of a column that differs, the kind in the first table where it holds texts."""
+    kinds: dict[str, str] = {}
+    for name, kind in [item for source in sources for item in source.kinds.items()]:
+        if kinds.get(name, "other") == "other":
+            kinds[name] = kind
+    return kinds
+
+
+def _read(
+    sources: "list[TextSource]", columns: list[str], image_column: str | None, bad: BadRows
+) -> "tuple[list[TextColumn], Places, np.ndarray]":
+    from .columns import TextColumn
+
+    chunks: list[list[TextColumn]] = [[] for _ in columns]
+    places, groups = Places(), _Groups()
+    for block in good_blocks(sources, [*columns, *([image_column] if image_column else [])], bad):
+        arrays, numbers = _clean(block, columns, bad), np.asarray(block.numbers, dtype=np.int64)
+        if image_column is not None:
+            has_id = groups.add(block, image_column, bad)
+            arrays = [column.filter(has_id) for column in arrays]
+            numbers = numbers[has_id]
+        for chunk, column in zip(chunks, arrays):
+            chunk.append(column)
+        places.append(block.file, block.unit, numbers)
+    return [TextColumn.concat(chunk) for chunk in chunks], places, groups.codes()
+
+
+class _Groups:
+    """Numbers the image ids in the order of their first row."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._codes: list[np.ndarray] = []
+
+    def add(self, block: "Block", column: str, bad: BadRows) -> np.ndarray:
+        """Whether each row of the block has an id; a row without one is bad."""
+        values = block.columns[column]
+        ids = values if isinstance(values, list) else values.to_pylist()
+        codes = np.full(len(ids), -1, dtype=np.int64)
+        for row, image in enumerate(ids):
+            if image is None or isinstance(image, (list, dict)) or image == "":
+                where = describe_place(block.file, block.unit, block.numbers[row])
+                bad.add("bad_rows", where, f"the image id in column `{column}` is {image!r}")
+            else:
+                codes[row] = self._numbers.setdefault(image, len(self._numbers))
+        has_id = codes >= 0
+        self._codes.append(codes[has_id])
+        return has_id
+
+    def codes(self) -> np.ndarray:
+        """Number of the image of every row."""
+        return np.concatenate(self._codes) if self._codes else np.zeros(0, dtype=np.int64)
+
+
+def _group(texts: "list[TextColumn]", groups: np.ndarray) -> "tuple[list[TextColumn], np.ndarray]":
+    """One row per image, and the first row of each image in the ungrouped table."""
+    if not len(groups):
+        return texts, groups
+    order = np.argsort(groups, kind="stable")
+    sizes = np.bincount(groups)
+    first_rows = order[np.concatenate([[0], np.cumsum(sizes)[:-1]])]
+    return [column.group(order, sizes) for column in texts], first_rows
+
+
+def _keep(
+    texts: "list[TextColumn]", first_rows: np.ndarray, keep: np.ndarray, places: Places, needed: int, bad: BadRows
+) -> "tuple[list[TextColumn], np.ndarray]":
+    for row in first_rows[~keep].tolist():
+        bad.add("too_few_texts", places.describe(row), f"the image has fewer than {needed} distinct captions")
+    if not keep.any():
+        raise ValueError(
+            f"No image is left of {bad.report.rows_read} rows read. First problems: {bad.report.examples or 'none'}."
+        )
+    return ([column.filter(keep) for column in texts] if not keep.all() else texts), first_rows[keep]
+
+
+def _finish_report(table: CaptionTable, bad: BadRows, name: str) -> None:
+    bad.report.rows_kept = len(table)
+    bad.report.texts_kept = table.num_captions
+    bad.report.shared_texts = table.num_shared_captions
+    table.report = bad.report
+    bad.report.log(name)
+
+
+def _name_of(source: Any) -> str:
+    return f"`{source}`" if isinstance(source, (str, Path)) else "the caption table"
+
+
+__all__ = ["CaptionTable", "Captions", "load_captions"]

@@ -9,24 +9,15 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Image
 
+from .columns import to_python
 from .images import IMAGE_ENDINGS, METADATA_FILES, PATH_COLUMNS
 from .source_splits import SplitFiles, choose_split, is_data_file, metadata_files, open_named, open_parquet
-from .text_columns import to_python
-from .text_sources import Block, TextSource, open_files, open_source
+from .sources import Block, TextSource, open_files, open_source
 
 
 @dataclass
 class OpenedImages:
-    """
-    A source: a data set with an image column, or tables with paths.
-
-    Args:
-        sources: the tables, or the data set as one.
-        prefixes: what the paths of each table are below, within `root`.
-        root: folder that paths are relative to.
-        dataset: the data set, if it is one.
-        images, other_images: the images of a folder that are in the split, and those that are not.
-    """
+    """A source: a data set with an image column, or tables with paths."""
 
     sources: list[TextSource]
     prefixes: list[str]

@@ -6,7 +6,7 @@ Which caption is drawn and how the image is cropped is a pure function of (seed,
 or that uses another number of workers, sees the same samples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,14 +14,11 @@ import torch
 from PIL import Image
 
 from .captions import Captions, CaptionTable
-from .embedding_store import CaptionEmbeddingStore
-from .images import ImageSource, load_image, undecoded
-from .sample_draws import SampleDraws, check_choice, check_sub_captions, checked_weights
-from .skips import SkipLog, SkipReport
-from .transforms import ImageTransform
+from .images import ImageSource, ImageTransform, load_image, undecoded
+from .reports import SkipLog, SkipReport
+from .sampling import SampleDraws, check_choice, check_sub_captions, checked_weights
+from .store.embedding_store import CaptionEmbeddingStore
 
-
-__all__ = ["ImageTextDataset"]
 
 # So many unreadable images in a row are no accident of the hash: the images as a whole cannot be read.
 _MAX_ATTEMPTS = 32
@@ -139,19 +136,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return self.transform(load_image(self.images, index), self._draws.generator(int(self._epoch), index))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """
-        Args:
-            index (`int`): image number in `[0, len(self))`.
-
-        Returns:
-            `dict` with `pixel_values` (what `transform` returns), `index` (`int`, the row that was read), and either
-            `llm_embeds` (`torch.Tensor` of shape `(embedding_dim,)`, float32) or `text` (`str`), or both of the same
-            caption with `with_text`.
-
-        Raises:
-            ValueError: if the image cannot be read, or with `on_bad_image="skip"` if 32 images tried in its place
-                cannot be read either; the message names the row.
-        """
+        """"""
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} is out of range for {len(self)} images.")
@@ -197,3 +182,92 @@ def _check_drawable(layout: CaptionTable | CaptionEmbeddingStore, weights: np.nd
             f"Image {empty[0]} has captions only in sources of weight 0 ({empty.size} such images). "
             "Raise the weight of another source in `caption_weights`, or drop these images."
         )
+
+
+PLACEHOLDER: dict[str, Any] = {}
+"""Stands in for a sample of a batch that a resumed loop reads and drops; a batch of them becomes `{}`."""
+_KNOWN_KEYS = {"pixel_values", "llm_embeds", "text", "index", "key"}
+
+
+class ImageTextCollator:
+    """
+    Stack samples of an `ImageTextDataset` into a batch for `LLM2CLIPModel`.
+
+    Args:
+        processor (*optional*):
+            Processor with a `tokenizer`, e.g. `LLM2CLIPProcessor`; needed for samples with `text`.
+        max_length (`int`, defaults to 512): tokens a text is truncated to; the paper's value (section 4.1).
+
+    Example:
+    >>> sample = {"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.ones(4), "index": 7}
+    >>> batch = ImageTextCollator()([sample, sample])
+    >>> {name: tuple(value.shape) for name, value in batch.items()}
+    {'pixel_values': (2, 3, 2, 2), 'index': (2,), 'llm_embeds': (2, 4)}
+    """
+
+    def __init__(self, processor: Any = None, max_length: int = 512) -> None:
+        self.processor = processor
+        self.max_length = max_length
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """"""
+        if samples and not any(samples):
+            return {}
+        keys = _common_keys(samples)
+        batch: dict[str, Any] = {"pixel_values": _stack(samples, "pixel_values")}
+        if "index" in keys:
+            batch["index"] = torch.tensor([int(sample["index"]) for sample in samples])
+        if "key" in keys:
+            batch["key"] = [str(sample["key"]) for sample in samples]
+        if "llm_embeds" in keys:
+            return batch | {"llm_embeds": _stack(samples, "llm_embeds")}
+        return batch | self._tokenize([sample["text"] for sample in samples])
+
+    def _tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        if self.processor is None:
+            raise ValueError(
+                "The samples have `text`, but the collator has no processor. "
+                "Construct it as `ImageTextCollator(processor)`, or use a `CaptionEmbeddingStore` in the data set."
+            )
+        encoded = self.processor.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _common_keys(samples: Sequence[Mapping[str, Any]]) -> set[str]:
+    if not samples:
+        raise ValueError("The batch is empty. Give the collator at least one sample.")
+    keys = set(samples[0])
+    for position, sample in enumerate(samples):
+        if set(sample) != keys:
+            raise ValueError(
+                f"Sample {position} has the keys {sorted(sample)}, sample 0 has {sorted(keys)}. "
+                "All samples of a batch need the same keys."
+            )
+    unknown = keys - _KNOWN_KEYS
+    if unknown or "pixel_values" not in keys or len(keys & {"llm_embeds", "text"}) != 1:
+        raise ValueError(
+            f"Samples have the keys {sorted(keys)}. They need `pixel_values`, one of `llm_embeds` and `text`, and may "
+            "have `index` and `key`. With the Trainer, set `remove_unused_columns=False`."
+        )
+    return keys
+
+
+def _stack(samples: Sequence[Mapping[str, Any]], name: str) -> torch.Tensor:
+    shape = samples[0][name].shape
+    for position, sample in enumerate(samples):
+        if sample[name].shape != shape:
+            raise ValueError(
+                f"`{name}` of sample {position} has shape {tuple(sample[name].shape)}, of sample 0 {tuple(shape)}. "
+                "All samples of a batch need the same shape; resize images in the transform."
+            )
+    return torch.stack([sample[name] for sample in samples])
+
+
+__all__ = ["PLACEHOLDER", "ImageTextCollator", "ImageTextDataset"]

@@ -16,23 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .caption_columns import check_columns, describe_kinds, resolve_caption_columns
-from .caption_loading import good_blocks
 from .captions import CaptionTable
+from .columns import check_columns, describe_kinds, resolve_caption_columns
 from .image_text import ImageTextDataset
-from .images import ImageSource, is_address, located
-from .load_report import BadRows, LoadReport, Places, describe_place, text_problem
-from .transforms import ImageTransform
+from .images import ImageSource, ImageTransform, is_address, located
+from .reports import BadRows, LoadReport, Places, describe_place, text_problem
+from .sources import good_blocks
 
 
 if TYPE_CHECKING:
     import datasets
 
-    from .text_columns import TextColumn
-    from .text_sources import Block, TextSource
+    from .columns import TextColumn
+    from .sources import Block, TextSource
 
-
-__all__ = ["ImageTextTable", "load_image_text"]
 
 _ROWS_PER_CHECK = 1024
 
@@ -238,8 +235,8 @@ def _read(
     sources: "list[TextSource]", caption_columns: list[str], name_columns: list[str], bad: BadRows
 ) -> "tuple[list[TextColumn], Places]":
     """Captions without the bad ones, `[]` where none is left; paths and keys, empty where one is bad."""
+    from .columns import TextColumn, texts_to_array
     from .image_sources import values_of
-    from .text_columns import TextColumn, texts_to_array
 
     columns = caption_columns + name_columns
     chunks: list[list[Any]] = [[] for _ in columns]
@@ -375,3 +372,6 @@ def _has_key(keys: list[str], places: Places | _PlacesOf, bad: BadRows) -> np.nd
         else:
             seen.add(key)
     return keep
+
+
+__all__ = ["ImageTextTable", "load_image_text"]

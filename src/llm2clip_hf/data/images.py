@@ -10,38 +10,26 @@ Nothing is fetched: an address is refused, also where an image column of `datase
 """
 
 import io
+import math
 import os
 import re
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-__all__ = [
-    "IMAGE_ENDINGS",
-    "METADATA_FILES",
-    "PATH_COLUMNS",
-    "ImageSource",
-    "decode_image",
-    "is_address",
-    "load_image",
-    "located",
-    "undecoded",
-]
-
 ImageSource = Sequence[Any]
 """PIL images, paths, `{"bytes": ..., "path": ...}` dictionaries, or an image column of a `datasets.Dataset`."""
-
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH_COLUMNS = ("file_name", "image", "image_path", "path")  # the first is that of the image folders of `datasets`
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 # What Pillow raises on damaged files; `UnidentifiedImageError` is an `OSError`.
 _DECODING_ERRORS = (
     OSError,
@@ -61,30 +49,12 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 def is_address(name: Any) -> bool:
-    """
-    Whether `name` is an address, such as `https://host/a.png`, and no path.
-
-    Args:
-        name: a path, or what a data set has in its place.
-
-    Returns:
-        `bool`
-
-    Example:
-    >>> is_address("https://host/a.png"), is_address("photos/a.png"), is_address("C:/a.png")
-    (True, False, False)
-    """
+    """Whether `name` is an address, such as `https://host/a.png`, and no path."""
     return isinstance(name, str) and _ADDRESS.match(name) is not None
 
 
 def located(image: Any, root: str | Path) -> Any:
-    """
-    An undecoded image whose path, where it has no bytes, is looked for below a folder.
-
-    Args:
-        image: a path, `{"bytes": ..., "path": ...}`, or anything else, which stays as it is.
-        root (`str` or `Path`): folder that relative paths are below, if a file is there.
-    """
+    """An undecoded image whose path, where it has no bytes, is looked for below a folder."""
     if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
         return {**image, "path": located(image["path"], root)}
     if isinstance(image, str) and not is_address(image) and os.path.isfile(joined := os.path.join(root, image)):
@@ -93,15 +63,7 @@ def located(image: Any, root: str | Path) -> Any:
 
 
 def undecoded(images: ImageSource) -> ImageSource:
-    """
-    The same images, not decoded by `datasets`, which would fetch those that are addresses.
-
-    Args:
-        images: see `ImageSource`.
-
-    Returns:
-        An image column of a `datasets.Dataset` as `{"bytes": ..., "path": ...}`; everything else as it is.
-    """
+    """The same images, not decoded by `datasets`, which would fetch those that are addresses."""
     if "datasets" not in sys.modules:
         return images
     from datasets import Dataset
@@ -117,19 +79,7 @@ def undecoded(images: ImageSource) -> ImageSource:
 
 
 def load_image(images: ImageSource, row: int) -> Image.Image:
-    """
-    Image `row` of `images`, decoded, upright and in RGB.
-
-    Args:
-        images: see `ImageSource`.
-        row (`int`): position.
-
-    Returns:
-        `PIL.Image.Image` in mode RGB, see `decode_image`.
-
-    Raises:
-        ValueError: if the image cannot be read; the message names the row and, where there is one, the file.
-    """
+    """Image `row` of `images`, decoded, upright and in RGB."""
     try:
         # Inside the `try`, because a sequence may decode on access.
         item = undecoded(images)[row]
@@ -144,17 +94,6 @@ def decode_image(item: Any, name: str = "The image") -> Image.Image:
 
     The orientation in the EXIF data is applied and transparency is dropped. 16-bit gray levels are divided by 257, so
     that white stays white. An image in RGB that needs no turn is returned without a copy.
-
-    Args:
-        item: a PIL image, a path, the `bytes` of a file, or a dictionary with `bytes` or `path`.
-        name (`str`, defaults to `"The image"`): subject of the error message.
-
-    Returns:
-        `PIL.Image.Image` in mode RGB.
-
-    Raises:
-        ValueError: if the image cannot be read, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels; the message
-            begins with `name`.
     """
     try:
         image = _open(item)
@@ -220,3 +159,206 @@ def _gray_16_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or levels.min() < 0 or levels.max() > _MAX_GRAY_16:
         raise ValueError(f"gray levels of mode {image.mode} with no known range; save it with 8 or 16 bits")
     return Image.fromarray((levels.astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
+
+
+ImageTransform = Callable[[Image.Image, torch.Generator], torch.Tensor]
+# Statistics of CLIP's training images; LLM2CLIP uses them for every vision tower (reference code, `constants.py`).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CROP_ATTEMPTS = 10
+
+
+class RandomResizedCropTransform:
+    """
+    Cut a random rectangle, resize it to `size` with bicubic interpolation, normalize.
+
+    The rectangle covers a share of the area drawn from `scale`, with an aspect ratio drawn log-uniformly from `ratio`,
+    at a uniform position. If ten draws do not fit into the image, the largest central rectangle within `ratio` is
+    taken. This is the usual random resized crop (Szegedy et al., 2015) and the only augmentation of the paper.
+
+    Args:
+        size (`int` or `(height, width)`): size of the result in pixels.
+        scale (`tuple[float, float]`, defaults to `(0.9, 1.0)`): share of the area; the paper's recipe.
+        ratio (`tuple[float, float]`, defaults to `(3 / 4, 4 / 3)`): width over height.
+        mean, std (sequences of 3 `float`): statistics in `[0, 1]` scale; CLIP's by default.
+
+    Raises:
+        ValueError: if `size`, `scale` or `ratio` is out of range.
+
+    Example:
+    >>> transform = RandomResizedCropTransform(8)
+    >>> transform(Image.new("RGB", (20, 10)), torch.Generator().manual_seed(0)).shape
+    torch.Size([3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        scale: tuple[float, float] = (0.9, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+    ) -> None:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"`scale` must satisfy 0 < low <= high <= 1, got {scale}. The paper uses (0.9, 1.0).")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"`ratio` must satisfy 0 < low <= high, got {ratio}. The default is (3/4, 4/3).")
+        self.height, self.width = _height_width(size)
+        self.scale, self.ratio = scale, ratio
+        self.mean, self.std = _statistics(mean, std)
+
+    @classmethod
+    def from_image_processor(
+        cls, image_processor: Any, scale: tuple[float, float] = (0.9, 1.0)
+    ) -> "RandomResizedCropTransform":
+        """The training transform that matches an image processor of transformers: its output size, mean and std."""
+        height, width, _ = _processor_geometry(image_processor)
+        mean, std = _processor_statistics(image_processor)
+        return cls((height, width), scale=scale, mean=mean, std=std)
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        """"""
+        crop = image.crop(self._box(image.width, image.height, generator))
+        resized = crop.resize((self.width, self.height), Image.Resampling.BICUBIC)
+        return _to_tensor(resized, self.mean, self.std)
+
+    def _box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+        draws = torch.rand(_CROP_ATTEMPTS, 4, generator=generator, dtype=torch.float64).tolist()
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for area_draw, ratio_draw, left_draw, top_draw in draws:
+            area = width * height * (self.scale[0] + area_draw * (self.scale[1] - self.scale[0]))
+            ratio = math.exp(low + ratio_draw * (high - low))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left = int(left_draw * (width - crop_width + 1))
+                top = int(top_draw * (height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        crop_width = max(1, min(width, round(height * self.ratio[1])))
+        crop_height = max(1, min(height, round(width / self.ratio[0])))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + crop_width, top + crop_height
+
+
+class CenterCropTransform:
+    """
+    Resize the shortest edge to `resize`, cut the central rectangle, normalize: CLIP's evaluation transform.
+
+    Equal to `CLIPImageProcessor` of transformers with the PIL backend. It ignores its generator.
+
+    Args:
+        size (`int` or `(height, width)`): size of the result in pixels.
+        resize (`int`, *optional*): length of the shortest edge before the crop; the longer side of `size` by default.
+        mean, std (sequences of 3 `float`): statistics in `[0, 1]` scale; CLIP's by default.
+
+    Raises:
+        ValueError: if `size` is not positive, or `resize` is smaller than a side of `size`.
+
+    Example:
+    >>> CenterCropTransform(8)(Image.new("RGB", (20, 10)), torch.Generator()).shape
+    torch.Size([3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        resize: int | None = None,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+    ) -> None:
+        self.height, self.width = _height_width(size)
+        self.resize = max(self.height, self.width) if resize is None else resize
+        if self.resize < max(self.height, self.width):
+            raise ValueError(
+                f"`resize` must be at least the longer side of `size` {(self.height, self.width)}, got {resize}. "
+                "A smaller value would leave an empty border."
+            )
+        self.mean, self.std = _statistics(mean, std)
+
+    @classmethod
+    def from_image_processor(cls, image_processor: Any) -> "CenterCropTransform":
+        """
+        The transform that equals an image processor of transformers which resizes the shortest edge and crops.
+
+        Raises:
+            ValueError: if the processor does anything else; use the processor itself then.
+        """
+        height, width, shortest_edge = _processor_geometry(image_processor)
+        resample = getattr(image_processor, "resample", None)
+        if shortest_edge is None or resample != Image.Resampling.BICUBIC:
+            raise ValueError(
+                f"{type(image_processor).__name__} with size {image_processor.size} and resample {resample} is no "
+                "bicubic shortest-edge resize with a center crop. Call the image processor itself instead."
+            )
+        mean, std = _processor_statistics(image_processor)
+        return cls((height, width), resize=shortest_edge, mean=mean, std=std)
+
+    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
+        """"""
+        shortest = min(image.width, image.height)
+        # The long edge is truncated, not rounded: rounding would shift the crop by a pixel.
+        target = (int(image.width * self.resize / shortest), int(image.height * self.resize / shortest))
+        resized = image.resize(target, Image.Resampling.BICUBIC)
+        left, top = (resized.width - self.width) // 2, (resized.height - self.height) // 2
+        return _to_tensor(resized.crop((left, top, left + self.width, top + self.height)), self.mean, self.std)
+
+
+def _to_tensor(image: Image.Image, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    # Channels first while a pixel is still one byte: the same values as after the conversion, in half the time.
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"`size` must be positive, got {size}. Give the input size of the vision tower, e.g. 224.")
+    return height, width
+
+
+def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"`mean` and `std` need 3 values each and positive std, got {mean} and {std}.")
+    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+
+def _processor_geometry(image_processor: Any) -> tuple[int, int, int | None]:
+    """Height and width of the output, and the shortest edge before the crop where there is one."""
+    size = dict(image_processor.size or {})
+    crops = bool(getattr(image_processor, "do_center_crop", False))
+    crop = dict(image_processor.crop_size) if crops else {}
+    if "height" in crop and size.get("shortest_edge"):
+        return crop["height"], crop["width"], size["shortest_edge"]
+    final = crop or size
+    if not final.get("height") or not final.get("width"):
+        raise ValueError(
+            f"The output size of {type(image_processor).__name__} is not fixed (size {size}, crop {crop or None}). "
+            "Construct the transform with an explicit `size`."
+        )
+    return final["height"], final["width"], None
+
+
+def _processor_statistics(image_processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    if not image_processor.do_rescale or not math.isclose(image_processor.rescale_factor, 1 / 255):
+        raise ValueError(
+            f"{type(image_processor).__name__} does not rescale by 1/255. Construct the transform explicitly, with "
+            "`mean` and `std` in the scale of [0, 1]."
+        )
+    if not image_processor.do_normalize:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return image_processor.image_mean, image_processor.image_std
+
+
+__all__ = [
+    "IMAGE_ENDINGS",
+    "METADATA_FILES",
+    "PATH_COLUMNS",
+    "CenterCropTransform",
+    "ImageSource",
+    "ImageTransform",
+    "RandomResizedCropTransform",
+    "decode_image",
+    "is_address",
+    "load_image",
+    "located",
+    "undecoded",
+]

@@ -7,7 +7,11 @@ choice may depend on a random stream that others also consume. Each choice hashe
 finalizer of splitmix64 (Steele, Lea and Flood, 2014), vectorized over rows.
 """
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
 import numpy as np
+import torch
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -17,18 +21,7 @@ _MASK = (1 << 64) - 1
 
 
 def random_bits(seed: int, epoch: int, rows: np.ndarray, stream: int) -> np.ndarray:
-    """
-    64 random bits per row, a pure function of the arguments.
-
-    Args:
-        seed (`int`): seed of the run; any integer, taken modulo 2**64.
-        epoch (`int`): epoch number.
-        rows (`np.ndarray` of shape `(n,)`, integer): row numbers.
-        stream (`int`): number of the choice, so that one row can draw several independent values.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`, uint64.
-    """
+    """64 random bits per row, a pure function of the arguments."""
     with np.errstate(over="ignore"):
         state = np.array([seed & _MASK], dtype=np.uint64)
         for coordinate in (epoch, stream):
@@ -46,15 +39,6 @@ def choose_caption(source_ids: np.ndarray, weights: np.ndarray, source_draw: flo
     Choose one caption of an image: first its source by weight, then uniformly among the captions of that source.
 
     Sources that the image lacks do not take part; the weights of the others are renormalized.
-
-    Args:
-        source_ids (`np.ndarray` of shape `(num_captions,)`, integer): source of each caption of the image.
-        weights (`np.ndarray` of shape `(num_sources,)`, float64): non-negative weight of each source.
-        source_draw (`float`): uniform value in `[0, 1)` that picks the source.
-        caption_draw (`float`): uniform value in `[0, 1)` that picks the caption.
-
-    Returns:
-        `int`: position of the chosen caption within `source_ids`.
     """
     present = np.bincount(source_ids, minlength=len(weights)) > 0
     cumulative = np.cumsum(weights * present)
@@ -68,3 +52,149 @@ def _mix(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * _MULTIPLIER_1
     state = (state ^ (state >> np.uint64(27))) * _MULTIPLIER_2
     return state ^ (state >> np.uint64(31))
+
+
+# After the end of a sentence and the blank behind it; CJK texts have no blank there.
+_SENTENCE_END = re.compile("(?<=[.!?])[\"')\\]]*\\s+|(?<=[\u3002\uff01\uff1f])\\s*")
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, by their closing punctuation; abbreviations inside a sentence end it too."""
+    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
+
+
+def split_sub_captions(captions: Sequence[str | Sequence[str]]) -> list[list[str]]:
+    """
+    The single sentences of long captions, as a caption source of their own.
+
+    Stored embeddings need the sub-captions as captions that were embedded: pass the result as a further source to
+    `embed_captions`, e.g. `{"dense": dense, "sentence": split_sub_captions(dense)}`.
+
+    Args:
+        captions (sequence): one caption or a list of captions per image.
+
+    Returns:
+        `list[list[str]]`: per image the distinct sentences of its captions, in order. An image whose captions have
+        only one sentence each keeps those.
+
+    Source: DreamLIP (arXiv 2403.17007).
+
+    Example:
+    >>> split_sub_captions(["A cat. It sleeps.", ["A dog", "Grass. A dog"]])
+    [['A cat.', 'It sleeps.'], ['A dog', 'Grass.']]
+    """
+    if isinstance(captions, str):
+        raise ValueError("`captions` is one string. Pass one caption or one list of captions per image.")
+    result = []
+    for entry in captions:
+        texts = [entry] if isinstance(entry, str) else entry
+        result.append(list(dict.fromkeys(sentence for text in texts for sentence in split_sentences(text))))
+    return result
+
+
+def choose_sub_caption(text: str, probability: float, draws: Sequence[float]) -> str:
+    """
+    With some probability a contiguous run of sentences of `text`, else `text`.
+
+    The length of the run is uniform in 1 to `n - 1` of the `n` sentences, its position uniform given the length.
+    """
+    if draws[0] >= probability:
+        return text
+    sentences = split_sentences(text)
+    if len(sentences) < 2:
+        return text
+    length = 1 + int(draws[1] * (len(sentences) - 1))
+    start = int(draws[2] * (len(sentences) - length + 1))
+    return " ".join(sentences[start : start + length])
+
+
+# Streams of `random_bits`; every kind of choice has its own number. Substitutes count upwards from theirs.
+_SOURCE, _CAPTION, _TRANSFORM, _SUB_CAPTION, _SUBSTITUTE = 0, 1, 2, 3, 1000
+
+
+class SampleDraws:
+    """The random choices of a run, the same for map-style and streaming data sets."""
+
+    def __init__(self, seed: int, weights: np.ndarray, sub_captions: float = 0.0) -> None:
+        if not 0 <= sub_captions <= 1:
+            raise ValueError(f"`sub_captions` must be a probability in [0, 1], got {sub_captions}. 0 switches it off.")
+        self.seed, self.weights, self.sub_captions = seed, weights, sub_captions
+
+    def caption(self, epoch: int, index: int, source_ids: np.ndarray) -> int:
+        """Which of the captions of sample `index` is drawn, given the source of each."""
+        rows = np.array([index])
+        source_draw = float(random_uniform(self.seed, epoch, rows, _SOURCE)[0])
+        caption_draw = float(random_uniform(self.seed, epoch, rows, _CAPTION)[0])
+        return choose_caption(source_ids, self.weights, source_draw, caption_draw)
+
+    def sub_caption(self, epoch: int, index: int, text: str) -> str:
+        """A part of the drawn caption of sample `index`, or all of it."""
+        if not self.sub_captions:
+            return text
+        rows = np.array([index])
+        draws = [float(random_uniform(self.seed, epoch, rows, _SUB_CAPTION + k)[0]) for k in range(3)]
+        return choose_sub_caption(text, self.sub_captions, draws)
+
+    def generator(self, epoch: int, index: int) -> torch.Generator:
+        """The source of randomness of the transform of sample `index`."""
+        bits = random_bits(self.seed, epoch, np.array([index]), _TRANSFORM)
+        return torch.Generator().manual_seed(int(bits[0]))
+
+    def substitute(self, epoch: int, index: int, attempt: int, count: int) -> int:
+        """A uniform number below `count`, for the sample that stands in for an unreadable one."""
+        return int(random_bits(self.seed, epoch, np.array([index]), _SUBSTITUTE + attempt)[0] % np.uint64(count))
+
+
+def checked_weights(caption_weights: Mapping[str, float] | None, source_names: tuple[str, ...]) -> np.ndarray:
+    """Weights of the sources in their order; equal where none are given."""
+    if caption_weights is None:
+        return np.ones(len(source_names))
+    if set(caption_weights) != set(source_names):
+        raise ValueError(
+            f"`caption_weights` names {sorted(caption_weights)}, the captions have the sources "
+            f"{sorted(source_names)}. Give every source a weight; 0 leaves it out."
+        )
+    weights = np.array([float(caption_weights[name]) for name in source_names])
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(
+            f"`caption_weights` must be finite and non-negative with a positive sum, got {dict(caption_weights)}."
+        )
+    return weights
+
+
+def check_sub_captions(sub_captions: float, is_stored: bool) -> None:
+    """ValueError for sub-captions of captions that are stored embeddings."""
+    if is_stored and sub_captions:
+        raise ValueError(
+            f"`sub_captions` is {sub_captions}, but the captions are stored embeddings, which cannot be cut. Embed "
+            "the sentences as a source of their own, see `split_sub_captions`, and give it a weight."
+        )
+
+
+def check_choice(name: str, value: str) -> None:
+    """ValueError unless an option that says what to do with a bad sample is `"error"` or `"skip"`."""
+    if value not in ("error", "skip"):
+        raise ValueError(f'`{name}` must be "error" or "skip", got {value!r}.')
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int, pads: bool = True) -> Iterator[list[int]]:
+    """
+    Cut items into batches of similar length under a budget of tokens.
+
+    Longest first, so that a batch that does not fit in memory fails at the start. An item longer than the budget
+    makes a batch of its own.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        cost = (len(batch) + 1) * lengths[batch[0]] if batch and pads else tokens + lengths[item]
+        if batch and cost > max_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(item)
+        tokens += lengths[item]
+    if batch:
+        yield batch
+
+
+__all__ = ["choose_sub_caption", "split_sentences", "split_sub_captions", "token_budget_batches"]

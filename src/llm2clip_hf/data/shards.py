@@ -10,8 +10,10 @@ import glob
 import io
 import itertools
 import json
+import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,10 +22,99 @@ import numpy as np
 
 from .caption_entries import as_texts, entry_of, root_column
 from .images import located
-from .tar_members import Member, iterate_members, open_archive, read_member
 
 
-__all__ = ["DatasetShard", "ParquetShard", "RawSample", "Shard", "TarShard", "expand_shard_paths"]
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
+_CHUNK = 1 << 24
+_BLOCK = 512
+_END = bytes(_BLOCK)
+_CHECKSUM = slice(148, 156)
+_TYPE, _PREFIX, _SIZE = 156, 345, 124
+_FILES = (b"0"[0], 0)
+
+
+class Member(NamedTuple):
+    """A file in an archive: its name, and where its content lies."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def iterate_members(file: io.FileIO) -> Iterator[Member]:
+    """The regular files of an archive, in order."""
+    length, offset = os.fstat(file.fileno()).st_size, 0
+    if not length:
+        raise tarfile.ReadError("empty file")
+    if length < _BLOCK:
+        raise tarfile.ReadError("truncated header")
+    while True:
+        file.seek(offset)
+        header = file.read(_BLOCK)
+        if len(header) < _BLOCK:
+            raise tarfile.ReadError("it has no end mark, so the end is missing")
+        if header == _END:
+            return
+        member, following = _plain_member(header, offset) or _any_member(file, offset)
+        if following > length:
+            raise tarfile.ReadError(f"unexpected end of data in `{member.name if member else 'a member'}`")
+        if member is not None:
+            yield member
+        offset = following
+
+
+def read_member(file: io.FileIO, member: Member) -> bytes:
+    """The content of a member."""
+    file.seek(member.offset)
+    content = file.read(member.size)
+    while len(content) < member.size and (more := file.read(member.size - len(content))):
+        content += more
+    return content
+
+
+def open_archive(path: Path) -> io.FileIO:
+    """The archive, as `iterate_members` wants it; a compressed one is unpacked into a file that goes with its end."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return io.FileIO(path, "r")
+    import pyarrow
+
+    unpacked = tempfile.TemporaryFile(buffering=0)
+    with pyarrow.input_stream(str(path), compression=compression) as stream:
+        while chunk := stream.read(_CHUNK):
+            unpacked.write(chunk)
+    return unpacked  # type: ignore[return-value]
+
+
+def _plain_member(header: bytes, offset: int) -> tuple[Member, int] | None:
+    """The member of a header of the common kind and the place of the next header; None for any other."""
+    if header[_TYPE] not in _FILES or header[_PREFIX] or header[_SIZE] & 0x80 or header[257:262] != b"ustar":
+        return None
+    try:
+        checksum = int(header[_CHECKSUM].strip(b"\0 "), 8)
+        size = int(header[_SIZE : _SIZE + 12].strip(b"\0 ") or b"0", 8)
+        name = header[:100].rstrip(b"\0").decode("utf-8")
+    except ValueError:
+        return None
+    if checksum != sum(header) - sum(header[_CHECKSUM]) + 8 * ord(" ") or "\0" in name or name.endswith("/"):
+        return None
+    return Member(name, offset + _BLOCK, size), offset + _BLOCK + -(-size // _BLOCK) * _BLOCK
+
+
+def _any_member(file: io.FileIO, offset: int) -> tuple[Member | None, int]:
+    """As `_plain_member`, for long names, folders, links and the like; the member is None where it is no file."""
+    file.seek(offset)
+    try:
+        with tarfile.TarFile(fileobj=file) as archive:
+            found = archive.next()
+            following = archive.offset
+    except tarfile.TarError as error:
+        raise tarfile.ReadError(f"there is no valid header at byte {offset}: {error}") from error
+    if found is None:
+        raise tarfile.ReadError(f"there is no valid header at byte {offset}")
+    member = Member(found.name, found.offset_data, found.size) if found.isreg() and not found.issparse() else None
+    return member, following
+
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 _PARQUET_ROWS = 64  # rows decoded at once; an image row is large
@@ -31,16 +122,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class RawSample(NamedTuple):
-    """
-    One sample as it lies in its shard.
-
-    Attributes:
-        position (`int`): number of the sample in its shard.
-        key (`str`): its `__key__`.
-        image: undecoded image, or `None` where it is missing.
-        captions (`dict[str, list[str]]`): captions per source.
-        problem (`str`): why the sample cannot be used; empty for a good one.
-    """
+    """One sample as it lies in its shard."""
 
     position: int
     key: str
@@ -64,28 +146,13 @@ class Shard(Protocol):
 class TarShard:
     """
     A tar file in the webdataset layout: the members of a sample follow each other and share their name up to the dot.
-
-    Args:
-        path (`Path`): tar file; a compressed one is unpacked to a temporary file whenever it is read.
-        fields (`dict[str, str]`): per source the member that holds its captions: an extension such as `"txt"` or
-            `"caption.txt"`, or `"json.<name>"` for an entry of the JSON member, which may lie deeper (`"json.a.b"`).
-        image_column (`str`, *optional*): extension of the image, such as `"input.png"`; the only one by default.
     """
 
     def __init__(self, path: Path, fields: dict[str, str], image_column: str | None = None) -> None:
         self.path, self.name, self.fields, self.image_column = path, str(path), fields, image_column
 
     def count(self, damages: list[str] | None = None) -> int:
-        """
-        Number of samples, from the headers alone.
-
-        Args:
-            damages (`list[str]`, *optional*):
-                With a list, a damaged file counts as far as it can be read and its message is appended.
-
-        Raises:
-            ValueError: for a damaged file, without `damages`.
-        """
+        """Number of samples, from the headers alone."""
         count = 0
         try:
             for _ in self._samples(range(0)):
@@ -155,15 +222,7 @@ class TarShard:
 
 
 class ParquetShard:
-    """
-    A parquet file with an image column, of `{"bytes": ..., "path": ...}` or of bytes.
-
-    Args:
-        path (`Path`): parquet file.
-        fields (`dict[str, str]`): per source the column that holds its captions, or `"<column>.<entry>"`.
-        image_column, key_column (`str`, *optional*): column of images, `image` or the only one by default, and of
-            keys; without keys a sample is called `"<file>:<row>"`.
-    """
+    """A parquet file with an image column, of `{"bytes": ..., "path": ...}` or of bytes."""
 
     def __init__(self, path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> None:
         self.path, self.name, self.fields = path, str(path), fields
@@ -217,14 +276,7 @@ class ParquetShard:
 
 
 class DatasetShard:
-    """
-    One shard of a `datasets.IterableDataset`.
-
-    Args:
-        dataset (`datasets.IterableDataset`): the data set, images not decoded.
-        number (`int`): which of its shards.
-        fields, image_column, key_column: as for `ParquetShard`.
-    """
+    """One shard of a `datasets.IterableDataset`."""
 
     def __init__(
         self, dataset: Any, number: int, fields: dict[str, str], image_column: str, key_column: str | None
@@ -291,18 +343,7 @@ def _check_columns(shard: str, wanted: Sequence[str], present: Sequence[str]) ->
 
 
 def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """
-    The files that brace patterns and globs stand for, in order.
-
-    Args:
-        shards: paths or patterns: `"cc3m/{00000..00287}.tar"`, `"{a,b}/*.parquet"`.
-
-    Returns:
-        `list[Path]`.
-
-    Raises:
-        ValueError: if a pattern matches no file, a file does not exist, or one is named twice.
-    """
+    """The files that brace patterns and globs stand for, in order."""
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     paths = []
     for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
@@ -398,3 +439,18 @@ def _row_sample(
     if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
         problem = problem or f"it has no image in the column `{image_column}`"
     return RawSample(position, key, image, captions, problem)
+
+
+__all__ = [
+    "COMPRESSIONS",
+    "DatasetShard",
+    "Member",
+    "ParquetShard",
+    "RawSample",
+    "Shard",
+    "TarShard",
+    "expand_shard_paths",
+    "iterate_members",
+    "open_archive",
+    "read_member",
+]

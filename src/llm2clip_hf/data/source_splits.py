@@ -46,18 +46,7 @@ def is_data_file(file: Path) -> bool:
 
 
 def choose_split(names: Iterable[Any], split: str | None, default: str, source: str) -> str:
-    """
-    The split to read.
-
-    Args:
-        names: the splits that there are.
-        split (`str`, *optional*): the one that the user names.
-        default (`str`): the one to take where none is named, if it is there; otherwise the only one.
-        source (`str`): for messages.
-
-    Raises:
-        ValueError: if it is absent, or none is named and there are several; the message lists them.
-    """
+    """The split to read."""
     found = [str(name) for name in names]
     if split is None and default not in found and len(found) == 1:
         return found[0]
@@ -74,23 +63,7 @@ def open_named(
     default: str = "train",
     revision: str | None = None,
 ) -> Dataset | SplitFiles:
-    """
-    Open a path, a pattern, or the name of a Hub data set.
-
-    Args:
-        source (`str` or `Path`): a file, a folder, a folder written by `save_to_disk`, a pattern such as
-            `data/*.parquet`, or the name of a Hub data set.
-        split (`str`, *optional*): see `choose_split`. A Hub data set takes slices such as `train[:1000]` as well.
-        subset (`str`, *optional*): configuration of a Hub data set, or of a folder with `configs` in its `README.md`.
-        default (`str`, defaults to `"train"`): see `choose_split`.
-        revision (`str`, *optional*): revision of a Hub data set.
-
-    Returns:
-        `datasets.Dataset` of a saved or Hub data set, otherwise the files of the split.
-
-    Raises:
-        ValueError: if there is no such source, split or subset.
-    """
+    """Open a path, a pattern, or the name of a Hub data set."""
     path = Path(source)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))

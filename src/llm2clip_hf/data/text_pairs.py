@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .caption_columns import check_columns, describe_kinds
-from .caption_loading import good_blocks, kinds_of, open_text_source
-from .load_report import BadRows, LoadReport, describe_place, text_problem
-from .pair_dataset import PairDataset
+from .caption_pairs import PairDataset
+from .captions import kinds_of
+from .columns import check_columns, describe_kinds
+from .reports import BadRows, LoadReport, describe_place, text_problem
 from .sampling import random_bits
+from .sources import good_blocks, open_text_source
 
 
 if TYPE_CHECKING:
-    from .text_columns import TextColumn
-    from .text_sources import Block, TextSource
+    from .columns import TextColumn
+    from .sources import Block, TextSource
 
 
 __all__ = ["DropoutPairDataset", "TextPairDataset"]
@@ -187,7 +188,7 @@ def _resolve_roles(columns: Mapping[str, str] | None, kinds: Mapping[str, str], 
 def _read_pairs(
     sources: "list[TextSource]", roles: Mapping[str, str], bad: BadRows
 ) -> "tuple[dict[str, TextColumn], np.ndarray]":
-    from .text_columns import TextColumn, texts_to_array, to_python
+    from .columns import TextColumn, texts_to_array, to_python
 
     chunks: dict[str, list[Any]] = {role: [] for role in roles}
     hashes = array("q")
@@ -232,7 +233,7 @@ def _clean_row(entry: Mapping[str, Any], block: "Block", number: int, bad: BadRo
 def _read_sentences(
     sources: "list[TextSource]", column: str, min_characters: int, bad: BadRows
 ) -> "tuple[TextColumn, np.ndarray]":
-    from .text_columns import TextColumn, texts_to_array, to_python
+    from .columns import TextColumn, texts_to_array, to_python
 
     chunks, hashes = [], array("q")
     for block in good_blocks(sources, [column], bad):

@@ -36,24 +36,7 @@ def load_index(
     demo_dir: str = "demo_output",
     trust_remote_code: bool = False,
 ) -> SearchIndex:
-    """
-    Loads a model, and embeds a folder of images and a file of captions with it.
-
-    Args:
-        model (`str`, *optional*): folder or repository of an LLM2CLIP, CLIP or SigLIP model; that of the demo run in
-            `demo_dir` if left out.
-        images (`str`, *optional*): folder of images; the held-out scenes of the demo, with their captions, if both
-            `model` and `images` are left out.
-        captions (`str`, *optional*): text file with one caption per line.
-        demo_dir (`str`, defaults to `"demo_output"`): folder of a demo run.
-        trust_remote_code (`bool`, defaults to `False`): run code that the model's repository brings.
-
-    Returns:
-        [`SearchIndex`]
-
-    Raises:
-        ValueError: if the model of the demo is not there, a model is given without images, or nothing can be read.
-    """
+    """Loads a model, and embeds a folder of images and a file of captions with it."""
     if model is not None and images is None:
         raise ValueError("`--model` needs `--images`. Give a folder of images to search among.")
     if model is None:
@@ -74,15 +57,7 @@ def load_index(
 
 
 def thumbnail(image: Any) -> Image.Image:
-    """
-    An image in the size of the page.
-
-    Args:
-        image: a PIL image or a path.
-
-    Returns:
-        `PIL.Image.Image`: at most 320 pixels wide and high; a smaller one is enlarged by a whole factor.
-    """
+    """An image in the size of the page."""
     picture = open_image(image)
     factor = _THUMBNAIL // max(picture.size)
     if factor > 1:
@@ -93,17 +68,7 @@ def thumbnail(image: Any) -> Image.Image:
 
 
 def answer_text(index: SearchIndex, query: str) -> tuple[list[tuple[Image.Image, str]], str]:
-    """
-    What the page shows for a sentence.
-
-    Args:
-        index ([`SearchIndex`]): the index.
-        query (`str`): the sentence.
-
-    Returns:
-        `tuple`: thumbnails with a line below each, and a sentence for the user, which says what was wrong if there are
-        none.
-    """
+    """What the page shows for a sentence."""
     try:
         found = [(index.images[match.row], match) for match in index.by_text(query, TOP_K)]
         shown = [(thumbnail(image), f"{match.score:.3f}{_name(image)}") for image, match in found]
@@ -113,16 +78,7 @@ def answer_text(index: SearchIndex, query: str) -> tuple[list[tuple[Image.Image,
 
 
 def answer_image(index: SearchIndex, path: str | None) -> tuple[Image.Image | None, list[list[str]], str]:
-    """
-    What the page shows for an image.
-
-    Args:
-        index ([`SearchIndex`]): the index.
-        path (`str`, *optional*): the file that was sent; none if it was taken away again.
-
-    Returns:
-        `tuple`: a thumbnail, rows of score and caption, and a sentence for the user.
-    """
+    """What the page shows for an image."""
     if path is None:
         return None, [], ""
     try:
@@ -135,18 +91,7 @@ def answer_image(index: SearchIndex, path: str | None) -> tuple[Image.Image | No
 
 
 def build_app(index: SearchIndex) -> Any:
-    """
-    The page.
-
-    Args:
-        index ([`SearchIndex`]): what is searched.
-
-    Returns:
-        `gradio.Blocks`
-
-    Raises:
-        ImportError: if gradio is not installed.
-    """
+    """The page."""
     gr = import_gradio()
     with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True) as app:
         gr.Markdown(f"# {_TITLE}\n{len(index.images)} images, {len(index.captions)} captions")
@@ -193,21 +138,7 @@ def build_app(index: SearchIndex) -> Any:
 
 
 def launch_app(index: SearchIndex, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> str:
-    """
-    Serves the page until the program is interrupted.
-
-    Args:
-        index ([`SearchIndex`]): what is searched.
-        host (`str`, defaults to `"127.0.0.1"`): address to listen on; `"0.0.0.0"` lets other machines in.
-        port (`int`, defaults to 7860): its port; the next free one is not searched for.
-        block (`bool`, defaults to `True`): whether to wait; else the server ends with the program.
-
-    Returns:
-        `str`: the address of the page.
-
-    Raises:
-        ImportError: if gradio is not installed.
-    """
+    """Serves the page until the program is interrupted."""
     gr = import_gradio()
     theme = gr.themes.Soft(font=_FONTS, font_mono=_MONOSPACED, radius_size="sm")
     app = build_app(index)
@@ -222,15 +153,7 @@ def launch_app(index: SearchIndex, *, host: str = "127.0.0.1", port: int = 7860,
 
 
 def import_gradio() -> Any:
-    """
-    Gradio, told to stay at home.
-
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: if it is not installed; the message says how to do that.
-    """
+    """Gradio, told to stay at home."""
     # Read at import: no version check, no usage statistics.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

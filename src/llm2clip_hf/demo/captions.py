@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from .scenes import DIGITS, SIZES, PlacedDigit, Scene
+from PIL import Image
+
+from .scenes import DIGITS, SIZES, PlacedDigit, Scene, render, sample_scenes, split_scans
 
 
 Digits = tuple[PlacedDigit, ...]
-
-
 ENGLISH_PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the centre", "on the right"),
@@ -43,10 +44,8 @@ SPANISH_PLACES = (
     ("en medio a la izquierda", "justo en el centro", "en medio a la derecha"),
     ("abajo a la izquierda", "abajo en medio", "abajo a la derecha"),
 )
-
 GERMAN_DIGITS = ("Null", "Eins", "Zwei", "Drei", "Vier", "F\u00fcnf", "Sechs", "Sieben", "Acht", "Neun")
 SPANISH_DIGITS = ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve")
-
 # German colours and sizes as they stand before a feminine noun (all German digits are feminine).
 GERMAN_COLOURS = {
     "red": "rote",
@@ -67,7 +66,6 @@ SPANISH_COLOURS = {
 }
 SPANISH_SIZES = {"small": "peque\u00f1o", "large": "grande"}
 COMPASS_SIZES = {"small": "tiny", "large": "huge"}
-
 # Above, below, left of, right of, by the wording that uses the words.
 RELATIONS = {
     "english_dense": ("above", "below", "left of", "right of"),
@@ -196,17 +194,7 @@ PAIRED = ("english_short", "english_dense", "english_corners")
 
 
 def caption(scene: Scene, wording: str, *, backwards: bool = False) -> str:
-    """
-    Tells a scene.
-
-    Args:
-        scene ([`Scene`]): the scene.
-        wording (`str`): one of `WORDINGS`.
-        backwards (`bool`, defaults to `False`): whether the digits are told in the opposite order.
-
-    Returns:
-        `str`: the caption.
-    """
+    """Tells a scene."""
     return _TELLERS[wording](scene.digits[::-1] if backwards else scene.digits)
 
 
@@ -224,3 +212,78 @@ def dictionary_line(rng: random.Random) -> str:
     """Three entries of the glossary with three words each: "seven = Sieben = siete; tiny = small = kleine; ..."."""
     entries = rng.sample(glossary(), 3)
     return "; ".join(" = ".join(rng.sample(entry, 3)) for entry in entries) + "."
+
+
+# Rows of stage 1 by the languages of their two captions. Real text is mostly in one language too, and with nothing but
+# translations the contrast has no start: captions without a common word teach a small LLM to ignore what they say.
+LANGUAGE_PAIRS = {
+    ("english", "english"): 0.40,
+    ("german", "german"): 0.15,
+    ("spanish", "spanish"): 0.15,
+    ("english", "german"): 0.15,
+    ("english", "spanish"): 0.15,
+}
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """All scenes of a run."""
+
+    text: list[Scene]
+    pairs: list[Scene]
+    held_out: list[Scene]
+    held_out_single: list[Scene]
+
+    @property
+    def pair_images(self) -> list[Image.Image]:
+        """The training images."""
+        return [render(scene) for scene in self.pairs]
+
+    @property
+    def pair_captions(self) -> dict[str, list[list[str]]]:
+        """Captions of the training images by source: short ones and dense ones, as in the paper."""
+        short = [wording for wording in PAIRED if wording.endswith("short")]
+        sources = {"short": short, "dense": [wording for wording in PAIRED if wording not in short]}
+        return {source: [both_orders(scene, wordings) for scene in self.pairs] for source, wordings in sources.items()}
+
+
+def make_data(*, num_text: int, num_pairs: int, num_held_out: int, num_single: int, split: str, seed: int) -> DemoData:
+    """Draws the scenes of a run; equal arguments give equal scenes."""
+    scans = split_scans(seed)
+    held_out: dict[str, list[Scene]] = {}
+    single: dict[str, list[Scene]] = {}
+    for part in ("test", "validation"):
+        known = [scene for scenes in held_out.values() for scene in scenes]
+        held_out[part] = sample_scenes(
+            num_held_out,
+            scans[part],
+            seed=f"{part}-{seed}",
+            num_digits=(2,),
+            exclude=known,
+            distinct_short_captions=True,
+        )
+        single[part] = sample_scenes(num_single, scans[part], seed=f"{part}-single-{seed}", num_digits=(1,))
+    known = held_out["test"] + held_out["validation"]
+    mixed = (1, 2, 2)
+    pairs = sample_scenes(num_pairs, scans["train"], seed=f"pairs-{seed}", num_digits=mixed, exclude=known)
+    text = sample_scenes(num_text, scans["train"], seed=f"text-{seed}", num_digits=mixed, exclude=known)
+    return DemoData(text, pairs, held_out[split], single[split])
+
+
+def both_orders(scene: Scene, wordings: list[str]) -> list[str]:
+    """The captions of a scene in the given wordings, told forwards and backwards; each once."""
+    captions = [caption(scene, wording, backwards=backwards) for wording in wordings for backwards in (False, True)]
+    return list(dict.fromkeys(captions))
+
+
+def text_pairs(scenes: list[Scene], seed: int) -> list[list[str]]:
+    """Two different captions of each scene, in one language or in two, for stage 1."""
+    rng = random.Random(f"text-pairs-{seed}")
+    kinds, weights = list(LANGUAGE_PAIRS), list(LANGUAGE_PAIRS.values())
+    rows = []
+    for scene in scenes:
+        first, second = rng.choices(kinds, weights)[0]
+        one = rng.choice(both_orders(scene, [w for w in WORDINGS if w.startswith(first)]))
+        others = both_orders(scene, [w for w in WORDINGS if w.startswith(second)])
+        rows.append([one, rng.choice([other for other in others if other != one])])
+    return rows

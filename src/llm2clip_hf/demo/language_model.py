@@ -34,15 +34,7 @@ def corpus_text(scenes: Sequence[Scene], rng: random.Random) -> str:
 
 
 def build_tokenizer(scenes: Sequence[Scene]) -> PreTrainedTokenizerFast:
-    """
-    A tokenizer with one token per word, which wraps every text in `<s>` and `</s>`.
-
-    Args:
-        scenes (sequence of [`Scene`]): scenes whose captions give the vocabulary, with the glossary.
-
-    Returns:
-        `PreTrainedTokenizerFast`, padding on the right.
-    """
+    """A tokenizer with one token per word, which wraps every text in `<s>` and `</s>`."""
     splitter = pre_tokenizers.Whitespace()
     texts = [caption(scene, wording, backwards=b) for scene in scenes for wording in WORDINGS for b in (False, True)]
     texts += [term for entry in glossary() for term in entry] + ["= ; ."]
@@ -66,17 +58,7 @@ def build_tokenizer(scenes: Sequence[Scene]) -> PreTrainedTokenizerFast:
 
 
 def build_language_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
-    """
-    An untrained Llama.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`): gives the vocabulary and the special ids.
-        hidden_size (`int`): width.
-        num_layers (`int`): decoder layers.
-
-    Returns:
-        `LlamaForCausalLM`, float32.
-    """
+    """An untrained Llama."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -106,21 +88,7 @@ def pretrain_language_model(
     learning_rate: float,
     seed: int,
 ) -> float:
-    """
-    Next-token training with AdamW and a one-cycle schedule; saves model and tokenizer.
-
-    Args:
-        model (`LlamaForCausalLM`): trained in place.
-        tokenizer (`PreTrainedTokenizerFast`): its tokenizer.
-        draw_text (callable): gives one text of the corpus per call.
-        output_dir (`Path`): folder to save to.
-        steps, batch_size (`int`): length of the run, texts per step.
-        learning_rate (`float`): peak learning rate.
-        seed (`int`): seed of the texts.
-
-    Returns:
-        `float`: mean loss of the last tenth of the steps, in nats per token.
-    """
+    """Next-token training with AdamW and a one-cycle schedule; saves model and tokenizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = random.Random(f"corpus-{seed}")

@@ -57,8 +57,7 @@ from ..training import (
     LLM2CLIPTrainingArguments,
     build_caption_encoder,
 )
-from .captions import PAIRED, caption
-from .dataset import DemoData, make_data, text_pairs
+from .captions import PAIRED, DemoData, caption, make_data, text_pairs
 from .language_model import MAX_LENGTH, build_language_model, build_tokenizer, corpus_text, pretrain_language_model
 from .report import STAGE_TITLES, draw_retrieval, format_table, write_metrics
 from .scenes import COLOURS, DIGITS, IMAGE_SIZE, render
@@ -376,18 +375,6 @@ def run_demo(
 ) -> dict[str, Any]:
     """
     Runs all stages and writes `metrics.json`, `retrieval.png`, the folder `model` and intermediate results (`stages`).
-
-    Args:
-        output_dir (`str` or `Path`): folder to write; results of an earlier run in it are replaced.
-        seed (`int`, defaults to 0): seed of data and training; the same seed on the same machine gives the same table.
-        settings ([`DemoSettings`], defaults to `FULL`): sizes and hyper-parameters.
-        split (`str`, defaults to `"test"`): scenes to measure on; settings are chosen on `"validation"`.
-
-    Returns:
-        `dict`: the content of `metrics.json`; shares are in `[0, 1]`.
-
-    Raises:
-        ValueError: if `split` is neither of the two.
     """
     if split not in ("test", "validation"):
         raise ValueError(f"`split` must be 'test' or 'validation', got {split!r}.")

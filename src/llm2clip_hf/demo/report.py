@@ -44,15 +44,7 @@ _LABEL, _COLUMN = 44, 16
 
 
 def format_table(metrics: dict[str, Any]) -> str:
-    """
-    The table of a run, from nothing but the content of `metrics.json`.
-
-    Args:
-        metrics (`dict`): what `run_demo` returns.
-
-    Returns:
-        `str`: lines of text; all figures but the seconds are percentages.
-    """
+    """The table of a run, from nothing but the content of `metrics.json`."""
     cra, models, seconds = metrics["caption_retrieval_accuracy"], metrics["models"], metrics["seconds"]
     size = metrics["settings"]["num_held_out"]
     lines = [_row(f"Caption retrieval accuracy (CRA), {size} scenes", ["before", "after stage 1"])]
@@ -97,15 +89,7 @@ def draw_retrieval(
     found: dict[str, list[list[int]]],
     path: Path,
 ) -> None:
-    """
-    Draws queries and the images that each model finds for them.
-
-    Args:
-        images (sequence of PIL images): the candidates.
-        queries (sequence of `(kind, caption, right image)`): one per row of the picture.
-        found (`dict`): for each model (a key of `MODEL_TITLES`), per query the positions of its images, best first.
-        path (`Path`): PNG file to write.
-    """
+    """Draws queries and the images that each model finds for them."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 

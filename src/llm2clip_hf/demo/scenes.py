@@ -42,18 +42,7 @@ _NOISE = 6.0  # standard deviation of the pixel noise, in 8-bit levels
 
 @dataclass(frozen=True)
 class PlacedDigit:
-    """
-    One digit of a scene: what a caption tells of it, and where exactly its scan is drawn.
-
-    Args:
-        digit (`int`): 0-9.
-        colour (`str`): a key of `COLOURS`.
-        size (`str`): `"small"` or `"large"`.
-        row (`int`): 0 (top) to 2 (bottom).
-        column (`int`): 0 (left) to 2 (right).
-        scan (`int`): index of the scan in scikit-learn's digits.
-        offset (`tuple[int, int]`): pixels down and right from the upper left corner of the cell.
-    """
+    """One digit of a scene: what a caption tells of it, and where exactly its scan is drawn."""
 
     digit: int
     colour: str
@@ -66,13 +55,7 @@ class PlacedDigit:
 
 @dataclass(frozen=True)
 class Scene:
-    """
-    A scene: its digits from top to bottom and from left to right, and the seed of its pixel noise.
-
-    Args:
-        digits (`tuple[PlacedDigit, ...]`): one to three digits that differ in digit, colour and cell.
-        noise_seed (`int`): makes rendering repeatable.
-    """
+    """A scene: its digits from top to bottom and from left to right, and the seed of its pixel noise."""
 
     digits: tuple[PlacedDigit, ...]
     noise_seed: int = 0
@@ -93,15 +76,7 @@ def digit_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_scans(seed: int = 0) -> dict[str, list[list[int]]]:
-    """
-    Splits the scans of each digit into disjoint parts for training, validation and test (70, 10 and 20 percent).
-
-    Args:
-        seed (`int`, defaults to 0): seed of the shuffle.
-
-    Returns:
-        For each of `"train"`, `"validation"`, `"test"`: ten lists of scan indices, one per digit.
-    """
+    """Splits the scans of each digit into disjoint parts for training, validation and test (70, 10 and 20 percent)."""
     labels = digit_scans()[1]
     parts: dict[str, list[list[int]]] = {"train": [], "validation": [], "test": []}
     rng = random.Random(f"scans-{seed}")
@@ -123,21 +98,7 @@ def sample_scenes(
     exclude: Iterable[Scene] = (),
     distinct_short_captions: bool = False,
 ) -> list[Scene]:
-    """
-    Draws random scenes with distinct facts.
-
-    Args:
-        count (`int`): how many.
-        scans (ten lists of `int`): the scans that may be used for each digit, see [`split_scans`].
-        seed (`str` or `int`): seed; equal arguments give equal scenes.
-        num_digits (sequence of `int`, defaults to `(2, 3)`): how many digits a scene has, drawn uniformly.
-        exclude (iterable of [`Scene`], *optional*): scenes whose facts must not occur again.
-        distinct_short_captions (`bool`, defaults to `False`):
-            Whether the short captions must differ too, so that each of them identifies its scene.
-
-    Returns:
-        `list[Scene]` of length `count`.
-    """
+    """Draws random scenes with distinct facts."""
     rng = random.Random(f"scenes-{seed}")
     seen = {scene.facts for scene in exclude}
     short = set()

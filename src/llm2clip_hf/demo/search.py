@@ -16,8 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..data.images import decode_image
 from ..evaluation import encode_images, encode_texts
-from .captions import caption
-from .dataset import make_data
+from .captions import caption, make_data
 from .recipe import FULL
 from .scenes import render
 
@@ -33,30 +32,14 @@ DEMO_WORDINGS = ("english_dense", "german_dense", "spanish_dense")
 
 @dataclass(frozen=True)
 class Match:
-    """
-    One result.
-
-    Args:
-        row (`int`): position among the images, or among the captions, of the index.
-        score (`float`): cosine, in `[-1, 1]`.
-    """
+    """One result."""
 
     row: int
     score: float
 
 
 class SearchIndex:
-    """
-    Embeddings of images and captions, and the model that embeds what is asked. Safe to use from several threads.
-
-    Args:
-        model: a model of CLIP's interface.
-        processor: its processor.
-        images (sequence): PIL images or paths, as many as `image_embeds` has rows.
-        image_embeds (`torch.Tensor` of shape `(num_images, projection_dim)`): L2-normalised.
-        captions (sequence of `str`): texts, as many as `caption_embeds` has rows.
-        caption_embeds (`torch.Tensor` of shape `(num_captions, projection_dim)`): L2-normalised.
-    """
+    """Embeddings of images and captions, and the model that embeds what is asked. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -84,23 +67,7 @@ class SearchIndex:
         batch_size: int = 32,
         show_progress: bool = False,
     ) -> SearchIndex:
-        """
-        Embeds images and captions once.
-
-        Args:
-            model: a model of CLIP's interface.
-            processor: its processor.
-            images (sequence): PIL images or paths. What cannot be read is left out and logged.
-            captions (sequence of `str`, *optional*): texts to search among with an image; equal ones count once.
-            batch_size (`int`, defaults to 32): images or texts per forward pass.
-            show_progress (`bool`, defaults to `False`): show progress bars.
-
-        Returns:
-            [`SearchIndex`]
-
-        Raises:
-            ValueError: if there is no image that can be read, or a caption is empty.
-        """
+        """Embeds images and captions once."""
         if not len(images):
             raise ValueError("There are no images to search among. Pass at least one.")
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
@@ -117,19 +84,7 @@ class SearchIndex:
         return cls(model, processor, [images[row] for row in rows], image_embeds[rows], unique, caption_embeds)
 
     def by_text(self, query: str, top_k: int = 8) -> list[Match]:
-        """
-        The images nearest to a text.
-
-        Args:
-            query (`str`): the text, in any language that the model reads.
-            top_k (`int`, defaults to 8): how many; all, if there are fewer.
-
-        Returns:
-            `list` of [`Match`], best first; `row` is a position in `images`.
-
-        Raises:
-            ValueError: if the text is empty.
-        """
+        """The images nearest to a text."""
         # Half of a surrogate pair, which a browser may send, is no text for a tokenizer.
         text = (query or "").encode("utf-8", "replace").decode("utf-8").strip()
         if not text:
@@ -139,19 +94,7 @@ class SearchIndex:
         return nearest(embeds[0], self.image_embeds, top_k)
 
     def by_image(self, image: Any, top_k: int = 8) -> list[Match]:
-        """
-        The captions nearest to an image.
-
-        Args:
-            image: a PIL image or a path.
-            top_k (`int`, defaults to 8): how many; all, if there are fewer.
-
-        Returns:
-            `list` of [`Match`], best first; `row` is a position in `captions`.
-
-        Raises:
-            ValueError: if the image cannot be read, or the index has no captions.
-        """
+        """The captions nearest to an image."""
         if not self.captions:
             raise ValueError("There are no captions to search among. Give a file of captions, one per line.")
         picture = open_image(image)
@@ -161,20 +104,7 @@ class SearchIndex:
 
 
 def nearest(query: torch.Tensor, candidates: torch.Tensor, top_k: int) -> list[Match]:
-    """
-    The rows with the largest product.
-
-    Args:
-        query (`torch.Tensor` of shape `(D,)`): one embedding.
-        candidates (`torch.Tensor` of shape `(N, D)`): embeddings.
-        top_k (`int`): how many, at least 1; `N` if that is less.
-
-    Returns:
-        `list` of [`Match`], best first.
-
-    Raises:
-        ValueError: if `top_k` is not positive.
-    """
+    """The rows with the largest product."""
     if top_k < 1:
         raise ValueError(f"`top_k` must be positive, got {top_k}.")
     scores, rows = (candidates @ query).topk(min(top_k, len(candidates)))
@@ -182,18 +112,7 @@ def nearest(query: torch.Tensor, candidates: torch.Tensor, top_k: int) -> list[M
 
 
 def open_image(item: Any) -> Image.Image:
-    """
-    An image, decoded, upright and in RGB; with a message for whoever sent it if that is impossible.
-
-    Args:
-        item: a PIL image or a path.
-
-    Returns:
-        `PIL.Image.Image` in mode RGB.
-
-    Raises:
-        ValueError: if it is no image of the `FORMATS`, is damaged, or has more than `PIL.Image.MAX_IMAGE_PIXELS`.
-    """
+    """An image, decoded, upright and in RGB; with a message for whoever sent it if that is impossible."""
     if isinstance(item, Image.Image):
         return decode_image(item)
     try:
@@ -212,18 +131,7 @@ def open_image(item: Any) -> Image.Image:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """
-    The image files below a folder, by their names.
-
-    Args:
-        folder (`str` or `Path`): the folder.
-
-    Returns:
-        `list[Path]`: sorted.
-
-    Raises:
-        ValueError: if the folder does not exist or holds no such file.
-    """
+    """The image files below a folder, by their names."""
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"The folder `{folder}` does not exist. Give a folder of images.")
@@ -234,18 +142,7 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """
-    The captions of a text file, one per line; blank lines are passed over.
-
-    Args:
-        path (`str` or `Path`): a file in UTF-8.
-
-    Returns:
-        `list[str]`
-
-    Raises:
-        ValueError: if the file cannot be read or holds no caption.
-    """
+    """The captions of a text file, one per line; blank lines are passed over."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -257,16 +154,7 @@ def read_captions(path: str | Path) -> list[str]:
 
 
 def demo_scenes(output_dir: str | Path, limit: int = 300) -> tuple[list[Image.Image], list[str]]:
-    """
-    Held-out scenes of a demo run, which its models have never seen, told in three languages.
-
-    Args:
-        output_dir (`str` or `Path`): folder of the run; its `metrics.json` says which scenes were held out.
-        limit (`int`, defaults to 300): how many scenes at most.
-
-    Returns:
-        `tuple`: the images, and three times as many captions.
-    """
+    """Held-out scenes of a demo run, which its models have never seen, told in three languages."""
     path = Path(output_dir) / "metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     held_out = metrics.get("settings", {}).get("num_held_out", FULL.num_held_out)

@@ -4,7 +4,6 @@
 from typing import TYPE_CHECKING, Any
 
 from .caption_accuracy import evaluate_caption_retrieval, first_two_captions
-from .classifier_file import ZeroShotClassifier, load_zero_shot_classifier, save_zero_shot_classifier
 from .dense_features import dense_image_features
 from .encoding import encode_images, encode_texts
 from .linear_probe import encode_vision_features, evaluate_linear_probe
@@ -17,13 +16,19 @@ from .metrics import (
     top_k_accuracy,
 )
 from .mteb_wrapper import MTEBEncoder
-from .report import format_report, to_eval_results
 from .retrieval import evaluate_retrieval
 from .segmentation import evaluate_zero_shot_segmentation
-from .task_specs import resolve_tasks
-from .tasks import evaluate_tasks
+from .tasks.definitions import resolve_tasks
+from .tasks.report import format_report, to_eval_results
+from .tasks.runner import evaluate_tasks
 from .text_towers import embed_texts
-from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
+from .zero_shot import (
+    ZeroShotClassifier,
+    build_zero_shot_classifier,
+    evaluate_zero_shot_classification,
+    load_zero_shot_classifier,
+    save_zero_shot_classifier,
+)
 
 
 if TYPE_CHECKING:

@@ -67,16 +67,7 @@ class CaptionRetrievalEvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """
-        Args:
-            model (`SentenceTransformer`): text encoder, also a multimodal one; kept in its train or eval mode.
-            output_path (`str`, *optional*): folder; the metrics are appended to `caption_retrieval[_name].jsonl`.
-            epoch (`int`, defaults to -1): epoch for the record, -1 outside training.
-            steps (`int`, defaults to -1): step for the record, -1 at the end of an epoch.
-
-        Returns:
-            `dict[str, float]`: the keys of `evaluate_caption_retrieval`, prefixed with `name`.
-        """
+        """"""
         embeds = embed_with_sentence_transformer(
             model, [*self.first, *self.second], self.batch_size, self.show_progress_bar
         )

@@ -18,39 +18,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..data.atomic import sha256_of_file, write_atomically
-from ..data.fingerprint import weights_digest
 from ..data.images import ImageSource, load_image, undecoded
+from ..data.store.fingerprint import weights_digest
 from ..distributed import all_gather_sizes, rank, world_size
+from ..files import sha256_of_file, write_atomically
 from ..version import __version__
+from .encoding import encode_images, encode_llm_embeds, encode_texts, longest_text
 
-
-__all__ = ["EmbeddingCache", "images_digest", "model_fingerprint", "texts_digest"]
 
 logger = logging.getLogger(__name__)
-
 # What a config says about where it came from, not about the model.
 _NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "text_base_revision")
 _ROWS_PER_READ = 8192
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """
-    Digest of all that decides a model's embeddings.
-
-    Args:
-        model (`torch.nn.Module`): weights and buffers, class, config, and the state of PEFT adapters count.
-
-    Returns:
-        `str`: hexadecimal SHA-256.
-
-    Example:
-    >>> layer = torch.nn.Linear(2, 2)
-    >>> before = model_fingerprint(layer)
-    >>> _ = layer.weight.data.add_(1)
-    >>> before == model_fingerprint(layer)
-    False
-    """
+    """Digest of all that decides a model's embeddings."""
     config: Any = getattr(model, "config", None)
     fields = _without_origin(config.to_dict()) if hasattr(config, "to_dict") else None
     # Adapters that are switched off or scaled have the same weights.
@@ -65,17 +48,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def images_digest(images: ImageSource, processor: Any, transform: Callable[[int], torch.Tensor] | None = None) -> str:
-    """
-    Digest of images as a model will see them, without preprocessing them where that can be avoided.
-
-    Args:
-        images: see `encode_images`. Files are read as they are, other images are decoded.
-        processor: image processor, or a processor with one; its settings count.
-        transform (*optional*): function from a position to pixel values; the pixel values count then.
-
-    Returns:
-        `str`: hexadecimal SHA-256.
-    """
+    """Digest of images as a model will see them, without preprocessing them where that can be avoided."""
     digest = hashlib.sha256()
     image_processor = getattr(processor, "image_processor", processor)
     if transform is None:
@@ -88,17 +61,7 @@ def images_digest(images: ImageSource, processor: Any, transform: Callable[[int]
 
 
 def texts_digest(texts: Sequence[str], tokenizer: Any, max_length: int) -> str:
-    """
-    Digest of texts as token ids.
-
-    Args:
-        texts (sequence of `str`): the texts, in order.
-        tokenizer: a tokenizer of transformers.
-        max_length (`int`): tokens a text is truncated to.
-
-    Returns:
-        `str`: hexadecimal SHA-256.
-    """
+    """Digest of texts as token ids."""
     digest = hashlib.sha256(f"{max_length}|{tokenizer.pad_token_id}|{tokenizer.padding_side}".encode())
     for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
         digest.update(json.dumps(list(ids)).encode())
@@ -114,13 +77,7 @@ def rows_digest(read: Callable[[list[int]], torch.Tensor], num_rows: int) -> str
 
 
 class EmbeddingCache:
-    """
-    A folder of embeddings of one model. In a process group all processes make the same calls; rank 0 writes.
-
-    Args:
-        folder (`str` or `Path`): folder, made if missing; several models and data sets may share it.
-        model (`torch.nn.Module`): the model, as it is now.
-    """
+    """A folder of embeddings of one model. In a process group all processes make the same calls; rank 0 writes."""
 
     def __init__(self, folder: str | Path, model: torch.nn.Module) -> None:
         self.folder = Path(folder)
@@ -129,16 +86,7 @@ class EmbeddingCache:
         self._device = next(model.parameters()).device
 
     def get(self, kind: str, data: str, num_rows: int, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """
-        Args:
-            kind (`str`): first part of the file's name, e.g. `"images"`.
-            data (`str`): digest of the data.
-            num_rows (`int`): rows there must be.
-            encode: makes the embeddings if there is no file of them.
-
-        Returns:
-            `torch.Tensor` of shape `(num_rows, D)`.
-        """
+        """"""
         key = _digest([kind, self.fingerprint, data])
         path = self.folder / f"{kind}-{key[:40]}.safetensors"
         found = _read(path, key, num_rows)
@@ -192,3 +140,69 @@ def _without_origin(fields: Any) -> Any:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def cached_images(
+    cache: EmbeddingCache | None,
+    model: Any,
+    images: ImageSource,
+    *,
+    processor: Any,
+    transform: Callable[[int], torch.Tensor] | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """`encode_images` with a cache."""
+
+    def encode() -> torch.Tensor:
+        return encode_images(model, images, processor=processor, transform=transform, **options)
+
+    if cache is None or (processor is None and transform is None):  # without either, encoding says what is missing
+        return encode()
+    return cache.get("images", images_digest(images, processor, transform), len(images), encode)
+
+
+def cached_texts(
+    cache: EmbeddingCache | None,
+    model: Any,
+    texts: Sequence[str],
+    *,
+    processor: Any,
+    max_length: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """`encode_texts` with a cache."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def encode() -> torch.Tensor:
+        return encode_texts(model, texts, processor=tokenizer, max_length=max_length, **options)
+
+    if cache is None:
+        return encode()
+    length = longest_text(model, tokenizer) if max_length is None else max_length
+    return cache.get("texts", texts_digest(texts, tokenizer, length), len(texts), encode)
+
+
+def cached_llm_embeds(
+    cache: EmbeddingCache | None,
+    model: Any,
+    read: Callable[[list[int]], torch.Tensor],
+    num_rows: int,
+    **options: Any,
+) -> torch.Tensor:
+    """`encode_llm_embeds` with a cache."""
+
+    def encode() -> torch.Tensor:
+        return encode_llm_embeds(model, read, num_rows, **options)
+
+    return encode() if cache is None else cache.get("texts", rows_digest(read, num_rows), num_rows, encode)
+
+
+__all__ = [
+    "EmbeddingCache",
+    "cached_images",
+    "cached_llm_embeds",
+    "cached_texts",
+    "images_digest",
+    "model_fingerprint",
+    "texts_digest",
+]

@@ -148,26 +148,7 @@ def encode_llm_embeds(
     show_progress: bool = False,
     gather_across_devices: bool = True,
 ) -> torch.Tensor:
-    """
-    Text embeddings in the joint space from stored LLM embeddings.
-
-    Args:
-        model: an `LLM2CLIPModel`, with or without its LLM.
-        llm_embeds: function from row numbers to LLM embeddings of shape `(n, llm_hidden_size)`, for example
-            `CaptionEmbeddingStore.gather`.
-        num_rows (`int`): rows to encode, 0 to `num_rows - 1`.
-        batch_size (`int`, defaults to 64): rows per forward pass.
-        device (*optional*): device to move the model to first; by default the model stays where it is.
-        show_progress (`bool`, defaults to `False`): show a progress bar.
-        gather_across_devices (`bool`, defaults to `True`): in a process group, share the batches among the processes,
-            all of which make this call; `False` encodes everything here.
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows, projection_dim)`, float32, L2-normalized, on the CPU.
-
-    Raises:
-        ValueError: if there is no row.
-    """
+    """Text embeddings in the joint space from stored LLM embeddings."""
     check_batching(num_rows, batch_size, "embeddings")
 
     def encode(rows: list[int], target: torch.device) -> torch.Tensor:

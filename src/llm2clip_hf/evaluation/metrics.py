@@ -11,32 +11,293 @@ caller may have switched on, change nothing. Scores are never all in memory: a t
 on the device of the embeddings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from .metrics_ranks import (
-    Counts,
-    PairCounts,
-    UnitRows,
-    caption_recall,
-    check_rows,
-    count_pairs,
-    expected_rank,
-    hit_probability,
-    hit_rate,
-)
+
+TIE_TOLERANCE = 1e-6
 
 
-__all__ = [
-    "RetrievalRanks",
-    "caption_retrieval_accuracy",
-    "mean_per_class_recall",
-    "retrieval_metrics",
-    "retrieval_ranks",
-    "top_k_accuracy",
-]
+class Counts(NamedTuple):
+    """Per query, `(num_queries,)` each: where the best right answer stands among the candidates."""
+
+    above: torch.Tensor  # wrong answers with a higher score
+    tied_wrong: torch.Tensor  # wrong answers with the same score
+    tied_right: torch.Tensor  # right answers with the same score, itself included
+
+
+class PairCounts(NamedTuple):
+    """What `count_pairs` finds for `N` images and `M` captions."""
+
+    image: Counts  # queries are images, candidates captions
+    text: Counts  # queries are captions, candidates images
+    caption_above: torch.Tensor  # (M,) captions, right or wrong, that the caption's image scores higher than it
+    caption_tied: torch.Tensor  # (M,) captions that the image scores like it, itself included
+
+
+class UnitRows:
+    """
+    Rows of an embedding matrix, normalised in float64 a block at a time; the matrix itself is not copied.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(N, D)`): embeddings.
+        name (`str`): name of the argument, for messages.
+        device (*optional*): device to compute on; that of `embeds` by default.
+
+    Raises:
+        ValueError: if the shape is another one, or a row is not finite or zero; the message names the row.
+    """
+
+    _BLOCK = 8192
+
+    def __init__(self, embeds: torch.Tensor, name: str, device: torch.device | None = None) -> None:
+        if embeds.ndim != 2 or not len(embeds):
+            raise ValueError(f"`{name}` must have shape (N, D) with N > 0, got {tuple(embeds.shape)}.")
+        device = embeds.device if device is None else device
+        # MPS has no float64.
+        self.embeds = embeds.detach().to("cpu" if device.type == "mps" else device)
+        blocks = self.embeds.split(self._BLOCK)
+        check_rows(torch.cat([~block.isfinite().all(dim=1) for block in blocks]), name, "is not finite")
+        self.norms = torch.cat([block.double().norm(dim=1) for block in blocks])
+        check_rows(self.norms == 0, name, "is zero and has no direction")
+        check_rows(self.norms.isinf(), name, "is too long for its norm to be computed")
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        return self.embeds[rows].double() / self.norms[rows, None]
+
+
+def check_rows(bad: torch.Tensor, name: str, problem: str) -> None:
+    """Raise a `ValueError` that names the first row of argument `name` that `bad` `(N,)` marks."""
+    rows = bad.nonzero()[:, 0]
+    if len(rows):
+        raise ValueError(
+            f"Row {rows[0].item()} of `{name}` {problem} ({len(rows)} of {len(bad)} rows). "
+            "Check the input of that row and the model that made it."
+        )
+
+
+def count_pairs(images: UnitRows, texts: UnitRows, owners: torch.Tensor, chunk_size: int) -> PairCounts:
+    """
+    Compare all images with all captions, `chunk_size` of each at a time.
+
+    Args:
+        images (`UnitRows` of `N` rows): image embeddings.
+        texts (`UnitRows` of `M` rows): caption embeddings, on the same device.
+        owners (`torch.LongTensor` of shape `(M,)`): image of each caption; every image has one.
+        chunk_size (`int`): side of a tile.
+
+    Returns:
+        `PairCounts`.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be positive, got {chunk_size}.")
+    # Step (1)
+    starts = range(0, len(texts), chunk_size)
+    scores = torch.cat([(images[owners[s : s + chunk_size]] * texts[s : s + chunk_size]).sum(1) for s in starts])
+    slots = _CaptionSlots(scores, owners, len(images))
+    # Step (2)
+    text_above, text_reach, caption_above, caption_reach = (torch.zeros_like(owners) for _ in range(4))
+    shape = (min(chunk_size, len(images)), min(chunk_size, len(texts)))
+    tile = _Tile(shape, images.embeds.shape[1], scores.device)
+    for start in range(0, len(images), chunk_size):
+        stop = min(start + chunk_size, len(images))
+        queries = images[start:stop]
+        groups = slots.between(start, stop)
+        for first in starts:
+            part = slice(first, first + chunk_size)
+            tile.multiply(queries, texts[part])
+            above, reach = tile.count(scores[None, part], dim=0)
+            text_above[part] += above
+            text_reach[part] += reach
+            for rows, captions in groups:
+                above, reach = tile.count(scores[captions, None], dim=1, rows=rows)
+                caption_above[captions] += above
+                caption_reach[captions] += reach
+    # Rounding differs between a pair's own product and the tile's: what is tied with itself must stay at least that.
+    caption_tied = (caption_reach - caption_above).clamp(min=1)
+    level = scores >= scores[slots.best][owners] - TIE_TOLERANCE
+    tied_right = torch.bincount(owners[level], minlength=len(images))
+    tied_wrong = (caption_tied[slots.best] - tied_right).clamp(min=0)
+    image = Counts(caption_above[slots.best], tied_wrong, tied_right)
+    ones = torch.ones_like(text_above)
+    text = Counts(text_above, (text_reach - text_above - ones).clamp(min=0), ones)
+    return PairCounts(image, text, caption_above, caption_tied)
+
+
+class _CaptionSlots:
+    """Captions of each image, best first: slot 0 holds the best caption of every image, slot 1 the second best, ..."""
+
+    def __init__(self, scores: torch.Tensor, owners: torch.Tensor, num_images: int) -> None:
+        order = scores.argsort(descending=True, stable=True)
+        self._order = order[owners[order].argsort(stable=True)]
+        self._counts = torch.bincount(owners, minlength=num_images)
+        self._first = self._counts.cumsum(0) - self._counts
+        self.best = self._order[self._first]
+
+    def between(self, start: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per slot: which of the images `start` to `stop` have it (counted from `start`), and their captions in it."""
+        counts, first = self._counts[start:stop], self._first[start:stop]
+        groups = []
+        for slot in range(int(counts.max())):
+            rows = (counts > slot).nonzero()[:, 0]
+            groups.append((rows, self._order[first[rows] + slot]))
+        return groups
+
+
+class _Tile:
+    """
+    A tile of similarities, counted in float32 where that decides and in float64 where it does not.
+
+    A float32 product of unit rows is off by at most `(D + 4) * 2**-24`: rounding of the rows (2), of the sum of `D`
+    products (`D`), and of the threshold (2). Entries further than that from a threshold are on the same side of it in
+    float64; the few others are computed again. On a CPU this halves the time, on a GPU without fast float64 far more.
+    """
+
+    # Above this share of undecided entries, e.g. where all embeddings are equal, the whole tile is done in float64;
+    # an entry on its own costs some tens of those in a product.
+    _MOST_UNDECIDED = 1 / 512
+    # Screening stops when more than this share of tiles was done in float64 all the same.
+    _MOST_REPEATED = 1 / 8
+    # How many undecided entries are computed at a time: what they need of the rows stays in a cache.
+    _ENTRIES = 512
+
+    def __init__(self, shape: tuple[int, int], width: int, device: torch.device) -> None:
+        size = shape[0] * shape[1]
+        self._products, self._mask = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+        self._exact_products: torch.Tensor | None = None
+        self._error = (width + 4) * 2.0**-24
+        self._screen = self._keeps_float32(shape, width)
+        self._tiles = self._repeated = 0
+
+    def multiply(self, queries: torch.Tensor, candidates: torch.Tensor) -> None:
+        """Take float64 unit rows `(R, D)` and `(C, D)`."""
+        self._queries, self._candidates = queries, candidates
+        self._in_float64: torch.Tensor | None = None
+        self._tiles += 1
+        self._screen = self._screen and self._repeated <= max(1, self._tiles * self._MOST_REPEATED)
+        if self._screen:
+            self._in_float32 = self._product(self._products, queries.float(), candidates.float())
+
+    def count(
+        self, threshold: torch.Tensor, dim: int, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries above the float64 threshold, and entries not below it, along `dim`; of all rows or of some."""
+        if rows is not None and len(rows) == len(self._queries):
+            rows = None
+        if self._screen and self._in_float64 is None:
+            chosen = self._in_float32 if rows is None else self._in_float32[rows]
+            margin = TIE_TOLERANCE + self._error
+            low, high = (threshold - margin).float(), (threshold + margin).float()
+            above = self._number(torch.gt, chosen, high, dim)
+            undecided = self._number(torch.ge, chosen, low, dim) - above
+            if undecided.sum() <= chosen.numel() * self._MOST_UNDECIDED:
+                lines = undecided.nonzero()[:, 0]
+                # The very comparisons that were counted, so that none is lost in rounding.
+                near = (chosen if dim == 1 else chosen.T).index_select(0, lines)
+                near = (near >= low.reshape(-1)[lines, None]) & ~(near > high.reshape(-1)[lines, None])
+                return self._decide(near, lines, threshold.reshape(-1), dim, rows, above)
+        if self._in_float64 is None:
+            self._repeated += 1
+            if self._exact_products is None:
+                self._exact_products = torch.empty_like(self._products, dtype=torch.float64)
+            self._in_float64 = self._product(self._exact_products, self._queries, self._candidates)
+        chosen = self._in_float64 if rows is None else self._in_float64[rows]
+        above = self._number(torch.gt, chosen, threshold + TIE_TOLERANCE, dim)
+        return above, self._number(torch.ge, chosen, threshold - TIE_TOLERANCE, dim)
+
+    def _decide(
+        self,
+        near: torch.Tensor,
+        lines: torch.Tensor,
+        threshold: torch.Tensor,
+        dim: int,
+        rows: torch.Tensor | None,
+        above: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add to `above` the entries that `near` marks, computed in float64; row `i` of it is line `lines[i]`."""
+        reach = above.clone()
+        if not len(lines):
+            return above, reach
+        queries = self._queries if rows is None else self._queries[rows]
+        of_lines, others = (self._candidates, queries) if dim == 0 else (queries, self._candidates)
+        for entries in near.nonzero().split(self._ENTRIES):
+            line, other = lines[entries[:, 0]], entries[:, 1]
+            distance = (of_lines[line] * others[other]).sum(dim=1) - threshold[line]
+            above.index_add_(0, line, (distance > TIE_TOLERANCE).to(above.dtype))
+            reach.index_add_(0, line, (distance >= -TIE_TOLERANCE).to(reach.dtype))
+        return above, reach
+
+    def _number(
+        self, compare: Callable[..., torch.Tensor], chosen: torch.Tensor, threshold: torch.Tensor, dim: int
+    ) -> torch.Tensor:
+        """How many entries along `dim` satisfy the comparison."""
+        if chosen.dtype == torch.float32:
+            # As float32: several times faster on a CPU than a boolean result; a count below 2**24 is exact in it.
+            mask = self._mask[: chosen.numel()].view(chosen.shape)
+            return compare(chosen, threshold, out=mask).sum(dim).to(torch.int32)
+        return compare(chosen, threshold).view(torch.uint8).sum(dim, dtype=torch.int32)
+
+    def _product(self, buffer: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        shape = (len(queries), len(candidates))
+        # Autocast would turn float32 rows into bfloat16.
+        with torch.autocast(buffer.device.type, enabled=False):
+            return torch.mm(queries, candidates.T, out=buffer[: shape[0] * shape[1]].view(shape))
+
+    def _keeps_float32(self, shape: tuple[int, int], width: int) -> bool:
+        """Whether a product is done in float32, seen on one, as TF32 and the like can be switched on in many ways."""
+        device = self._products.device
+        queries, candidates = (torch.zeros(length, width, dtype=torch.float32, device=device) for length in shape)
+        # Of 22 bits with no zeros between them: a sum of a few shorter numbers does not hold it.
+        queries[:, 0] = value = 1 + (2**21 - 1) * 2.0**-23
+        candidates[:, 0] = 1
+        return bool((self._product(self._products, queries, candidates) == value).all())
+
+
+def hit_probability(counts: Counts, k: int) -> torch.Tensor:
+    """
+    Probability, per query, that a right answer is among the first `k` when ties are ordered at random.
+
+    `places = k - above` of the `tied = tied_wrong + tied_right` candidates are among the first `k`. All of them are
+    wrong with probability C(tied_wrong, places) / C(tied, places).
+    """
+    wrong = counts.tied_wrong.double()
+    tied = wrong + counts.tied_right
+    places = k - counts.above.double()
+    # Clamped to where the factorials exist; the two outer cases are set below.
+    inside = places.clamp(min=0).minimum(wrong)
+    log_all_wrong = (
+        torch.lgamma(wrong + 1)
+        - torch.lgamma(wrong - inside + 1)
+        - torch.lgamma(tied + 1)
+        + torch.lgamma(tied - inside + 1)
+    )
+    hit = -torch.expm1(log_all_wrong)
+    hit = torch.where(places > wrong, torch.ones_like(hit), hit)
+    return torch.where(places <= 0, torch.zeros_like(hit), hit)
+
+
+def hit_rate(counts: Counts, k: int) -> float:
+    """Mean over queries of `hit_probability`."""
+    return hit_probability(counts, k).mean().item()
+
+
+def expected_rank(counts: Counts) -> torch.Tensor:
+    """Mean position of the first right answer when ties are ordered at random; 1 is the best."""
+    tied = (counts.tied_wrong + counts.tied_right).double()
+    return counts.above + (tied + 1) / (counts.tied_right + 1)
+
+
+def caption_recall(counts: PairCounts, owners: torch.Tensor, k: int) -> float:
+    """Share of an image's captions among its first `k` when ties are ordered at random, mean over images."""
+    inside = ((k - counts.caption_above).double() / counts.caption_tied).clamp(0, 1)
+    per_image = torch.bincount(owners)
+    share = torch.zeros(len(per_image), dtype=torch.float64, device=owners.device).index_add_(0, owners, inside)
+    return (share / per_image).mean().item()
 
 
 class RetrievalRanks(NamedTuple):
@@ -287,3 +548,19 @@ def _median(ranks: torch.Tensor) -> float:
     ordered = ranks.sort().values
     middle = len(ordered) // 2
     return (ordered[middle].item() + ordered[(len(ordered) - 1) // 2].item()) / 2
+
+
+__all__ = [
+    "TIE_TOLERANCE",
+    "Counts",
+    "PairCounts",
+    "RetrievalRanks",
+    "UnitRows",
+    "caption_retrieval_accuracy",
+    "check_rows",
+    "count_pairs",
+    "mean_per_class_recall",
+    "retrieval_metrics",
+    "retrieval_ranks",
+    "top_k_accuracy",
+]

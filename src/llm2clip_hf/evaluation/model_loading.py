@@ -22,26 +22,7 @@ def load_model_and_processor(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """
-    A model with its processor, from a folder or a repository.
-
-    Args:
-        name (`str`): folder or repository of an LLM2CLIP model, or of a CLIP or SigLIP model of transformers.
-        processor (`str`, *optional*): folder or repository of the processor; that of the model by default.
-        text_model (`str`, *optional*): folder or repository of an LLM for an LLM2CLIP model, instead of its own.
-        load_text_model (`bool`, defaults to `True`): `False` leaves the LLM out; texts are stored embeddings then.
-        revision (`str`, *optional*): revision of the repository.
-        dtype (`str`, *optional*): type of the weights, e.g. `"bfloat16"`; float32 by default.
-        trust_remote_code (`bool`, defaults to `False`): run code that the repository brings. Models of this package
-            need none of it.
-
-    Returns:
-        `tuple`: model in eval mode, and processor.
-
-    Raises:
-        ValueError: if the model has no joint space of images and texts, an LLM is named that cannot be used, or there
-            is no processor.
-    """
+    """A model with its processor, from a folder or a repository."""
     remote = {"trust_remote_code": trust_remote_code, "revision": revision}
     if find_adapters(name, remote) is not None:
         raise ValueError(
@@ -75,22 +56,7 @@ def load_model_and_processor(
 def describe_model(
     model: Any, name: str, revision: str | None = None, *, processor: Any = None, text_model: str | None = None
 ) -> dict[str, Any]:
-    """
-    What a result says of its model.
-
-    Args:
-        model: the model.
-        name (`str`): folder or repository it came from.
-        revision (`str`, *optional*): revision that was asked for.
-        processor (*optional*): its processor, or an image processor.
-        text_model (`str`, *optional*): LLM that was taken instead of the model's own.
-
-    Returns:
-        `dict`: name, revision, class, type, types of the weights (`dtype` those of the model outside its text tower,
-        `text_dtype` those of the text tower, which is the LLM, if it is loaded), number of parameters, the LLM if one
-        is named, and class and backend of the image processor. The two backends of transformers (`"torchvision"`,
-        taken where that package is installed, and `"pil"`) resize a little differently.
-    """
+    """What a result says of its model."""
     config = model.config
     described = {
         "name": name,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.fingerprint import tokenizer_digest
 from ..data.images import decode_image
+from ..data.store.fingerprint import tokenizer_digest
 from .embedding_cache import model_fingerprint
 from .encoding import encode_batches, encode_images, encode_texts, longest_text, normalize, tokenize
 from .model_loading import load_model_and_processor

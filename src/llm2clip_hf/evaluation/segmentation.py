@@ -19,8 +19,7 @@ from ..data.images import ImageSource, decode_image, load_image, undecoded
 from ..distributed import all_reduce_sum
 from .dense_features import dense_image_features, tower_sizes
 from .encoding import check_batching, encode_batches
-from .prompts import SINGLE_TEMPLATE
-from .zero_shot import build_zero_shot_classifier, check_classes
+from .zero_shot import SINGLE_TEMPLATE, build_zero_shot_classifier, check_classes
 
 
 __all__ = ["evaluate_zero_shot_segmentation", "segment_image"]
@@ -160,30 +159,6 @@ def segment_image(
     every `stride` pixels; the last one of a row or column is moved back to end with the image. A window larger than
     the image is cut to it, so that a large `window` sees the image as a whole: so does MaskCLIP, at a shorter side of
     about 512 (`short_side=512, window=2048`). The defaults slide a window of the size that the tower was trained for.
-
-    Args:
-        model: a model that `dense_image_features` takes.
-        image: a PIL image, a path, the `bytes` of a file, or a dictionary with `bytes` or `path`.
-        classifier (`torch.Tensor` of shape `(num_classes, projection_dim)`):
-            L2-normalized text embeddings of the classes, from `build_zero_shot_classifier`.
-        processor: processor or image processor of the model.
-        short_side (`int`, defaults to 448): pixels of the shorter side that the tower sees.
-        window (`int`, *optional*):
-            Side of a window in pixels, a multiple of the patch size; by default the tower's image size.
-        stride (`int`, *optional*): pixels from one window to the next; by default half of `window`.
-        batch_size (`int`, defaults to 16): windows per forward pass.
-
-    Returns:
-        `torch.Tensor` of shape `(height, width)` of the upright image, int64, on the CPU: positions in `classifier`.
-
-    Raises:
-        ValueError: if an option is out of range, the tower has no dense features, the classifier is not of the
-            model's width, or the image cannot be read.
-
-    Example:
-    >>> classifier = build_zero_shot_classifier(model, ["sky", "meadow"], processor=processor)  # doctest: +SKIP
-    >>> segment_image(model, "cow.jpg", classifier, processor=processor).bincount()  # doctest: +SKIP
-    tensor([...])
     """
     # Step (2)
     patch, window, stride = _window_sizes(model, short_side, window, stride)
@@ -197,25 +172,7 @@ def segment_image(
 
 
 def segmentation_metrics(confusion: torch.Tensor, class_names: Sequence[str]) -> dict[str, float]:
-    """
-    Metrics of a confusion matrix, see `evaluate_zero_shot_segmentation`.
-
-    Args:
-        confusion (`(C, C)` integers): pixels; row: class in the mask, column: predicted class.
-        class_names (sequence of `str`): names of the classes.
-
-    Returns:
-        `dict[str, float]`: `mean_iou`, `pixel_accuracy`, `mean_class_accuracy`, `iou_NAME`, `num_pixels`,
-        `num_classes`.
-
-    Raises:
-        ValueError: if no pixel is counted.
-
-    Example:
-    >>> segmentation_metrics(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), ["sky", "sea", "boat"])
-    {'mean_iou': 0.775, 'pixel_accuracy': 0.875, 'mean_class_accuracy': 0.875, 'iou_sky': 0.75, 'iou_sea': 0.8,
-     'num_pixels': 8, 'num_classes': 2}
-    """
+    """Metrics of a confusion matrix, see `evaluate_zero_shot_segmentation`."""
     total = int(confusion.sum())
     if not total:
         raise ValueError("All pixels of all masks are ignored, so nothing can be measured. Check `ignore_index`.")

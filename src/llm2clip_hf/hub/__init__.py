@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: conversion of the published ones, the cards of trained ones, export for other programs."""
 
+from .cards import LLM2CLIPModelCardData
 from .conversion import ConversionReport, convert_checkpoint
 from .export import export_image_encoder, export_text_adapter, export_vision_tower
-from .model_card import LLM2CLIPModelCardData
 
 
 __all__ = [

@@ -51,15 +51,7 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
-    """
-    Checks the front matter of a card.
-
-    Args:
-        fields (`dict`): Fields by name.
-
-    Raises:
-        ValueError: for a value that the Hub would refuse, with the field and what is expected.
-    """
+    """Checks the front matter of a card."""
     for name, value in fields.items():
         if value is None:
             continue
@@ -112,15 +104,7 @@ def metric_rows(results: Mapping[str, Any], data: str = "") -> Iterator[tuple[st
 
 
 def entries_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    """
-    Nested results as entries like those of `evaluation.report.to_eval_results`: recall and accuracy in percent.
-
-    Args:
-        results (`dict`): Metrics by name, or such dictionaries by data set; recall and accuracy as fractions.
-
-    Returns:
-        `list[EvalResult]`: `dataset_name` is empty for the metrics of no named data set.
-    """
+    """Nested results as entries like those of `evaluation.report.to_eval_results`: recall and accuracy in percent."""
     return [
         EvalResult(
             task_type="zero-shot-image-classification" if metric.startswith("zero_shot") else "image-text-retrieval",
@@ -142,16 +126,7 @@ def metric_text(value: Any) -> str:
 
 
 def run_options(args: Any, steps: int) -> dict[str, Any]:
-    """
-    The options of a training run that a card shows.
-
-    Args:
-        args: `TrainingArguments`, or an object with their attributes, as recorded beside a model.
-        steps (`int`): Optimizer steps that were taken.
-
-    Returns:
-        `dict`: Values by name, and the rows of an optimizer step.
-    """
+    """The options of a training run that a card shows."""
     options: dict[str, Any] = {}
     for name in _OPTIONS:
         value = getattr(args, name, None)

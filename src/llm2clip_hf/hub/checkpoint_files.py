@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPImageProcessorPil
+from transformers.image_utils import PILImageResampling
 
 
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
@@ -36,16 +38,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass
 class Source:
-    """
-    A checkpoint that has been found, but not read.
-
-    Args:
-        name (`str`): How messages call it.
-        files (`list[Path]`): Its weights, one file or several shards.
-        folder (`Path`): The folder that holds them.
-        config (`dict`, *optional*): The `config.json` of a folder in the format of transformers.
-        model_config (`dict`, *optional*): The JSON with which the original implementation builds the model.
-    """
+    """A checkpoint that has been found, but not read."""
 
     name: str
     files: list[Path]
@@ -56,16 +49,7 @@ class Source:
 
 @dataclass
 class Checkpoint:
-    """
-    A checkpoint as it was found.
-
-    Args:
-        name (`str`): How messages call it.
-        weights (`dict[str, torch.Tensor]`): All its tensors, by their own names and in their own dtypes.
-        config (`dict`, *optional*): The `config.json` of a folder in the format of transformers.
-        model_config (`dict`, *optional*): The JSON with which the original implementation builds the model.
-        folder (`Path`, *optional*): The folder that holds it.
-    """
+    """A checkpoint as it was found."""
 
     name: str
     weights: dict[str, torch.Tensor]
@@ -75,23 +59,7 @@ class Checkpoint:
 
 
 def find_source(source: str | Path, model_config: str | Path | None = None) -> Source:
-    """
-    Finds the files of a checkpoint, and fetches those of a repository.
-
-    Args:
-        source (`str` or `Path`):
-            A `.pt`, `.pth`, `.bin` or `.safetensors` file, a folder that holds one (or the shards of one), or a
-            repository.
-        model_config (`str` or `Path`, *optional*):
-            The original model JSON. A JSON file of the same name beside a weights file, and open_clip's own in a
-            folder, are read without being asked.
-
-    Returns:
-        [`Source`]
-
-    Raises:
-        ValueError: if it cannot be found, shards are missing, or a JSON file is not readable.
-    """
+    """Finds the files of a checkpoint, and fetches those of a repository."""
     path = Path(source)
     if path.is_file():
         folder, config, files = path.parent, None, [path]
@@ -110,18 +78,7 @@ def find_source(source: str | Path, model_config: str | Path | None = None) -> S
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
-    """
-    Reads all tensors of a checkpoint.
-
-    Args:
-        source ([`Source`]): What [`find_source`] found.
-
-    Returns:
-        [`Checkpoint`]
-
-    Raises:
-        ValueError: if a file is damaged, holds code or is not a dictionary of tensors.
-    """
+    """Reads all tensors of a checkpoint."""
     weights: dict[str, torch.Tensor] = {}
     for file in source.files:
         weights.update(read_weights(file))
@@ -136,9 +93,6 @@ def pick_weight_files(name: str, file_names: Iterable[str]) -> list[str]:
 
     One `.pt` if there is one; else what transformers writes, safetensors before pickled files; else the only weights
     file there is.
-
-    Raises:
-        ValueError: if there is none, there are several to choose from, or a shard is missing.
     """
     found = sorted(f for f in file_names if f.endswith(_WEIGHTS))
     for pattern in _CHOICES:
@@ -200,12 +154,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """
-    The tensors of one file; code in it is not run.
-
-    Raises:
-        ValueError: if it is damaged, holds code or is not a dictionary of tensors.
-    """
+    """The tensors of one file; code in it is not run."""
     if path.suffix not in _WEIGHTS:
         raise ValueError(f"{str(path)!r} must end in one of {', '.join(_WEIGHTS)}. Give the file with the weights.")
     content: Any
@@ -247,4 +196,55 @@ def _as_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-__all__ = ["Checkpoint", "Source", "find_source", "pick_weight_files", "read_checkpoint", "read_weights"]
+_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def read_image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
+    """
+    The image processor that came with a checkpoint; else that of the original implementation.
+
+    The original uses one for every tower: OpenAI's statistics, bicubic resize of the shorter side, centre crop.
+    """
+    folder = checkpoint.folder
+    if checkpoint.config is not None and folder and any((folder / name).is_file() for name in _FILES):
+        try:
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"The image preprocessing of {checkpoint.name!r} cannot be read ({reason}). "
+                "Code of a repository is never run: put a `preprocessor_config.json` of transformers beside the "
+                "weights, or remove the one that is there for the original's preprocessing."
+            ) from error
+    fields: dict[str, Any] = {
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+    }
+    stated = (checkpoint.model_config or {}).get("preprocess_cfg", {})
+    fields |= {ours: stated[name] for name, ours in (("mean", "image_mean"), ("std", "image_std")) if name in stated}
+    if stated.get("resize_mode", "shortest") == "squash":
+        fields |= {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
+    elif stated.get("resize_mode", "shortest") != "shortest":
+        raise ValueError(
+            f"`preprocess_cfg.resize_mode` of {checkpoint.name!r} must be 'shortest' or 'squash', got "
+            f"{stated['resize_mode']!r}."
+        )
+    if stated.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
+        raise ValueError(
+            f"`preprocess_cfg.interpolation` of {checkpoint.name!r} must be 'bicubic' or 'bilinear', got "
+            f"{stated['interpolation']!r}."
+        )
+    if stated.get("interpolation") == "bilinear":
+        fields["resample"] = PILImageResampling.BILINEAR
+    return CLIPImageProcessorPil(**fields)
+
+
+__all__ = [
+    "Checkpoint",
+    "Source",
+    "find_source",
+    "pick_weight_files",
+    "read_checkpoint",
+    "read_image_processor",
+    "read_weights",
+]

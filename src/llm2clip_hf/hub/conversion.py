@@ -13,43 +13,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-)
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from llm2clip_hf.modeling import (
-    LLM2CLIPConfig,
-    LLM2CLIPModel,
-    LLM2CLIPProcessor,
-    text_prefix_length,
-)
-from llm2clip_hf.modeling.pretrained_llm2clip import load_pretrained_text
-
-from .adaptor_keys import Adaptor, find_adaptor
-from .checkpoint_files import Checkpoint, Source, find_source, read_checkpoint
-from .clip_keys import open_clip_tower, transformers_clip_tower
-from .conversion_card import ConversionFacts, render_conversion_card
+from ..files import temporary_folder
+from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, text_prefix_length
+from ..modeling.pretrained_llm2clip import load_pretrained_text
+from .checkpoint_files import Checkpoint, Source, find_source, read_checkpoint, read_image_processor
+from .conversion_card import MARKER, ConversionFacts, render_conversion_card
 from .eva_keys import eva_tower, is_eva
-from .image_processors import read_image_processor
-from .language_models import (
+from .released import find_release
+from .text_keys import (
+    Adaptor,
     TextModel,
+    find_adaptor,
     is_language_model,
     quiet_transformers,
     read_language_model,
     read_text_model,
     save_language_model,
 )
-from .output_folder import check_output, temporary_folder
-from .released import find_release
-from .siglip_keys import siglip_tower
-from .vision_keys import Tower
+from .vision_keys import Tower, open_clip_tower, siglip_tower, transformers_clip_tower
+
+
+def check_output(output: Path, source: Path) -> None:
+    """Refuses a target that a conversion must not replace."""
+    if output.exists() and source.exists() and output.resolve() == source.resolve():
+        raise ValueError(f"`output_dir` {str(output)!r} is the source. Give another folder.")
+    if output.is_dir() and any(output.iterdir()):
+        # Modules of sentence-transformers are the only folders that a conversion writes.
+        foreign = sorted(each.name for each in output.iterdir() if each.is_dir() and not each.name[0].isdigit())
+        if foreign or not _holds(output / "README.md", MARKER):
+            named = f", such as {foreign[0]!r}" if foreign else ""
+            raise ValueError(f"`output_dir` {str(output)!r} holds other files{named}. Give a new or empty folder.")
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"`output_dir` {str(output)!r} is a file. Give a folder.")
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return text in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 logger = logging.get_logger(__name__)
-
 # Where each kind keeps its text adaptor; the online setting wraps it around its LLM.
 _ADAPTOR_PREFIXES = ("text_adapter.adaptor.", "text.text_adaptor.", "text.text_proj.text_adaptor.")
 # Model types of transformers whose vision tower can start an LLM2CLIP, by the projection that the original gives it.
@@ -446,4 +454,4 @@ def _verify(model: LLM2CLIPModel, folder: Path) -> float:
     return difference
 
 
-__all__ = ["ConversionReport", "convert_checkpoint"]
+__all__ = ["ConversionReport", "check_output", "convert_checkpoint"]

@@ -9,8 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from llm2clip_hf.modeling import LLM2CLIPConfig
-
+from ..modeling import LLM2CLIPConfig
 from .released import PAPER, RELEASED, ReleasedCheckpoint
 
 
@@ -53,19 +52,7 @@ print(encoder.encode(["a red boat", "two dogs run over the grass"]).shape)"""
 
 @dataclass(frozen=True)
 class ConversionFacts:
-    """
-    What the card of a converted folder says.
-
-    Args:
-        source (`str`): Repository, folder or file that was converted.
-        kind (`str`): What it was found to be.
-        text_model (`str`, *optional*): The LLM that was named.
-        text_weights (`str`): `"external"` or `"bundled"`, when there is one.
-        new_keys (`int`): Number of weights that are new, and untrained.
-        config (`LLM2CLIPConfig`, *optional*): Config of the model; `None` for an LLM.
-        release (`ReleasedCheckpoint`, *optional*): The released checkpoint that the source is.
-        template (`str`): What the tokenizer of an LLM makes of `{text}`.
-    """
+    """What the card of a converted folder says."""
 
     source: str
     kind: str
@@ -112,15 +99,7 @@ def _model_facts(config: LLM2CLIPConfig) -> list[str]:
 
 
 def render_conversion_card(facts: ConversionFacts) -> str:
-    """
-    The `README.md` of a converted folder.
-
-    Args:
-        facts ([`ConversionFacts`]): What was converted, and how.
-
-    Returns:
-        `str`: Markdown with front matter; the same facts give the same text.
-    """
+    """The `README.md` of a converted folder."""
     config, release = facts.config, facts.release
     source = _shown(facts.source)
     llm = None if facts.text_model is None else _shown(facts.text_model)
@@ -188,15 +167,7 @@ def _language_model_line(facts: ConversionFacts, llm: str | None) -> str:
 
 
 def render_released_card(release: ReleasedCheckpoint) -> str:
-    """
-    The card of a released checkpoint, as `model_cards/` holds it.
-
-    Args:
-        release ([`ReleasedCheckpoint`]): Its facts.
-
-    Returns:
-        `str`: Markdown with front matter.
-    """
+    """The card of a released checkpoint, as `model_cards/` holds it."""
     llm = "" if release.is_llm else f" --text-model {release.llm}"
     lines = [
         f"- contents: {release.contents}",
@@ -254,15 +225,7 @@ def render_released_index() -> str:
 
 
 def write_released_cards(folder: str | Path) -> list[Path]:
-    """
-    Writes the cards of all released checkpoints and their index.
-
-    Args:
-        folder (`str` or `Path`): Folder to write to.
-
-    Returns:
-        `list[Path]`: the files.
-    """
+    """Writes the cards of all released checkpoints and their index."""
     texts = {Path(folder) / "README.md": render_released_index()}
     texts |= {Path(folder) / release.name / "README.md": render_released_card(release) for release in RELEASED}
     for path, text in texts.items():

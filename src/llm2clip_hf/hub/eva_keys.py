@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from llm2clip_hf.modeling import Eva02VisionConfig
-from llm2clip_hf.modeling.modeling_eva02 import rotary_table
-
+from ..modeling import Eva02VisionConfig
+from ..modeling.modeling_eva02 import rotary_table
 from .checkpoint_files import Checkpoint
 from .vision_keys import (
     HEAD_WIDTH,

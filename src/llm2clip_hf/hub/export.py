@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm2clip_hf.modeling.modules_llm2clip import pool_image
-
-from .output_folder import temporary_folder
+from ..files import temporary_folder
+from ..modeling.modules_llm2clip import pool_image
 
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}

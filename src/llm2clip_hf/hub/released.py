@@ -19,13 +19,7 @@ _SETS = ("Flickr30k", "COCO", "ShareGPT4V", "Urban1k", "DOCCI")
 
 @dataclass(frozen=True)
 class Numbers:
-    """
-    Published numbers of one model.
-
-    Args:
-        source (`str`): Where they are from, and of which model exactly.
-        values (`dict[str, str]`): Value by name; retrieval is R@1 in percent, image to text / text to image.
-    """
+    """Published numbers of one model."""
 
     source: str
     values: dict[str, str]
@@ -33,23 +27,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """
-    A released checkpoint.
-
-    Args:
-        repo_id (`str`): Its repository on the Hub.
-        contents (`str`): What is in it.
-        license (`str`): Identifier of the licence that its card gets.
-        license_note (`str`): What is to be known about the licence.
-        llm (`str`): The LLM it was trained with; of an LLM, the one that it was tuned from.
-        parameters (`float`): Millions of parameters, LLM apart.
-        llm_hidden_size (`int`): Width of an LLM embedding.
-        projection_dim (`int`): Width of the joint space; 0 for an LLM.
-        image_size (`int`): Pixels; 0 for an LLM.
-        weights_file (`str`): The file that holds the whole model, where there are others.
-        numbers (`tuple[Numbers, ...]`): Published numbers.
-        notes (`tuple[str, ...]`): Sentences about dates and limits.
-    """
+    """A released checkpoint."""
 
     repo_id: str
     contents: str
@@ -226,16 +204,7 @@ RELEASED = (
 
 
 def find_release(source: str | Path) -> ReleasedCheckpoint | None:
-    """
-    The released checkpoint that a source is by its name.
-
-    Args:
-        source (`str` or `Path`): Repository, folder or file, as given to `convert_checkpoint`.
-
-    Returns:
-        [`ReleasedCheckpoint`], or `None` where the name is none of theirs. A local copy is known by the name of its
-        repository, or of its weights file.
-    """
+    """The released checkpoint that a source is by its name."""
     text = str(source)
     for release in RELEASED:
         path = Path(text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .checkpoint_files import Checkpoint
 
@@ -21,19 +21,7 @@ Table = Sequence[tuple[str, str]]
 
 @dataclass
 class Tower:
-    """
-    A vision tower found in a checkpoint.
-
-    Args:
-        config (`PreTrainedConfig`): Its config.
-        projection (`str`): `vision_projection` of the model.
-        weights (`dict[str, torch.Tensor]`): Weights under our names, projection included.
-        source_keys (`set[str]`): The keys they came from.
-        projection_keys (`set[str]`): Those of them that are the projection's.
-        droppable (`tuple[str, ...]`): Patterns of keys that carry nothing that is not computed.
-        start_droppable (`tuple[str, ...]`):
-            Patterns of keys that a starting tower, a checkpoint without a text adaptor, leaves behind.
-    """
+    """A vision tower found in a checkpoint."""
 
     config: PreTrainedConfig
     projection: str
@@ -141,6 +129,173 @@ def split_fused(tower: Tower, weights: dict[str, torch.Tensor], pattern: str, re
             tower.put(re.sub(f"^{pattern}$", replacement.format(letter), key), part, key)
 
 
+_CLIP_BLOCK = r"visual\.transformer\.resblocks\.(\d+)\."
+_CLIP_LAYER = r"vision_model.encoder.layers.\1."
+_CLIP_TABLE: Table = (
+    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
+    (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
+    (_CLIP_BLOCK + r"ln_([12])\.(weight|bias)", _CLIP_LAYER + r"layer_norm\2.\3"),
+    (_CLIP_BLOCK + r"attn\.out_proj\.(weight|bias)", _CLIP_LAYER + r"self_attn.out_proj.\2"),
+    (_CLIP_BLOCK + r"mlp\.c_fc\.(weight|bias)", _CLIP_LAYER + r"mlp.fc1.\2"),
+    (_CLIP_BLOCK + r"mlp\.c_proj\.(weight|bias)", _CLIP_LAYER + r"mlp.fc2.\2"),
+    (r"visual\.ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
+)
+# The text tower of a CLIP, in open_clip's and in OpenAI's layout.
+_CLIP_TEXT = (
+    r"text\..*",
+    r"transformer\..*",
+    r"token_embedding\..*",
+    r"ln_final\..*",
+    r"positional_embedding",
+    r"text_projection(\.weight)?",
+    r"attn_mask",
+    r"input_resolution|context_length|vocab_size",
+)
+
+
+def open_clip_tower(checkpoint: Checkpoint, is_start: bool) -> Tower:
+    """OpenAI-style towers in training checkpoints of the original implementation, and in those of open_clip."""
+    config = checkpoint.model_config or {}
+    config = config.get("model_cfg", config)
+    if is_start and not config:
+        raise ValueError(
+            f"The weights of {checkpoint.name!r} do not tell whether its activation is GELU or QuickGELU. Give its "
+            "model JSON, which states `quick_gelu`."
+        )
+    # The towers of LLM2CLIP start from OpenAI's weights, whose activation is QuickGELU; a JSON that is silent means
+    # GELU in open_clip.
+    quick_gelu = bool(config.get("quick_gelu", not is_start))
+    positions = tensor(checkpoint, "visual.positional_embedding", 2).shape[0]
+    first = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    fields: dict[str, Any] = {
+        **read_sizes(checkpoint, "visual.conv1.weight", positions),
+        "num_hidden_layers": count_layers(checkpoint, "visual.transformer.resblocks."),
+        "intermediate_size": tensor(checkpoint, first, 2).shape[0],
+        "hidden_act": "quick_gelu" if quick_gelu else "gelu",
+        "layer_norm_eps": 1e-5,
+    }
+    check_original(checkpoint, fields)
+    fields["num_attention_heads"] = num_heads(
+        checkpoint, original_vision(checkpoint), fields["hidden_size"], HEAD_WIDTH
+    )
+    tower = Tower(CLIPVisionConfig(**fields), "linear", start_droppable=_CLIP_TEXT)
+    tower.rename(checkpoint.weights, _CLIP_TABLE)
+    split_fused(
+        tower,
+        checkpoint.weights,
+        _CLIP_BLOCK + r"attn\.in_proj_(weight|bias)",
+        _CLIP_LAYER + r"self_attn.{}_proj.\2",
+    )
+    if "visual.proj" in checkpoint.weights:
+        # A matrix that is multiplied from the right.
+        tower.put("visual_projection.weight", tensor(checkpoint, "visual.proj", 2).T.contiguous(), "visual.proj")
+    return tower
+
+
+def transformers_clip_tower(checkpoint: Checkpoint) -> Tower:
+    """The published folders in the format of transformers: a CLIP vision tower under its own names."""
+    if checkpoint.config is None:
+        raise ValueError(
+            f"{checkpoint.name!r} has no `config.json`, which states the heads and the activation of its tower. Give "
+            "the whole folder or repository."
+        )
+    stated = checkpoint.config.get("vision_config") or checkpoint.config
+    prefix = "vision_model.encoder.layers."
+    positions = tensor(checkpoint, "vision_model.embeddings.position_embedding.weight", 2).shape[0]
+    found: dict[str, Any] = {
+        **read_sizes(checkpoint, "vision_model.embeddings.patch_embedding.weight", positions),
+        "num_hidden_layers": count_layers(checkpoint, prefix),
+        "intermediate_size": tensor(checkpoint, prefix + "0.mlp.fc1.weight", 2).shape[0],
+    }
+    check_stated(checkpoint, stated, found, "`config.json`")
+    fields = {name: stated[name] for name in ("hidden_act", "layer_norm_eps", "attention_dropout") if name in stated}
+    # What a config of transformers leaves out has the default of its class.
+    heads = stated.get("num_attention_heads", CLIPVisionConfig().num_attention_heads)
+    if not isinstance(heads, int) or heads < 1 or found["hidden_size"] % heads:
+        raise ValueError(
+            f"`num_attention_heads` of the `config.json` of {checkpoint.name!r} is {heads!r}, which does not divide "
+            f"the width {found['hidden_size']} of its tower. Give the `config.json` that belongs to the weights."
+        )
+    biased = "visual_projection.bias" in checkpoint.weights
+    tower = Tower(
+        CLIPVisionConfig(**found, **fields, num_attention_heads=heads), "linear_bias" if biased else "linear"
+    )
+    # Stored by old versions of transformers, computed by the others.
+    tower.droppable = (r"vision_model\.embeddings\.position_ids",)
+    ids = re.compile(tower.droppable[0])
+    for key, value in checkpoint.weights.items():
+        if key.startswith(("vision_model.", "visual_projection.")) and not ids.fullmatch(key):
+            tower.put(key, value, key)
+    return tower
+
+
+# Widths of an attention head of So400m and of gopt; they are in no weight.
+_HEAD_WIDTHS = {1152: 72, 1536: 96}
+# (width, patch, image) of the towers to which timm gives the tanh approximation of GELU. All its others, So400m/14
+# among them, run with the exact one, unlike in transformers.
+_TANH_GELU = {
+    (768, 32, 256),
+    (1024, 16, 512),
+    (1152, 16, 256),
+    (1152, 16, 384),
+    (1152, 16, 512),
+    (1536, 16, 256),
+    (1536, 16, 384),
+}
+_SIGLIP_BLOCK = r"visual\.trunk\.blocks\.(\d+)\."
+_SIGLIP_LAYER = r"vision_model.encoder.layers.\1."
+_SIGLIP_TABLE: Table = (
+    (r"visual\.trunk\.patch_embed\.proj\.(weight|bias)", r"vision_model.embeddings.patch_embedding.\1"),
+    (_SIGLIP_BLOCK + r"norm([12])\.(weight|bias)", _SIGLIP_LAYER + r"layer_norm\2.\3"),
+    (_SIGLIP_BLOCK + r"attn\.proj\.(weight|bias)", _SIGLIP_LAYER + r"self_attn.out_proj.\2"),
+    (_SIGLIP_BLOCK + r"mlp\.(fc[12])\.(weight|bias)", _SIGLIP_LAYER + r"mlp.\2.\3"),
+    (r"visual\.trunk\.norm\.(weight|bias)", r"vision_model.post_layernorm.\1"),
+    (r"visual\.trunk\.attn_pool\.latent", "vision_model.head.probe"),
+    (r"visual\.trunk\.attn_pool\.proj\.(weight|bias)", r"vision_model.head.attention.out_proj.\1"),
+    (r"visual\.trunk\.attn_pool\.norm\.(weight|bias)", r"vision_model.head.layernorm.\1"),
+    (r"visual\.trunk\.attn_pool\.mlp\.(fc[12])\.(weight|bias)", r"vision_model.head.mlp.\1.\2"),
+    (r"visual\.head\.proj\.(weight|bias)", r"visual_projection.\1"),
+)
+
+
+def siglip_tower(checkpoint: Checkpoint) -> Tower:
+    """The SigLIP2 tower of the original implementation: timm's ViT with attention pooling; no projection, usually."""
+    positions = tensor(checkpoint, "visual.trunk.pos_embed", 3)
+    fields: dict[str, Any] = {
+        **read_sizes(checkpoint, "visual.trunk.patch_embed.proj.weight", positions.shape[1], has_class_token=False),
+        "num_hidden_layers": count_layers(checkpoint, "visual.trunk.blocks."),
+        "intermediate_size": tensor(checkpoint, "visual.trunk.blocks.0.mlp.fc1.weight", 2).shape[0],
+    }
+    check_original(checkpoint, fields)
+    width = fields["hidden_size"]
+    fields["num_attention_heads"] = num_heads(
+        checkpoint, original_vision(checkpoint), width, _HEAD_WIDTHS.get(width, HEAD_WIDTH)
+    )
+    approximate = (width, fields["patch_size"], fields["image_size"]) in _TANH_GELU
+    fields["hidden_act"] = "gelu_pytorch_tanh" if approximate else "gelu"
+    tower = Tower(SiglipVisionConfig(**fields), "none", start_droppable=(r"text\..*",))
+    tower.rename(checkpoint.weights, _SIGLIP_TABLE)
+    split_fused(
+        tower,
+        checkpoint.weights,
+        _SIGLIP_BLOCK + r"attn\.qkv\.(weight|bias)",
+        _SIGLIP_LAYER + r"self_attn.{}_proj.\2",
+    )
+    name = "vision_model.embeddings.position_embedding.weight"
+    tower.put(name, positions[0], "visual.trunk.pos_embed")
+    for kind in ("weight", "bias"):
+        # torch's attention module, which transformers uses for pooling, holds the three projections as one.
+        keys = [f"visual.trunk.attn_pool.{part}.{kind}" for part in ("q", "kv")]
+        if all(key in checkpoint.weights for key in keys):
+            fused = torch.cat([checkpoint.weights[key] for key in keys])
+            tower.put(f"vision_model.head.attention.in_proj_{kind}", fused, *keys)
+    if "visual_projection.weight" in tower.weights:
+        tower.projection = "linear_bias" if "visual_projection.bias" in tower.weights else "linear"
+    return tower
+
+
 __all__ = [
     "HEAD_WIDTH",
     "Table",
@@ -149,8 +304,11 @@ __all__ = [
     "check_stated",
     "count_layers",
     "num_heads",
+    "open_clip_tower",
     "original_vision",
     "read_sizes",
+    "siglip_tower",
     "split_fused",
     "tensor",
+    "transformers_clip_tower",
 ]

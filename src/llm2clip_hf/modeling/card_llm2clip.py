@@ -105,16 +105,7 @@ def bundled_license(config: Any) -> str | None:
 
 
 def card_metadata(config: Any, license: str | None = None) -> dict[str, Any]:
-    """
-    The fields of a card's front matter that a config tells.
-
-    Args:
-        config ([`LLM2CLIPConfig`]): Config of the model.
-        license (`str`, *optional*): Licence of the weights; by default that of a bundled LLM, where it is certain.
-
-    Returns:
-        `dict`: fields of `huggingface_hub.ModelCardData`.
-    """
+    """The fields of a card's front matter that a config tells."""
     with_texts = config.text_weights != "none"
     return {
         "library_name": "transformers",
@@ -126,17 +117,7 @@ def card_metadata(config: Any, license: str | None = None) -> dict[str, Any]:
 
 
 def card_sections(config: Any, name: str, license: str | None = None) -> dict[str, str]:
-    """
-    The sections of a card that a config tells.
-
-    Args:
-        config ([`LLM2CLIPConfig`]): Config of the model.
-        name (`str`): Repository, or folder, that the code of the card loads.
-        license (`str`, *optional*): Licence of the weights.
-
-    Returns:
-        `dict[str, str]`: Markdown by heading, in order; the heading `""` is the introduction.
-    """
+    """The sections of a card that a config tells."""
     license = license or bundled_license(config)
     use = _USE_EMBEDS if config.text_weights == "none" else _USE_TEXTS
     introduction = (
@@ -195,17 +176,7 @@ def _licence(config: Any, license: str | None) -> str:
 
 
 def render_card(title: str, metadata: dict[str, Any], sections: dict[str, str]) -> str:
-    """
-    A card as text: front matter, a marker by which an unedited card is known, title and sections.
-
-    Args:
-        title (`str`): First heading.
-        metadata (`dict`): Fields of the front matter; `None` leaves one out.
-        sections (`dict[str, str]`): Markdown by heading.
-
-    Returns:
-        `str`: the same arguments give the same text.
-    """
+    """A card as text: front matter, a marker by which an unedited card is known, title and sections."""
     front = f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n"
     parts = [f"# {title}"]
     for heading, text in sections.items():
@@ -231,17 +202,6 @@ def merged_card(existing: str, rendered: str, where: str) -> str:
     A card that nobody edited is rendered anew, with the licence it states. The text of any other card is kept word for
     word; of its metadata, missing fields are filled in. A file with metadata only, as the Hub makes it for a new
     repository, gets the new text and keeps its fields.
-
-    Args:
-        existing (`str`): The card that is there.
-        rendered (`str`): The new one.
-        where (`str`): Name of the existing card, for errors.
-
-    Returns:
-        `str`: the card to write.
-
-    Raises:
-        ValueError: if the metadata of the existing card cannot be read.
     """
     old, new = read_card(existing, where), ModelCard(rendered)
     fields, filled = old.data.to_dict(), new.data.to_dict()

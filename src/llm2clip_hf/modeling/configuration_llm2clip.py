@@ -76,17 +76,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
-    """
-    The error for a keyword that nothing takes, with the name that it is nearest to.
-
-    Args:
-        where (`str`): What was called.
-        name (`str`): The keyword.
-        known (iterable of `str`): Keywords that it takes.
-
-    Returns:
-        `TypeError`
-    """
+    """The error for a keyword that nothing takes, with the name that it is nearest to."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     hint = f"Did you mean `{nearest[0]}`?" if nearest else "Leave it out."
     return TypeError(f"{where} got `{name}`, which nothing takes. {hint}")
@@ -98,15 +88,7 @@ def _check_positive_int(name: str, value: Any) -> None:
 
 
 def without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """
-    The fields of a config without the folders that its parts were loaded from; names of repositories stay.
-
-    Args:
-        fields (`dict`): Fields of an [`LLM2CLIPConfig`]; not changed.
-
-    Returns:
-        `dict`
-    """
+    """The fields of a config without the folders that its parts were loaded from; names of repositories stay."""
     shown = dict(fields)
     for name in LLM2CLIPConfig.sub_configs:
         part = shown.get(name)

@@ -116,19 +116,7 @@ def _trial(config: LLM2CLIPConfig, size: tuple[int, int], device: str) -> tuple[
 
 
 def measure_vision_tower(config: LLM2CLIPConfig) -> int:
-    """
-    Runs a tower without weights, and checks that it gives one vector per image, the same at each call.
-
-    Args:
-        config ([`LLM2CLIPConfig`]): `vision_config` and `vision_pooling` are read.
-
-    Returns:
-        `int`: width of the pooled vector.
-
-    Raises:
-        ValueError: if the tower takes something else than a batch of images, mixes them or draws random numbers, or
-            has no output of the kind that `vision_pooling` asks for.
-    """
+    """Runs a tower without weights, and checks that it gives one vector per image, the same at each call."""
     vision_config = copy.deepcopy(config.vision_config)
     config = copy.copy(config)
     config.vision_config = vision_config

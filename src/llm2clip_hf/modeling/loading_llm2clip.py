@@ -59,22 +59,7 @@ _PART_KEYWORDS = (*_SOURCE_KEYWORDS, *_PLACING, "experts_implementation", "key_m
 def route_keywords(
     where: str, kwargs: dict[str, Any], fields: Collection[str], shared: Collection[str] = SHARED_KEYWORDS
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """
-    Sorts keywords by whom they are for, by their names.
-
-    Args:
-        where (`str`): What was called, for the error.
-        kwargs (`dict`): The keywords.
-        fields (collection of `str`): Names that are the caller's own, whatever they begin with.
-        shared (collection of `str`): Names that are said of both parts.
-
-    Returns:
-        Four dictionaries: the caller's own, those of both parts, and those of the vision tower and of the LLM, without
-        `vision_` and `text_`.
-
-    Raises:
-        TypeError: for any other name.
-    """
+    """Sorts keywords by whom they are for, by their names."""
     own: dict[str, Any] = {}
     both: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
@@ -113,20 +98,7 @@ def source_of_parts(
 
 
 def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """
-    Keywords for loading from a repository, with the commit that its revision means now.
-
-    Args:
-        name (`str`): Repository or folder.
-        kwargs (`dict`): Keywords, among them perhaps `revision`.
-
-    Returns:
-        `dict`: with `revision` a commit hash; for a folder as given.
-
-    Raises:
-        ValueError: for a revision of a folder.
-        OSError: if the repository or revision is not found.
-    """
+    """Keywords for loading from a repository, with the commit that its revision means now."""
     if os.path.isdir(name):
         if kwargs.get("revision") is not None:
             raise ValueError(f"{str(name)!r} is a folder, which has no revision {kwargs['revision']!r}. Leave it out.")
@@ -138,19 +110,7 @@ def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
-    """
-    Keywords for loading an external LLM: those of the model that hold for it too, unless it has its own.
-
-    Args:
-        kwargs (`dict`):
-            Keywords of the model's `from_pretrained`. Of these, `dtype`, `attn_implementation`, `device_map` and what
-            goes with it, `token`, `cache_dir`, `local_files_only`, `force_download` and `proxies` are taken;
-            `trust_remote_code` and `revision` are not, since they are said of one repository.
-        given (`dict`, *optional*): `text_model_kwargs`, which win.
-
-    Returns:
-        `dict`
-    """
+    """Keywords for loading an external LLM: those of the model that hold for it too, unless it has its own."""
     given = dict(given or {})
     found = {name: kwargs[name] for name in (*HUB_KEYWORDS, "max_memory", "offload_buffers") if name in kwargs}
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
@@ -175,20 +135,7 @@ def stored_text_weights(name: Any, kwargs: dict[str, Any]) -> str:
 
 
 def text_keywords(text_weights: str, kwargs: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:
-    """
-    Brings keywords for loading an LLM to where the LLM is loaded.
-
-    Args:
-        text_weights (`str`): Where that is: `"bundled"`, `"external"`, or `"none"` if no LLM is to be loaded.
-        kwargs (`dict`): Keywords of the model's `from_pretrained`; changed.
-        given (`dict`): `text_model_kwargs`.
-
-    Returns:
-        `dict`, *optional*: what remains of `given`: keywords for an external LLM.
-
-    Raises:
-        ValueError: for a keyword that cannot be used.
-    """
+    """Brings keywords for loading an LLM to where the LLM is loaded."""
     given = dict(given)
     if text_weights == "external":
         quantization = kwargs.pop("quantization_config", None)
@@ -263,20 +210,7 @@ def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) 
 
 
 def find_adapters(name: str, source: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """
-    What a repository or folder of adapters alone says of the model that they make; `None` for any other.
-
-    Args:
-        name (`str`): Repository or folder.
-        source (`dict`, *optional*): `revision`, `token`, `cache_dir`, ...
-
-    Returns:
-        `dict`: `base_model`, `base_revision`, `is_causal`, `pooling`, `hidden_size`; all of `caption_encoder.json`
-        where stage 1 saved the adapters.
-
-    Raises:
-        ValueError: if files of it are missing, or it does not name its base.
-    """
+    """What a repository or folder of adapters alone says of the model that they make; `None` for any other."""
     if find_file(name, "config.json", source) is not None:
         return None  # a whole model
     files = {file: find_file(name, file, source) for file in (ENCODER_SETTINGS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
@@ -349,17 +283,7 @@ def base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, 
 
 
 def check_adapter_base(llm: PreTrainedModel, settings: dict[str, Any], name: Any) -> None:
-    """
-    Checks that an LLM, without adapters, is the one that adapters were trained on.
-
-    Args:
-        llm (`PreTrainedModel`): The LLM.
-        settings (`dict`): Those of [`find_adapters`].
-        name (`str`): Where the adapters are, for the message.
-
-    Raises:
-        ValueError: if its width or its weights are others.
-    """
+    """Checks that an LLM, without adapters, is the one that adapters were trained on."""
     width = settings["hidden_size"]
     problem = ""
     if width is not None and llm.config.hidden_size != width:
@@ -474,18 +398,6 @@ def load_pretrained_text(name: str | None, revision: str | None, kwargs: dict[st
 
     The result of stage 1 may be saved as adapters only. They are merged, unless the LLM is quantised: then they stay
     beside the rounded weights.
-
-    Args:
-        name (`str`): Repository or folder.
-        revision (`str`, *optional*): Of the repository, unless `kwargs` says.
-        kwargs (`dict`, *optional*): Arguments of `from_pretrained`, and fields of the LLM's config.
-
-    Returns:
-        `PreTrainedModel` with `config.is_causal=False`.
-
-    Raises:
-        ValueError: if there is no name, weights are missing, or no decoder is found.
-        TypeError: for an argument that is neither.
     """
     if not name:
         raise ValueError(
@@ -540,18 +452,7 @@ def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str,
 
 
 def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
-    """
-    Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for.
-
-    Args:
-        name (`str`): Folder or repository of the model.
-        kwargs (`dict`): Keywords of `from_pretrained`.
-        config_class (`type`): Of the model's config.
-        unused (tuple of `str`): How the names of weights begin that are not to be loaded.
-
-    Returns:
-        `dict`: the keywords; where files are left out, with a `config` that names the others ([`forget_shards`]).
-    """
+    """Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for."""
     source = source_keywords(kwargs)
     options = {key: source[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if source.get(key) is not None}
     missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}

@@ -45,16 +45,6 @@ def rotary_table(
     The first half of the channels turns with the row, the second half with the column. Row `i` of `height` counts as
     position `i / height * grid_size`, so every grid spans the one of pretraining; columns likewise. Channels `2k` and
     `2k + 1` of a half turn together, by `position / base**(4k / head_dim)`.
-
-    Args:
-        height, width (`int`): Patches along each axis.
-        head_dim (`int`): Width of an attention head, a multiple of 4.
-        base (`float`): Base of the frequencies.
-        grid_size (`int`): Side of the pretraining grid in patches.
-        device (`torch.device`, *optional*): Where to make them.
-
-    Returns:
-        Two `torch.FloatTensor` of shape `(height * width, head_dim)`, rows first.
     """
     axis_dim = head_dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, axis_dim, 2, dtype=torch.float32, device=device) / axis_dim)

@@ -137,12 +137,6 @@ def sampled_weights_digest(text_model: Any) -> str | None:
     float16 and bfloat16.
 
     It is `weights_sample_sha256` of the fingerprint of stored embeddings. Names do not enter it, nor does a head.
-
-    Args:
-        text_model (`torch.nn.Module`): The LLM, on any device.
-
-    Returns:
-        `str`, hexadecimal; `None` where the values are not those of the LLM: quantised, with adapters, or not loaded.
     """
     if getattr(getattr(text_model, "config", None), "quantization_config", None) is not None:
         return None
@@ -165,15 +159,7 @@ def sampled_weights_digest(text_model: Any) -> str | None:
 
 @torch.no_grad()
 def sampled_weights(text_model: Any) -> dict[str, torch.Tensor] | None:
-    """
-    Up to 1024 values of every parameter of an LLM, on the CPU, by which it is seen later whether it is the same.
-
-    Args:
-        text_model (`torch.nn.Module`): The LLM, on any device.
-
-    Returns:
-        `dict` from name to tensor; `None` where the values are not plain: quantised, adapted, sharded or not loaded.
-    """
+    """Up to 1024 values of every parameter of an LLM, on the CPU, by which it is seen later whether it is the same."""
     samples = {}
     for name, parameter in text_model.named_parameters():
         plain = parameter.dtype in SAMPLED_DTYPES and not parameter.is_meta and not hasattr(parameter, "placements")
@@ -199,17 +185,7 @@ def same_sampled_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 
 
 def check_text_fingerprint(text_model: Any, config: LLM2CLIPConfig, fingerprint: dict[str, Any]) -> None:
-    """
-    Checks that an LLM is the one whose stored embeddings a model was trained on, as far as that costs nothing.
-
-    Args:
-        text_model (`PreTrainedModel`): The LLM.
-        config ([`LLM2CLIPConfig`]): Config of the model with this LLM.
-        fingerprint (`dict`): `text_fingerprint` of the model, what made the embeddings; may be empty.
-
-    Raises:
-        ValueError: if the digests of sampled weights differ, or the model would pool other tokens.
-    """
+    """Checks that an LLM is the one whose stored embeddings a model was trained on, as far as that costs nothing."""
     own = {"text_prefix_length": config.text_prefix_length, "pooling": config.text_pooling}
     for key, value in own.items():
         if key in fingerprint and fingerprint[key] != value:
@@ -237,15 +213,6 @@ def check_text_fingerprint(text_model: Any, config: LLM2CLIPConfig, fingerprint:
 def vision_class(vision_config: Any) -> Any:
     """
     The class of a vision tower, also where the Auto classes of transformers leave it out (AltCLIP, BLIP, MetaCLIP 2).
-
-    Args:
-        vision_config (`PreTrainedConfig`): Config of the tower.
-
-    Returns:
-        `type`: from now on `AutoModel` knows it.
-
-    Raises:
-        ValueError: if transformers has none.
     """
     config_class = type(vision_config)
     if config_class not in MODEL_MAPPING:
@@ -293,22 +260,7 @@ def num_prefix_tokens(vision_config: Any, num_tokens: int, height: int, width: i
 def pool_image(
     outputs: Any, config: LLM2CLIPConfig, height: int, width: int, patch_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """
-    One vector per image.
-
-    Args:
-        outputs (`ModelOutput`): Of the vision tower.
-        config ([`LLM2CLIPConfig`]): `vision_pooling` says how.
-        height, width (`int`): Of the images, in pixels.
-        patch_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
-            1 for patches, 0 for padding, which the mean leaves out (SigLIP2 NaFlex).
-
-    Returns:
-        `torch.Tensor` of shape `(batch, vision_hidden_size)`.
-
-    Raises:
-        ValueError: if the tower has no such output.
-    """
+    """One vector per image."""
     name, pooling = config.vision_config.model_type, config.vision_pooling
     if pooling == "pooler":
         pooled = getattr(outputs, "pooler_output", None)

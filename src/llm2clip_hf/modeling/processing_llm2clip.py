@@ -83,15 +83,7 @@ def text_prefix_length(tokenizer: Any) -> int:
 
 
 def text_end_token(tokenizer: Any) -> int | None:
-    """
-    The special token that `tokenizer` puts after every text, truncated or not: end-of-text or end-of-turn.
-
-    Args:
-        tokenizer: A tokenizer of transformers with a `tokenizers` backend.
-
-    Returns:
-        `int`: its id; `None` if texts end in a token of their own or in plain text of a template.
-    """
+    """The special token that `tokenizer` puts after every text, truncated or not: end-of-text or end-of-turn."""
     suffix = _template_tokens(tokenizer)[1]
     if not suffix:
         return None
@@ -376,20 +368,7 @@ class LLM2CLIPProcessor(PushedProcessor):
         return cls(image_processor, apply_text_template(tokenizer, text_template, max_length))
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        r"""
-        Args:
-            images: One image or a list of images: PIL, numpy or torch, or what [`read_image`] reads.
-            text (`str` or `list[str]`): One text or a list of texts.
-            kwargs: Options of the image processor and the tokenizer.
-
-        Returns:
-            `BatchFeature` with `pixel_values` `(num_images, channels, height, width)`, float32, and `input_ids` and
-            `attention_mask` `(num_texts, length)`, int64.
-
-        Raises:
-            ValueError: if neither or an empty list is given, if a text is not a string or gives no token, if an image
-                cannot be read or holds NaN or infinite values, or if there is a text and no tokenizer.
-        """
+        r""""""
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
         texts = check_text(text)

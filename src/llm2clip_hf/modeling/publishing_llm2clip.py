@@ -53,17 +53,7 @@ _CARD_OPTIONS = ("license", "model_card", "overwrite_card", "tags")
 
 @contextmanager
 def hub_errors(repo_id: str, token: Any = None) -> Iterator[None]:
-    """
-    Turns what the Hub and the network answer into errors that say what to do.
-
-    Args:
-        repo_id (`str`): Repository that is written to.
-        token (`str` or `bool`, *optional*): The token that is used.
-
-    Raises:
-        PermissionError: without a token, with one that the Hub does not know, or without the right to write.
-        ConnectionError: if the Hub cannot be reached or the connection breaks; nothing has been committed then.
-    """
+    """Turns what the Hub and the network answer into errors that say what to do."""
     if token in (None, True) and get_token() is None:
         raise PermissionError(
             f"No token to push to {repo_id!r} with. Run `hf auth login`, set HF_TOKEN, or pass `token=`; it needs the "
@@ -111,15 +101,6 @@ def pin_text_model(config: Any, text_model: Any = None, text_weights: str | None
     Makes a config name its external LLM so that everybody gets the same one: repository and commit.
 
     The commit is that of the LLM in memory, where the Hub gave it, else the one that `text_base_revision` stands for.
-
-    Args:
-        config ([`LLM2CLIPConfig`]): Its `text_base_revision` becomes a commit hash.
-        text_model (`PreTrainedModel`, *optional*): The LLM in memory.
-        text_weights (`str`, *optional*): What is pushed, instead of `config.text_weights`.
-        token (`str` or `bool`, *optional*): To look the repository up with.
-
-    Raises:
-        ValueError: if the LLM is no repository, or its commit cannot be found out.
     """
     name, revision = config.text_base_model, config.text_base_revision
     if (text_weights or config.text_weights) != "external" or (is_repository(name) and _is_commit(revision)):
@@ -208,19 +189,6 @@ def commit_files(
     Pushes files in one commit, which also removes weights that would be loaded instead of the new ones.
 
     A model's config goes without names of folders of this machine.
-
-    Args:
-        repo_id (`str`): An existing repository.
-        folder (`str` or `Path`): Root of the files.
-        files (`list[Path]`): Files in it.
-        message (`str`): First line of the commit.
-        description (`str`, *optional*): Further lines.
-        token (`str` or `bool`, *optional*): To write with.
-        revision (`str`, *optional*): An existing branch; `main` by default.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to propose the commit instead.
-
-    Returns:
-        `huggingface_hub.CommitInfo`
     """
     names = {file.relative_to(folder).as_posix(): file for file in files}
     operations: list[Any] = [
@@ -244,20 +212,7 @@ def commit_files(
 def take_push_options(
     kwargs: dict[str, Any], save_directory: Any, push_to_hub: Callable[..., Any]
 ) -> dict[str, Any] | None:
-    """
-    Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments.
-
-    Args:
-        kwargs (`dict`): The arguments; what saving takes as well stays there.
-        save_directory (`str` or `Path`): Its name is the default of `repo_id`.
-        push_to_hub (`Callable`): Method that will get the options.
-
-    Returns:
-        `dict`, or `None` if nothing is to be pushed.
-
-    Raises:
-        ValueError: for an option of a card, if what is pushed has none.
-    """
+    """Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments."""
     if not kwargs.pop("push_to_hub", False):
         return None
     names = inspect.signature(push_to_hub).parameters
@@ -306,35 +261,6 @@ class PushedModel:
 
         A card that is there already and that somebody wrote or edited keeps its text; missing metadata are added. A
         card that this method wrote and nobody edited is rendered again.
-
-        Args:
-            repo_id (`str`): Repository, `owner/name`; created if it does not exist.
-            processor ([`LLM2CLIPProcessor`], *optional*): Pushed in the same commit.
-            license (`str`, *optional*):
-                Licence of the weights, as the Hub writes it, e.g. `"apache-2.0"`. By default that of the card that is
-                there, or of a bundled Llama of Meta; else none is stated.
-            model_card (*optional*):
-                Text, `ModelCard` or `LLM2CLIPModelCardData` to use instead of a card made from the config.
-            overwrite_card (`bool`, *optional*, defaults to `False`): Whether to replace a card that is there.
-            text_weights (`str`, *optional*):
-                `"bundled"`, `"external"` or `"none"` for this repository, instead of `config.text_weights`.
-            commit_message (`str`, *optional*): First line of the commit.
-            commit_description (`str`, *optional*): Further lines of it.
-            private (`bool`, *optional*): Whether a new repository is private.
-            token (`str` or `bool`, *optional*): Token to write with; the stored one by default.
-            revision (`str`, *optional*): Branch to push to; created if it does not exist.
-            create_pr (`bool`, *optional*, defaults to `False`): Whether to propose the commit instead.
-            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest file of weights.
-            tags (`list[str]`, *optional*): Further tags of the card.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-
-        Raises:
-            ValueError: if an external LLM is no repository or its commit is unknown, the model cannot be saved, or
-                the metadata of the card that is there are not valid.
-            PermissionError: without a token that may write to the repository.
-            ConnectionError: if the connection breaks; nothing has been committed then.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -401,25 +327,7 @@ class PushedProcessor(ProcessorMixin):  # type: ignore[misc]
         revision: str | None = None,
         create_pr: bool = False,
     ) -> Any:
-        """
-        Pushes image processor, tokenizer and code to the Hub, in one commit; the card stays as it is.
-
-        Args:
-            repo_id (`str`): Repository, `owner/name`; created if it does not exist.
-            commit_message (`str`, *optional*): First line of the commit.
-            commit_description (`str`, *optional*): Further lines of it.
-            private (`bool`, *optional*): Whether a new repository is private.
-            token (`str` or `bool`, *optional*): Token to write with; the stored one by default.
-            revision (`str`, *optional*): Branch to push to; created if it does not exist.
-            create_pr (`bool`, *optional*, defaults to `False`): Whether to propose the commit instead.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-
-        Raises:
-            PermissionError: without a token that may write to the repository.
-            ConnectionError: if the connection breaks; nothing has been committed then.
-        """
+        """Pushes image processor, tokenizer and code to the Hub, in one commit; the card stays as it is."""
         with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
             processor: Any = self
             processor.save_pretrained(folder)

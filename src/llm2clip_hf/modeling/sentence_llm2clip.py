@@ -77,19 +77,6 @@ class LLM2CLIPEncoder(Transformer):
     string is always a text, also one that looks like an address or a file; `{"image": "photo.png"}` is the image that
     the string names. A prompt is put before texts, not before images. There are no embeddings of tokens
     (`output_value="token_embeddings"`).
-
-    Args:
-        model_name_or_path (`str`): Folder or repository of the model.
-        kwargs: As for the module `Transformer` of sentence-transformers: `model_kwargs` (for example `dtype`,
-            `device_map`, `load_text_model`, `text_model_kwargs`), `processor_kwargs`, `config_kwargs`, ...
-
-    Example:
-
-    ```python
-    >>> from sentence_transformers import SentenceTransformer
-    >>> encoder = SentenceTransformer("path/to/LLM2CLIP", trust_remote_code=True)  # doctest: +SKIP
-    >>> embeddings = encoder.encode([image, "a red boat", {"image": "photo.png"}])  # doctest: +SKIP
-    ```
     """
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
@@ -117,23 +104,7 @@ class LLM2CLIPEncoder(Transformer):
         processing_kwargs: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        r"""
-        Tensors for one batch.
-
-        Args:
-            inputs (`list`): Texts, images (of PIL, or 3-d arrays or tensors), `{"text": ...}`, `{"image": ...}`.
-            prompt (`str`, *optional*): Put before every text.
-            processing_kwargs (`dict`, *optional*): Options of the processor by `"text"`, `"image"` and `"common"`.
-            kwargs: Not used.
-
-        Returns:
-            `dict`: `input_ids` and `attention_mask` for the texts, `pixel_values` for the images. When there are both,
-            `text_rows` and `image_rows` of shape `(texts,)` and `(images,)` say where in the batch each stands.
-
-        Raises:
-            ValueError: for an input of another kind, an image that cannot be read, and for texts where the processor
-                has no tokenizer.
-        """
+        """Tensors for one batch."""
         options: dict[str, Any] = dict(self._merge_processing_kwargs(processing_kwargs))
         items = [_image_or_text(item) for item in inputs]
         rows = {kind: [row for row, item in enumerate(items) if item[0] == kind] for kind in ("text", "image")}

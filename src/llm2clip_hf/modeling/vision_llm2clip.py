@@ -169,22 +169,7 @@ def vision_kwargs(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, An
 def load_pretrained_vision(
     name: str, kwargs: dict[str, Any] | None = None, pooling: str | None = None
 ) -> tuple[Any, str | None]:
-    """
-    A vision tower, out of its own repository or out of that of a CLIP-like model.
-
-    Args:
-        name (`str`): Repository or folder.
-        kwargs (`dict`, *optional*): Arguments of `from_pretrained`, and fields of the tower's config.
-        pooling (`str`, *optional*): How it is to be pooled; one that needs no pooler is loaded without.
-
-    Returns:
-        The tower, float32 unless `kwargs` says; and `pooling`, `"cls"` where nothing was asked for and the checkpoint,
-        of a classifier for example, has no weights for the tower's pooler.
-
-    Raises:
-        ValueError: if weights are missing.
-        TypeError: for an argument that is neither.
-    """
+    """A vision tower, out of its own repository or out of that of a CLIP-like model."""
     kwargs = {"dtype": torch.float32, **(kwargs or {})}
     whole, config = part_config(name, source_keywords(kwargs), kwargs, "vision")
     tower_class = vision_class(config)
@@ -224,19 +209,7 @@ class _LogitScale(PreTrainedModel):
 
 
 def pretrained_logit_scale(name: str, kwargs: dict[str, Any]) -> float:
-    """
-    The trained logarithm of the logit scale of a CLIP-like checkpoint.
-
-    Args:
-        name (`str`): Repository or folder.
-        kwargs (`dict`): Keywords by which the tower is loaded.
-
-    Returns:
-        `float`
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The trained logarithm of the logit scale of a CLIP-like checkpoint."""
     source = source_keywords(kwargs)
     for size in ((), (1,)):
         loaded: Any = _LogitScale.from_pretrained(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import registration
+from . import operators as registration
 
 
 __all__ = ["contrastive_loss", "sigmoid_loss"]

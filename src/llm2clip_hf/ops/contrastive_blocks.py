@@ -227,18 +227,6 @@ def tune(
 ) -> dict[str, kernels.Config]:
     """
     Time the shipped configurations of each kernel on these features and use the fastest for their width and dtype.
-
-    Args:
-        image_embeds (`torch.Tensor` of shape `(N, D)`), text_embeds (`torch.Tensor` of shape `(M, D)`):
-            Features like those of the training run.
-        logit_scale (`torch.Tensor` of shape `()`):
-            Positive multiplier, float32.
-        timer (`Callable`):
-            Gives the time of a call, e.g. `triton.testing.do_bench`.
-
-    Returns:
-        `dict`: chosen configuration by kernel. The choice holds for this process; configurations sum in different
-        orders, so all ranks of a run should make the same one.
     """
     x, y, scale = image_embeds, text_embeds, logit_scale
     pairs = Pairs(0, None, None, False)

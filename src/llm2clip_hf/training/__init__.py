@@ -10,15 +10,14 @@ except ModuleNotFoundError as error:
         f"`llm2clip_hf.training` needs `{error.name}`. Install it with `pip install llm2clip-hf[train]`."
     ) from error
 
-from .caption_contrastive import CaptionContrastiveTrainer
-from .caption_encoder import CaptionEncoder, build_caption_encoder
-from .caption_training_args import CaptionContrastiveTrainingArguments
-from .clip_text import ClipTextCollator
-from .clip_text_head import concatenated_text_embeds, load_concatenated_text_head
-from .clip_trainer import LLM2CLIPTrainer
-from .clip_training_args import LLM2CLIPTrainingArguments
+from .captions.arguments import CaptionContrastiveTrainingArguments, MNTPTrainingArguments
+from .captions.encoder import CaptionEncoder, build_caption_encoder
+from .captions.mntp import MNTPTrainer
+from .captions.trainer import CaptionContrastiveTrainer
+from .clip.arguments import LLM2CLIPTrainingArguments
+from .clip.clip_text import ClipTextCollator, concatenated_text_embeds, load_concatenated_text_head
+from .clip.trainer import LLM2CLIPTrainer
 from .lora import merge_lora
-from .mntp import MNTPTrainer, MNTPTrainingArguments
 
 
 __all__ = [

@@ -8,33 +8,251 @@ LoRA on a tower of the model, in such a way that what is saved is a plain model.
     which it would not from rounded, merged weights.
 """
 
-from collections.abc import Mapping
+import copy
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from accelerate import PartialState
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from peft import LoraConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .adapters import add_lora, has_adapters, tuner_layers
+from ..modeling.loading_llm2clip import load_text_config
+from .captions.adapter_folder import find_adapter
 
 
-__all__ = ["attach_lora", "lora_layers", "lora_state", "merge_lora", "merged_state"]
+logger = logging.getLogger(__name__)
+# What layers of experts, dense or shared ones beside them, and routers are called; PEFT takes some of these names for
+# the experts themselves, whatever they are in the LLM.
+_EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "router"} | {
+    "shared_expert_gate"
+}
+
+
+def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
+    """
+    A LoRA config: the paper's recipe, rank 16 and alpha 32 (section 4.1), with dropout 0.05 on all linear layers
+    (released code), and other values for the fields that a mapping names; a `LoraConfig` is copied as it is.
+
+    PEFT has no dropout for `target_parameters`, the experts of a mixture, so there is none where a mapping names them.
+    """
+    if isinstance(lora, LoraConfig):
+        return copy.deepcopy(lora)
+    fields: dict[str, Any] = {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.0 if lora.get("target_parameters") else 0.05,
+        "target_modules": "all-linear",
+        "bias": "none",
+        "task_type": TaskType.FEATURE_EXTRACTION,
+    }
+    try:
+        return LoraConfig(**{**fields, **lora})
+    except TypeError as error:
+        raise ValueError(f"`lora` is {dict(lora)!r}, but {error}. Name fields of `peft.LoraConfig`.") from error
+
+
+def has_adapters(model: nn.Module | None) -> bool:
+    """Whether a model contains adapter layers of PEFT."""
+    return model is not None and bool(tuner_layers(model))
+
+
+def add_lora(llm: PreTrainedModel, config: LoraConfig) -> None:
+    """
+    Puts LoRA layers into a model and freezes everything else.
+
+    In a mixture of experts, "all-linear" are the layers outside of experts and routers (the attention), and what is
+    trained is logged; experts are trained where `target_parameters` names them.
+    """
+    if config.modules_to_save:
+        raise ValueError(
+            f"`lora.modules_to_save` is {config.modules_to_save!r}, but an encoder is saved with its adapters merged, "
+            "which keeps LoRA only. Leave it out, or train all weights with `lora=None`."
+        )
+    if config.target_parameters and config.lora_dropout:
+        raise ValueError(f"`lora_dropout` is {config.lora_dropout}, and `target_parameters` take none. Set it to 0.")
+    _check_targets(llm, config)
+    experts = expert_parameters(llm)
+    if experts:
+        _target_beside_experts(llm, config)
+    llm.add_adapter(config)
+    for parameter in llm.parameters():
+        if parameter.requires_grad:
+            # In bfloat16 an update of a few 1e-4 of the weight is rounded away.
+            parameter.data = parameter.data.float()
+    if experts and llm.device.type != "meta":
+        logger.warning("%s is a mixture of experts: LoRA is %s.", type(llm).__name__, describe_lora(llm))
+
+
+def expert_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the experts of a mixture by name, each those of all experts of a layer: three dimensions."""
+    return {
+        f"{name}.{leaf}": p
+        for name, module in llm.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for leaf, p in module.named_parameters(recurse=False)
+        if p.ndim == 3
+    }
+
+
+def _expert_paths(llm: nn.Module) -> list[str]:
+    """The names of `expert_parameters` within a layer."""
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in expert_parameters(llm)})
+
+
+def describe_lora(llm: PreTrainedModel) -> str:
+    """What LoRA trains in an LLM and, of a mixture of experts, what it leaves out; without a full stop."""
+    layers = tuner_layers(llm)
+    trained = sum(p.numel() for p in llm.parameters() if p.requires_grad)
+    text = f"on {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}, {trained / 1e6:,.2f} M parameters"
+    experts = {name.replace(".base_layer", ""): p.numel() for name, p in expert_parameters(llm).items()}
+    frozen = sum(count for name, count in experts.items() if name.rpartition(".")[0] not in layers)
+    if frozen:
+        text += f"; experts ({frozen / 1e6:,.2f} M parameters), routers and layers named like them stay as they are"
+    return text
+
+
+def _target_beside_experts(llm: PreTrainedModel, config: LoraConfig) -> None:
+    """
+    Names the layers of a mixture of experts that LoRA is for in full.
+
+    PEFT reads `all-linear`, patterns and some names (`down_proj`, ...) as those of experts, in some architectures.
+    """
+    head: Any = llm.get_output_embeddings()
+    names = {name for name, module in llm.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    targets: Any = config.target_modules or ()
+    if targets == "all-linear":
+        config.target_modules = sorted(name for name in names if name.rpartition(".")[2] not in _EXPERT_NAMES)
+        return
+    if isinstance(targets, str):
+        chosen = {name for name, _ in llm.named_modules() if re.fullmatch(targets, name)}
+    else:
+        chosen = {name for name, _ in llm.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)}
+    refused = sorted({name.rpartition(".")[2] for name in chosen} & _EXPERT_NAMES)
+    if refused:
+        open_to = sorted({name.rpartition(".")[2] for name in names} - _EXPERT_NAMES)
+        raise ValueError(
+            f"`lora.target_modules` names {', '.join(map(repr, refused))}, which PEFT takes for the experts of "
+            f"{type(llm).__name__}. Name layers among {', '.join(open_to)}; train experts with "
+            f"`lora={{'target_parameters': {_expert_paths(llm)}}}`."
+        )
+    config.target_modules = sorted(chosen)
+
+
+def _check_targets(llm: PreTrainedModel, config: LoraConfig) -> None:
+    """Names the target that no layer has; PEFT speaks up only when all of them miss."""
+    parameters = [name for name, _ in llm.named_parameters()]
+    if absent := [t for t in config.target_parameters or () if not any(f".{n}".endswith(f".{t}") for n in parameters)]:
+        raise ValueError(
+            f"`lora.target_parameters` names {', '.join(map(repr, absent))}, which no parameter of "
+            f"{type(llm).__name__} is called. Its experts are {_expert_paths(llm)}."
+        )
+    targets = config.target_modules
+    if not targets or targets == "all-linear":
+        return
+    names = [name for name, module in llm.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [t for t in sorted(targets) if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if missing:
+        layers = sorted({n.rpartition(".")[2] for n in names if getattr(llm.get_submodule(n), "in_features", None)})
+        raise ValueError(
+            f"`lora.target_modules` names {', '.join(map(repr, missing))}, which no layer of {type(llm).__name__} is "
+            f"called. Its linear layers are {', '.join(layers)}; 'all-linear' takes all of them."
+        )
+
+
+def load_adapter_weights(llm: PreTrainedModel, file: Path) -> None:
+    """Loads adapter weights into the adapters that a model has."""
+    name = llm.active_adapters()[0]
+    own: Mapping[str, torch.Tensor] = get_peft_model_state_dict(llm, adapter_name=name)
+    # transformers and PEFT write the names of a wrapped model.
+    state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    wrong: Iterable[str] = sorted(own.keys() ^ state.keys()) or sorted(
+        f"{key} of shape {tuple(value.shape)}, not {tuple(own[key].shape)}"
+        for key, value in state.items()
+        if value.shape != own[key].shape
+    )
+    for first in wrong:
+        raise ValueError(
+            f"The adapter `{file}` does not fit {type(llm).__name__}: {first}. Load it on the LLM, and with the LoRA "
+            "configuration, that it was trained on."
+        )
+    set_peft_model_state_dict(llm, state, name)
+
+
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The PEFT layers of a model by name; of several around one module, as for the experts of a mixture, the outer."""
+    layers: dict[str, BaseTunerLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and name.removesuffix(".base_layer") not in layers:
+            layers[name] = module
+    return layers
+
+
+def base_state(llm: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """State dict of the LLM as if it had no adapters, by the names that it has without them."""
+    layers = tuner_layers(llm)
+    state = {
+        name: tensor
+        for name, tensor in llm.state_dict().items()
+        if not any(name.startswith(f"{layer}.") for layer in layers)
+    }
+    for name, layer in layers.items():
+        base = layer.get_base_layer().state_dict()
+        state.update({f"{name}.{key}": tensor for key, tensor in base.items()})
+    return state
+
+
+def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
+    """The LLM with its adapters merged into the weights."""
+    layers = tuner_layers(llm)
+    if not layers:
+        return llm
+    state = {
+        name: tensor.detach().cpu()
+        for name, tensor in llm.state_dict().items()
+        if not any(name.startswith(f"{layer}.") for layer in layers)
+    }
+    for name, layer in layers.items():
+        single: Any = copy.deepcopy(layer)
+        for part in tuple(single.modules()):
+            if isinstance(part, BaseTunerLayer):
+                part.merge(safe_merge=True)
+        base = single.get_base_layer().state_dict()
+        state.update({f"{name}.{key}": tensor.detach().cpu() for key, tensor in base.items()})
+    with torch.device("meta"):
+        merged = type(llm)._from_config(copy.deepcopy(llm.config), dtype=llm.dtype)
+    merged.load_state_dict(state, strict=True, assign=True)
+    for name, buffer in llm.named_buffers():  # those that are not in a state dict, such as rotary frequencies
+        if any(name.startswith(f"{layer}.") for layer in layers):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        merged.get_submodule(owner).register_buffer(leaf, buffer.detach().cpu(), persistent=name in state)
+    merged.tie_weights()
+    return merged.eval()
+
 
 LORA_FILE = "lora.safetensors"
 
 
 def attach_lora(part: Any, config: LoraConfig) -> None:
-    """
-    Adds trainable LoRA layers to a tower and freezes everything else of it.
-
-    Args:
-        part (`PreTrainedModel`): The tower; adapters that it has already are kept.
-        config (`LoraConfig`): Rank, scale and target modules.
-
-    Raises:
-        ValueError: if no layer matches, or the adapters could not be merged into the weights.
-    """
+    """Adds trainable LoRA layers to a tower and freezes everything else of it."""
     for name, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
         value = getattr(config, name, plain)
         if value != plain:
@@ -45,12 +263,7 @@ def attach_lora(part: Any, config: LoraConfig) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """
-    The LoRA layers of a model by name.
-
-    Raises:
-        ValueError: if an adapter layer is not a LoRA of a plain linear layer, for example of a quantised one.
-    """
+    """The LoRA layers of a model by name."""
     layers: dict[str, LoraLinear] = {}
     for name, layer in tuner_layers(model).items():
         if not isinstance(layer, LoraLinear) or type(layer.get_base_layer()).__name__ not in _LINEAR:
@@ -67,16 +280,7 @@ _LINEAR = ("Linear", "NonDynamicallyQuantizableLinear", "Eva02VisionOutputLinear
 
 
 def merged_state(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """
-    The state dict of a model with its adapters merged: `weight + scaling * B @ A`, computed in float32.
-
-    Args:
-        model (`nn.Module`): A model with or without LoRA layers; it is not changed.
-        state (mapping, *optional*): Its state dict, where that takes a gather over processes; else `state_dict()`.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Tensors under the names that the model has without adapters.
-    """
+    """The state dict of a model with its adapters merged: `weight + scaling * B @ A`, computed in float32."""
     state = model.state_dict() if state is None else state
     layers = lora_layers(model)
     merged = {}
@@ -129,3 +333,152 @@ def _add_delta(name: str, layer: LoraLinear, weight: torch.Tensor, state: Mappin
         down, up = (state[f"{name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
         total = total + layer.scaling[adapter] * (up @ down).to(total.device)
     return total.to(weight.dtype)
+
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def find_model(name_or_path: str, option: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model whose weights are there; they are neither loaded nor fetched."""
+    given = f"`--{option} {name_or_path}`"
+    try:
+        if not Path(name_or_path).is_dir() and (name_or_path[:1] in "/.~" or name_or_path.count("/") > 1):
+            raise OSError("there is no such folder.")
+        adapter = find_adapter(name_or_path)
+        name = name_or_path if adapter is None else adapter.settings["base_model"]
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{given} is no model that can be read: {' '.join(str(error).split())}") from error
+    folder: Path | None = Path(name)
+    if not Path(name).is_dir():
+        try:
+            folder, files = None, set(HfApi().list_repo_files(name))
+        except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError):
+            folder = Path(snapshot_download(name, local_files_only=True))
+    if folder is not None:
+        files = {file.name for file in folder.iterdir()}
+    found = [file for file in (*_WEIGHTS, getattr(config, "transformers_weights", None)) if file in files]
+    if not found:
+        raise ValueError(
+            f"{given} has a config, but no weights: none of {', '.join(_WEIGHTS)} is there. Give a folder that "
+            "`save_pretrained` wrote, or copy the weights there."
+        )
+    if folder is not None:
+        _check_files(folder, found[0], given)
+    return config
+
+
+def _check_files(folder: Path, file: str, given: str) -> None:
+    """Whether the shards that an index names are there, and safetensors files are as long as they say."""
+    names = [file]
+    if file.endswith(".index.json"):
+        names = sorted(set(json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{given} lacks the weights `{name}`, which its `{file}` names. Copy the folder again.")
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{given}: `{name}` is cut off or damaged ({error}). Copy it again.") from error
+
+
+def describe_trained(model: torch.nn.Module) -> str:
+    """What of a model is trained, part by part, and the memory of that with AdamW."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition(".")[0]
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    parts = ", ".join(f"{part} {_count(number)}" for part, number in counts.items())
+    memory = 16 * sum(counts.values()) / 2**30
+    return f"trained   {parts}; about {memory:,.1f} GiB with gradients and AdamW, without activations"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 50_000 else str(number)
+
+
+def describe_llm(
+    name_or_path: str, *, lora_rank: int | None, dtype: str | None = None, quantization: str | None = None
+) -> str:
+    """Size of an LLM, of its LoRA adapters on all linear layers, and the memory of both with AdamW."""
+    config = load_text_config(name_or_path).get_text_config()
+    with torch.device("meta"):
+        llm = AutoModel.from_config(config)
+    total = sum(parameter.numel() for parameter in llm.parameters())
+    trained, lora = total if lora_rank == 0 else 0, ""
+    if lora_rank:
+        adapter = find_adapter(name_or_path)
+        with torch.device("meta"):
+            add_lora(llm, lora_config({"r": lora_rank}) if adapter is None else adapter.lora())
+        trained = sum(parameter.numel() for parameter in llm.parameters() if parameter.requires_grad)
+        lora = f"; LoRA {describe_lora(llm)}"
+    weights = quantization or dtype or _name(config.dtype)
+    # Weight, gradient and AdamW's two moments in float32 for each trained number.
+    memory = total * _BYTES[weights] + 16 * trained
+    return (
+        f"LLM       {type(llm).__name__}, {total / 1e6:,.1f} M parameters in {weights}, {trained / 1e6:,.1f} M "
+        f"trained, about {memory / 2**30:,.1f} GiB without activations{lora}"
+    )
+
+
+def _name(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if name in _BYTES else "float32"
+
+
+def quantized_model_kwargs(quantization: str | QuantizationConfigMixin | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load an LLM quantised, on the GPU of this process."""
+    if quantization is None:
+        return {}
+    if isinstance(quantization, QuantizationConfigMixin):
+        if not isinstance(quantization, BitsAndBytesConfig):
+            # Other methods have other needs, which transformers checks; some run on a CPU.
+            return {"quantization_config": quantization}
+        config = quantization
+    elif quantization == "4bit":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    elif quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        raise ValueError(
+            f"`quantization` must be None, '4bit', '8bit' or a quantisation config of transformers, got "
+            f"{quantization!r}."
+        )
+    if not _has_bitsandbytes():
+        raise ImportError(
+            "`quantization` needs `bitsandbytes`, which is not installed. Install it with `pip install bitsandbytes`, "
+            "or leave `quantization` out."
+        )
+    if not _has_gpu():
+        raise RuntimeError("`quantization` with bitsandbytes needs a GPU, and torch finds none. Leave it out.")
+    # The process's own GPU under a launcher; bf16 for what stays unquantised, so that LoRA alone is float32.
+    return {"quantization_config": config, "device_map": {"": PartialState().device}, "dtype": torch.bfloat16}
+
+
+def quantization_label(llm: Any) -> str | None:
+    """The quantisation of a loaded LLM as one line of JSON, `None` for one that is not quantised."""
+    config = getattr(getattr(llm, "config", None), "quantization_config", None)
+    if config is None or not getattr(llm, "is_quantized", False):
+        return None
+    fields = config if isinstance(config, dict) else config.to_dict()
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+
+
+__all__ = ["attach_lora", "lora_layers", "lora_state", "merge_lora", "merged_state"]

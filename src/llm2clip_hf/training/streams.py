@@ -21,9 +21,6 @@ class EndlessStream(torch.utils.data.IterableDataset):
 
     Processes with unequal shares then never wait for one another: each goes on with its next pass, and training ends
     after `max_steps`. Batches run across the end of a pass, so no row is left out.
-
-    Args:
-        stream (`IterableDataset`): Gives this process and worker its own rows.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -45,9 +42,6 @@ class PlaceholderCollator:
     """
     Makes `{}` of a batch of empty samples, which a resumed stream yields for batches that are read and dropped; all
     other batches are those of a collator, which need not know of them.
-
-    Args:
-        collator (callable): The collator.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], Any]) -> None:
@@ -61,20 +55,7 @@ class PlaceholderCollator:
 
 
 def stream_loader(stream: Any, collator: Any, args: Any, batch_size: int) -> torch.utils.data.DataLoader:
-    """
-    The loader of a stream that shards itself; accelerate, which would shard it again, has no part in it.
-
-    Args:
-        stream (`IterableDataset`):
-            Its `len` must be the rows of each process and epoch, the same for all; without one it is read without an
-            end. Its method `loader(batch_size, num_workers=..., collate_fn=..., ...)` makes the loader if it has one.
-        collator: Makes the batches.
-        args (`TrainingArguments`): Workers and so on.
-        batch_size (`int`): Rows per batch; that of the arguments, or what `auto_find_batch_size` made of it.
-
-    Returns:
-        `DataLoader`: Batches of this process.
-    """
+    """The loader of a stream that shards itself; accelerate, which would shard it again, has no part in it."""
     options: dict[str, Any] = {
         "num_workers": args.dataloader_num_workers,
         "collate_fn": PlaceholderCollator(collator),
@@ -92,17 +73,7 @@ def stream_loader(stream: Any, collator: Any, args: Any, batch_size: int) -> tor
 
 
 def stream_state(stream: Any, args: Any, batch_size: int) -> dict[str, Any]:
-    """
-    What the order of a stream depends on, for a checkpoint.
-
-    Args:
-        stream (`IterableDataset`): One with `resume_at` has `state_dict` and `load_state_dict` too.
-        args (`TrainingArguments`): Workers, processes and accumulated micro-batches.
-        batch_size (`int`): Rows per batch.
-
-    Returns:
-        `dict`: entries that JSON knows; the same on all processes.
-    """
+    """What the order of a stream depends on, for a checkpoint."""
     workers = args.dataloader_num_workers
     state: dict[str, Any] = {
         "per_device_train_batch_size": batch_size,
@@ -118,19 +89,7 @@ def stream_state(stream: Any, args: Any, batch_size: int) -> dict[str, Any]:
 def resume_stream(
     stream: Any, saved: Mapping[str, Any] | None, state: Mapping[str, Any], position: tuple[int, int]
 ) -> None:
-    """
-    Lets a stream go on where a run was interrupted, if it would read on in the same order.
-
-    Args:
-        stream (`IterableDataset`): The stream; one with `resume_at` decodes nothing of what is skipped.
-        saved (`dict`, *optional*): `stream_state` of the interrupted run; nothing is compared without.
-        state (`dict`): `stream_state` of this run.
-        position (`tuple[int, int]`): Epoch, and batches of this process in it, that were trained.
-
-    Raises:
-        ValueError: if another number of workers, processes or rows per batch, or other shards, seed or shuffle buffer,
-            would read samples twice and leave others out.
-    """
+    """Lets a stream go on where a run was interrupted, if it would read on in the same order."""
     epoch, batches = position
     if saved is not None:
         # Between epochs, the number of workers may change.

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes and captions of the demo: repeatable, split cleanly, and every caption tells the truth."""
+
+import random
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from llm2clip_hf.demo import captions as text
+from llm2clip_hf.demo.captions import (
+    PAIRED,
+    WORDINGS,
+    DemoData,
+    caption,
+    dictionary_line,
+    glossary,
+    make_data,
+    text_pairs,
+)
+from llm2clip_hf.demo.language_model import build_tokenizer
+from llm2clip_hf.demo.scenes import (
+    CELL,
+    COLOURS,
+    DIGITS,
+    IMAGE_SIZE,
+    PlacedDigit,
+    Scene,
+    digit_scans,
+    render,
+    sample_scenes,
+    split_scans,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return sample_scenes(400, split_scans()["train"], seed=3, num_digits=(1, 2, 3))
+
+
+def small_data(split: str = "test", seed: int = 0) -> DemoData:
+    return make_data(num_text=300, num_pairs=60, num_held_out=70, num_single=30, split=split, seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+
+
+def test_scenes_follow_their_seed() -> None:
+    scans = split_scans()["train"]
+    assert sample_scenes(20, scans, seed=1) == sample_scenes(20, scans, seed=1)
+    assert sample_scenes(20, scans, seed=1) != sample_scenes(20, scans, seed=2)
+    assert small_data(seed=4) == small_data(seed=4)
+
+
+def test_scans_are_split_without_overlap_and_by_digit() -> None:
+    parts = split_scans()
+    labels = digit_scans()[1]
+    flat = [scan for part in parts.values() for scans in part for scan in scans]
+    assert sorted(flat) == list(range(len(labels)))
+    for part in parts.values():
+        for digit, scans in enumerate(part):
+            assert set(labels[scans]) == {digit}
+    assert split_scans(0) != split_scans(1)
+
+
+def test_held_out_scenes_and_scans_are_not_in_training() -> None:
+    for split in ("test", "validation"):
+        data = small_data(split)
+        trained = {scene.facts for scene in data.text + data.pairs}
+        assert not trained & {scene.facts for scene in data.held_out}
+        used = {d.scan for scene in data.text + data.pairs for d in scene.digits}
+        assert not used & {d.scan for scene in data.held_out + data.held_out_single for d in scene.digits}
+    test, validation = small_data("test"), small_data("validation")
+    assert not {s.facts for s in test.held_out} & {s.facts for s in validation.held_out}
+    scans = [{d.scan for s in data.held_out + data.held_out_single for d in s.digits} for data in (test, validation)]
+    assert not scans[0] & scans[1]
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_a_caption_identifies_its_held_out_scene(wording: str) -> None:
+    told = [caption(scene, wording) for scene in small_data().held_out]
+    assert len(set(told)) == len(told)
+
+
+def test_digits_of_a_scene_differ(scenes: list[Scene]) -> None:
+    assert {len(scene.digits) for scene in scenes} == {1, 2, 3}
+    for scene in scenes:
+        for values in zip(*[(d.digit, d.colour, (d.row, d.column)) for d in scene.digits]):
+            assert len(set(values)) == len(scene.digits)
+
+
+def test_a_picture_shows_the_scan_in_its_cell_and_colour() -> None:
+    scan = int(np.flatnonzero(digit_scans()[1] == 4)[0])
+    for size, colour, row, column in [("small", "red", 0, 2), ("large", "green", 2, 0)]:
+        offset = (2, 2) if size == "small" else (0, 0)
+        scene = Scene((PlacedDigit(4, colour, size, row, column, scan, offset),), noise_seed=5)
+        empty = Scene((), noise_seed=5)
+        shown, background = (np.asarray(render(s), dtype=float) for s in (scene, empty))
+        assert shown.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+        outside[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = False
+        np.testing.assert_array_equal(shown[outside], background[outside])
+        cell = shown[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        brightest = cell.reshape(-1, 3)[cell.sum(-1).argmax()]
+        np.testing.assert_allclose(brightest, COLOURS[colour], atol=3)
+        if size == "small":
+            ink = digit_scans()[0][scan]
+            window = cell[2:10, 2:10]
+            np.testing.assert_allclose(window[ink == 1], np.broadcast_to(COLOURS[colour], window[ink == 1].shape))
+        np.testing.assert_array_equal(np.asarray(render(scene)), shown)
+
+
+# ---------------------------------------------------------------------------------- captions, read back word for word
+
+GERMAN = ("Null", "Eins", "Zwei", "Drei", "Vier", "F\u00fcnf", "Sechs", "Sieben", "Acht", "Neun")
+SPANISH = ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve")
+GERMAN_COLOURS = {"rot": "red", "gr\u00fcn": "green", "blau": "blue", "gelb": "yellow", "wei\u00df": "white"}
+GERMAN_COLOURS["violett"] = "purple"
+SPANISH_COLOURS = {"rojo": "red", "verde": "green", "azul": "blue", "amarillo": "yellow", "blanco": "white"}
+SPANISH_COLOURS["morado"] = "purple"
+ENGLISH_COLOURS = {colour: colour for colour in COLOURS}
+SIZE_WORDS = {"small": "small", "tiny": "small", "kleine": "small", "peque\u00f1o": "small"}
+SIZE_WORDS |= {"large": "large", "huge": "large", "gro\u00dfe": "large", "grande": "large"}
+# A word that occurs in a place and what it says of the row or the column; the middle is where nothing else is said.
+ROW_WORDS = {"top": 0, "upper": 0, "north": 0, "oben": 0, "arriba": 0}
+ROW_WORDS |= {"bottom": 2, "lower": 2, "south": 2, "unten": 2, "abajo": 2}
+COLUMN_WORDS = {"left": 0, "west": 0, "links": 0, "izquierda": 0, "right": 2, "east": 2, "rechts": 2, "derecha": 2}
+
+# Wording: (separator of clauses, pattern of a clause).
+CLAUSES = {
+    "english_dense": (r", | and (?=a )", r"a (?P<size>\w+) (?P<colour>\w+) (?P<digit>\w+) (?P<place>(at|on|in) .+)"),
+    "english_corners": (r"; ", r"(?P<place>the .+) holds a (?P<colour>\w+) (?P<digit>\w+) of (?P<size>\w+) size"),
+    "english_compass": (r"\. ", r"(?P<size>\w+), (?P<colour>\w+) and (?P<place>[\w ]+): (?P<digit>\w+)"),
+    "german_dense": (r", ", r"(?P<place>.+) steht eine (?P<size>\w+) (?P<colour>\w+)e (?P<digit>\w+)"),
+    "spanish_dense": (r", ", r"un (?P<digit>\w+) (?P<colour>\w+) y (?P<size>\w+) (?P<place>.+)"),
+    "english_short": (r", | and ", r"a (?P<colour>\w+) (?P<digit>\w+)"),
+    "german_short": (r", | und ", r"eine (?P<colour>\w+)e (?P<digit>\w+)"),
+    "spanish_short": (r", | y ", r"un (?P<digit>\w+) (?P<colour>\w+)"),
+}
+ABOVE, BELOW, LEFT, RIGHT = "above", "below", "left", "right"
+# Wording: (pattern of the relation sentence, meaning of its word); `a` stands in this relation to `b`.
+RELATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "english_dense": (
+        r"the (?P<a>\w+ \w+) is (?P<word>.+) the (?P<b>\w+ \w+)",
+        {"above": ABOVE, "below": BELOW, "left of": LEFT, "right of": RIGHT},
+    ),
+    "english_corners": (
+        r"(?P<word>\w+) the (?P<b>\w+ \w+) stands the (?P<a>\w+ \w+)",
+        {"over": ABOVE, "under": BELOW, "before": LEFT, "after": RIGHT},
+    ),
+    "english_compass": (
+        r"(?P<a>\w+) lies (?P<word>\w+) from (?P<b>\w+)",
+        {"northward": ABOVE, "southward": BELOW, "westward": LEFT, "eastward": RIGHT},
+    ),
+    "german_dense": (
+        r"die (?P<a>\w+ \w+) ist (?P<word>.+) der (?P<b>\w+ \w+)",
+        {"oberhalb": ABOVE, "unterhalb": BELOW, "links von": LEFT, "rechts von": RIGHT},
+    ),
+    "spanish_dense": (
+        r"el (?P<a>\w+ \w+) queda (?P<word>.+) del (?P<b>\w+ \w+)",
+        {"encima": ABOVE, "debajo": BELOW, "a la izquierda": LEFT, "a la derecha": RIGHT},
+    ),
+}
+
+
+def language_of(wording: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    return {
+        "english": (DIGITS, ENGLISH_COLOURS),
+        "german": (GERMAN, GERMAN_COLOURS),
+        "spanish": (SPANISH, SPANISH_COLOURS),
+    }[wording.split("_")[0]]
+
+
+def read_clause(clause: str, wording: str) -> tuple:
+    digits, colours = language_of(wording)
+    match = re.fullmatch(CLAUSES[wording][1], clause)
+    assert match, clause
+    found = match.groupdict()
+    told: tuple = (digits.index(found["digit"]), colours[found["colour"]])
+    if "place" in found:
+        words = found["place"].split()
+        row = next((ROW_WORDS[word] for word in words if word in ROW_WORDS), 1)
+        column = next((COLUMN_WORDS[word] for word in words if word in COLUMN_WORDS), 1)
+        told += (SIZE_WORDS[found["size"]], row, column)
+    return told
+
+
+def find(scene: Scene, name: str, wording: str) -> PlacedDigit:
+    digits, colours = language_of(wording)
+    words = name.split()
+    digit = next(digits.index(word) for word in words if word in digits)
+    (placed,) = [d for d in scene.digits if d.digit == digit]
+    for word in set(words) - set(digits):  # an inflected German colour starts with its stem
+        assert next(colour for stem, colour in colours.items() if word.startswith(stem)) == placed.colour
+    return placed
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_captions_tell_the_facts_of_the_scene(wording: str, backwards: bool, scenes: list[Scene]) -> None:
+    for scene in scenes:
+        told = caption(scene, wording, backwards=backwards)
+        relation = None
+        if wording in RELATIONS:
+            assert told.endswith(".")
+            told = told[:-1]
+            if len(scene.digits) > 1:
+                told, relation = told.rsplit(". ", 1)
+        read = [read_clause(clause, wording) for clause in re.split(CLAUSES[wording][0], told)]
+        facts = [(d.digit, d.colour, d.size, d.row, d.column)[: len(read[0])] for d in scene.digits]
+        assert read == (facts[::-1] if backwards else facts)
+        if relation is not None:
+            pattern, meanings = RELATIONS[wording]
+            match = re.fullmatch(pattern, relation)
+            assert match, relation
+            a, b = find(scene, match["a"], wording), find(scene, match["b"], wording)
+            holds: dict[str, Callable[[], bool]] = {
+                ABOVE: lambda a=a, b=b: a.row < b.row,
+                BELOW: lambda a=a, b=b: a.row > b.row,
+                LEFT: lambda a=a, b=b: a.row == b.row and a.column < b.column,
+                RIGHT: lambda a=a, b=b: a.row == b.row and a.column > b.column,
+            }
+            assert a is not b
+            assert holds[meanings[match["word"]]](), told
+
+
+def test_glossary_translates() -> None:
+    entries = {frozenset(entry) for entry in glossary()}
+    for digits in zip(DIGITS, GERMAN, SPANISH):
+        assert frozenset(digits) in entries
+    colours = {(e, g, s) for g, e in GERMAN_COLOURS.items() for s, other in SPANISH_COLOURS.items() if e == other}
+    for english, german, spanish in colours:
+        assert frozenset({english, f"{german}e", f"{german}en", spanish}) in entries
+    line = dictionary_line(random.Random(1))
+    for entry in line.removesuffix(".").split("; "):
+        terms = set(entry.split(" = "))
+        assert len(terms) == 3
+        assert any(terms <= known for known in entries)
+
+
+# ------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_images_are_paired_with_english_in_some_wordings_only() -> None:
+    data = small_data()
+    unpaired = [wording for wording in WORDINGS if wording not in PAIRED]
+    assert {"english_compass", "german_dense", "spanish_dense"} <= set(unpaired)
+    for source, rows in data.pair_captions.items():
+        assert len(rows) == len(data.pairs) == len(data.pair_images)
+        for scene, captions in zip(data.pairs, rows):
+            allowed = {caption(scene, w, backwards=b) for w in PAIRED for b in (False, True)}
+            assert set(captions) <= allowed
+            assert all(("short" in source) == ("." not in told) for told in captions)
+    words = {
+        word for rows in data.pair_captions.values() for row in rows for c in row for word in re.findall(r"\w+", c)
+    }
+    foreign = {*GERMAN, *SPANISH, *text.GERMAN_COLOURS.values(), *text.SPANISH_COLOURS.values()}
+    assert not words & foreign
+    assert not words & {"tiny", "huge", "north", "south", "east", "west", "lies"}
+
+
+def test_stage1_rows_tell_one_scene_twice() -> None:
+    scenes = small_data().text
+    rows = text_pairs(scenes, seed=0)
+    assert rows == text_pairs(scenes, seed=0)
+    languages = set()
+    for scene, (first, second) in zip(scenes, rows):
+        told = {caption(scene, w, backwards=b): w.split("_")[0] for w in WORDINGS for b in (False, True)}
+        assert first != second
+        languages.add((told[first], told[second]))
+    assert languages == {(a, b) for a, b in [("english", b) for b in ("english", "german", "spanish")]} | {
+        ("german", "german"),
+        ("spanish", "spanish"),
+    }
+
+
+def test_tokenizer_knows_every_word_and_wraps_texts() -> None:
+    data = small_data()
+    tokenizer = build_tokenizer(data.text)
+    rng = random.Random(0)
+    texts = [caption(s, w, backwards=b) for s in data.held_out for w in WORDINGS for b in (False, True)]
+    texts += [dictionary_line(rng) for _ in range(50)]
+    for ids in tokenizer(texts)["input_ids"]:
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.unk_token_id not in ids
+        assert ids.count(tokenizer.bos_token_id) == 1

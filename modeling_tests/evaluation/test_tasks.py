@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks from files of every layout give what the functions on tensors give; bad data stop with the item's name."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny_models
+import torch
+from evaluation_data import CAPTIONS, clip, picture, write_image_folder, write_parquet
+
+from llm2clip_hf.data import embed_captions, embedding_fingerprint, source_splits
+from llm2clip_hf.evaluation import (
+    encode_images,
+    encode_texts,
+    evaluate_caption_retrieval,
+    evaluate_retrieval,
+    evaluate_zero_shot_classification,
+    retrieval_metrics,
+)
+from llm2clip_hf.evaluation.tasks.definitions import TASKS, resolve_tasks
+from llm2clip_hf.evaluation.tasks.loading import load_task_data, locate
+from llm2clip_hf.evaluation.tasks.report import PUBLISHED
+from llm2clip_hf.evaluation.tasks.runner import evaluate_tasks
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Any, Any]:
+    return clip()
+
+
+def images(count: int = len(CAPTIONS)) -> list[Any]:
+    return [picture(number) for number in range(count)]
+
+
+def result(parts: tuple[Any, Any], *specs: str, **options: Any) -> dict[str, Any]:
+    evaluation = evaluate_tasks(*parts, resolve_tasks(specs), batch_size=3, **options)
+    [record] = evaluation.results.values()
+    return record
+
+
+# --------------------------------------------------------------------------------------------------------------- specs
+
+
+def test_tasks_are_named_in_four_ways(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "pairs")
+    (tmp_path / "own.yaml").write_text(
+        "letters: {kind: zero-shot, path: pairs, class_names: [a, b], num_images: 7}\n"
+        "story: {path: elsewhere.parquet}\n"
+    )
+    specs = ["coco", "cross-lingual:x/emoji.parquet?languages=de,fr&where=split:test", str(tmp_path / "own.yaml")]
+    coco, emoji, letters, story, pairs = resolve_tasks([*specs, str(tmp_path / "pairs")])
+    assert coco is TASKS["coco"]
+    assert (emoji.name, emoji.languages, emoji.where) == ("x/emoji", ("de", "fr"), {"split": "test"})
+    assert (letters.path, letters.class_names, letters.num_images) == (str(tmp_path / "pairs"), ("a", "b"), 7)
+    assert (story.kind, story.path) == ("retrieval", "elsewhere.parquet")
+    assert pairs.kind == "retrieval"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("koko", "no task or file `koko`"),
+        ("cra:", "names no path"),
+        ("retrieval:a.parquet?colour=red", "no setting `colour`"),
+        ("retrieval:a.parquet?first_captions=none", "`first_captions` .* is 'none'"),
+        ("retrieval:a.parquet?where=split", "where=COLUMN:VALUE"),
+        ("missing.yaml", "does not exist"),
+    ],
+)
+def test_wrong_specs_are_named(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_tasks([spec])
+
+
+def test_a_name_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'coco'.* more than once"):
+        resolve_tasks(["coco", "coco"])
+
+
+def test_a_name_twice_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    for side, count in (("p", 5), ("q", 3)):
+        write_image_folder(tmp_path / side / "x" / "same", CAPTIONS[:count])
+    for pair in (("p", "p"), ("p", "q")):
+        specs = [str(tmp_path / side / "x" / "same") for side in pair]
+        for tasks in (specs, [*resolve_tasks(specs[:1]), specs[1]]):
+            with pytest.raises(ValueError, match="'x/same'.* more than once"):
+                evaluate_tasks(None, None, tasks)  # nothing is measured, so there need be no model
+    with pytest.raises(ValueError, match="`coco` is one task"):
+        resolve_tasks("coco")
+
+
+def test_definitions_are_complete() -> None:
+    for name, task in TASKS.items():
+        assert task.name == name and task.title and task.source and task.protocol
+        if task.hub is not None:
+            assert re.fullmatch("[0-9a-f]{40}", task.hub.revision)
+            dataclasses.replace(task, **dict(task.hub.columns))
+    assert {name for row in PUBLISHED for name in row.scores} <= set(TASKS)
+    assert len(TASKS["xm3600"].languages or ()) == TASKS["xm3600"].num_languages == 36
+
+
+# ----------------------------------------------------------------------------------------------------------- retrieval
+
+
+def test_retrieval_equals_the_function_in_every_layout(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    expected = evaluate_retrieval(parts[0], images(), CAPTIONS, processor=parts[1])
+    columns = {"captions": CAPTIONS, "image_id": list(range(5))}
+    parquet = write_parquet(tmp_path / "data" / "pairs.parquet", columns, tmp_path / "source")
+    folder = write_image_folder(tmp_path / "folder")
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_parquet(str(parquet)).save_to_disk(str(saved))
+    digests = set()
+    for path in (parquet, parquet.parent, folder, folder / "metadata.jsonl", saved):
+        record = result(parts, f"retrieval:{path}")
+        assert record["metrics"] == pytest.approx(expected), path
+        assert record["counts"] == {"images": 5, "captions": 15}
+        digests.add(record["fingerprint"]["captions_sha256"])
+    assert len(digests) == 1
+    assert len(result(parts, f"retrieval:{folder}")["fingerprint"]["annotation_sha256"]) == 64
+
+
+def test_benchmarks_come_from_the_data_root(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "coco")
+    task = dataclasses.replace(TASKS["coco"], num_images=5, first_captions=2, captions_per_image=2)
+    [record] = evaluate_tasks(*parts, [task], data_root=tmp_path).results.values()
+    two = [texts[:2] for texts in CAPTIONS]
+    assert record["metrics"] == pytest.approx(evaluate_retrieval(parts[0], images(), two, processor=parts[1]))
+    assert record["published"] == "coco"
+    everything = dataclasses.replace(TASKS["coco-all"], num_images=5)
+    assert load_task_data(everything, tmp_path).counts["captions"] == 15
+
+
+def test_rows_are_selected_and_limited(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    columns = {"captions": CAPTIONS, "split": ["test", "train", "test", "test", "train"]}
+    path = write_parquet(tmp_path / "pairs.parquet", columns, tmp_path / "source")
+    rows = [0, 2, 3]
+    record = result(parts, f"retrieval:{path}?where=split:test")
+    chosen = [picture(row) for row in rows], [CAPTIONS[row] for row in rows]
+    assert record["metrics"] == pytest.approx(evaluate_retrieval(parts[0], *chosen, processor=parts[1]))
+    record = result(parts, f"retrieval:{path}", max_images=3)
+    assert record["partial"] and record["counts"] == {"images": 3, "captions": 9}
+    assert record["metrics"] == pytest.approx(
+        evaluate_retrieval(parts[0], images(3), CAPTIONS[:3], processor=parts[1])
+    )
+
+
+def test_stored_embeddings_replace_the_llm(tmp_path: Path) -> None:
+    model, processor = tiny_models.model(), tiny_models.processor()
+    folder = write_image_folder(tmp_path / "folder")
+    expected = result((model, processor), f"retrieval:{folder}")
+    embed_captions(model, CAPTIONS, tmp_path / "store", tokenizer=processor.tokenizer, dtype="float32")
+    without = tiny_models.model(text=None)
+    without.load_state_dict({key: value for key, value in model.state_dict().items() if "text_model" not in key})
+    record = result((without, processor), f"retrieval:{folder}", text_embeddings=[tmp_path / "store"])
+    assert record["stored_texts"] and not expected["stored_texts"]
+    assert record["metrics"] == pytest.approx(expected["metrics"])
+    other = write_image_folder(tmp_path / "other", CAPTIONS[:3])
+    with pytest.raises(ValueError, match="other` needs an LLM"):
+        result((without, processor), f"retrieval:{other}", text_embeddings=[tmp_path / "store"])
+
+
+def test_stores_are_compared_with_the_model(
+    parts: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor, other = tiny_models.processor(), tiny_models.model(seed=1)
+    folder = write_image_folder(tmp_path / "folder")
+    options: dict[str, Any] = {"tokenizer": processor.tokenizer, "show_progress": False}
+    store = embed_captions(other, CAPTIONS, tmp_path / "store", **options)
+    half = embed_captions(tiny_models.model(seed=1).bfloat16(), CAPTIONS, tmp_path / "half", **options)
+    without = tiny_models.model(text=None)
+    named = tiny_models.model(text=None, text_fingerprint=tiny_fingerprint(processor))
+    for model in (tiny_models.model(), named):
+        for own in (store, half):
+            with pytest.raises(ValueError, match="another text encoder than .*`weights_sha256`"):
+                result((model, processor), f"retrieval:{folder}", text_embeddings=[own.path])
+            with pytest.raises(ValueError, match="another text encoder than .*`weights_sha256`"):
+                evaluate_retrieval(model, images(), own, processor=processor)
+    # The LLM itself, in either type of the weights, and a model that knows of no LLM.
+    for model in (other, without, tiny_models.model(text=None, text_fingerprint=store.fingerprint)):
+        for own in (store, half):
+            record = result((model, processor), f"retrieval:{folder}", text_embeddings=[own.path])
+            assert record["text_fingerprint"] == own.fingerprint
+    with pytest.raises(ValueError, match="which a CLIPModel does not take"):
+        result(parts, f"retrieval:{folder}", text_embeddings=[store.path])
+    three = write_image_folder(tmp_path / "three", CAPTIONS[:3])
+    assert not result((other, processor), f"retrieval:{three}", text_embeddings=[store.path])["stored_texts"]
+    assert "of the captions of no task" in caplog.text
+
+
+def tiny_fingerprint(processor: Any) -> dict[str, Any]:
+    model = tiny_models.model()
+    return embedding_fingerprint(
+        model.text_model, processor.tokenizer, text_prefix_length=model.config.text_prefix_length
+    )
+
+
+def test_gallery_holds_the_best_images(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "folder")
+    evaluation = evaluate_tasks(*parts, [f"retrieval:{folder}"])
+    [(_, rows)] = evaluation.galleries.values()
+    similarity = (
+        encode_texts(parts[0], [row.query for row in rows], processor=parts[1])
+        @ encode_images(parts[0], images(), processor=parts[1]).T
+    )
+    owners = {text: image for image, texts in enumerate(CAPTIONS) for text in texts}
+    for row, scores in zip(rows, similarity):
+        assert row.right == owners[row.query]
+        assert row.found == scores.argsort(descending=True).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- cross-lingual
+
+LANGS = [["en", "de"], ["en", "de"], ["en"], ["de", "en"], ["en", "de", "fr"]]
+TEXTS = [["a boat", "ein Boot"], ["dog", "Hund"], ["people"], ["das Meer", "the sea"], ["grass", "Gras", "herbe"]]
+
+
+def cross_lingual_oracle(parts: tuple[Any, Any], language: str) -> dict[str, float]:
+    pairs = [(row, text) for row in range(5) for name, text in zip(LANGS[row], TEXTS[row]) if name == language]
+    image_embeds = encode_images(parts[0], [picture(row) for row, _ in pairs], processor=parts[1])
+    text_embeds = encode_texts(parts[0], [text for _, text in pairs], processor=parts[1])
+    return retrieval_metrics(image_embeds, text_embeds, torch.arange(len(pairs)))
+
+
+@pytest.mark.parametrize("layout", ["lists", "rows"])
+def test_cross_lingual_measures_each_language(parts: tuple[Any, Any], tmp_path: Path, layout: str) -> None:
+    if layout == "lists":
+        columns: dict[str, Any] = {"langs": LANGS, "texts": TEXTS, "image_id": list("abcde")}
+        path = write_parquet(tmp_path / "t.parquet", columns, tmp_path / "source")
+    else:
+        flat = [(row, name, text) for row in range(5) for name, text in zip(LANGS[row], TEXTS[row])]
+        rows = {
+            "image": [picture(row) for row, _, _ in flat],
+            "image_id": ["abcde"[row] for row, _, _ in flat],
+            "language": [name for _, name, _ in flat],
+            "captions": [[text] for _, _, text in flat],
+        }
+        path = tmp_path / "t.parquet"
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
+    record = result(parts, f"cross-lingual:{path}")
+    expected = {language: cross_lingual_oracle(parts, language) for language in ("de", "en")}
+    assert set(record["languages"]) == set(expected)
+    for language, metrics in expected.items():
+        own = record["languages"][language]
+        assert {key: own[key] for key in metrics} == pytest.approx(metrics)
+        assert own["num_images"] == own["num_texts"] == {"de": 4, "en": 5}[language]
+    key = "text_to_image_recall@1"
+    assert record["metrics"][key] == pytest.approx((expected["de"][key] + expected["en"][key]) / 2)
+    assert record["skipped"] == {"languages_with_too_few_images": ["fr"]}
+    assert set(result(parts, f"cross-lingual:{path}?languages=de")["languages"]) == {"de"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"langs": [["en"]], "texts": [["a", "b"]]}, "`row 0` has 1 languages and 2 texts"),
+        ({"langs": [["en", "de"]], "texts": [["a", ""]]}, "`row 0`, language `de`, has the text ''"),
+        ({"captions": [["a"]]}, "no column of languages"),
+        ({"language": ["en"], "captions": [["a"]]}, "one row per language"),
+    ],
+)
+def test_bad_cross_lingual_tables_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    path = write_parquet(tmp_path / "t.parquet", columns, tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        load_task_data(resolve_tasks([f"cross-lingual:{path}?min_images=1"])[0])
+
+
+def test_empty_texts_are_counted_when_skipped(tmp_path: Path) -> None:
+    columns = {"langs": [["en", "de"]] * 2, "texts": [["a", ""], ["b", "c"]]}
+    path = write_parquet(tmp_path / "t.parquet", columns, tmp_path / "source")
+    data = load_task_data(resolve_tasks([f"cross-lingual:{path}?min_images=1"])[0], on_bad_row="skip")
+    assert data.skipped["texts"] == 1 and "language `de`" in data.skipped["examples"][0]
+
+
+# ---------------------------------------------------------------------------------------------- zero-shot and captions
+
+
+def test_zero_shot_equals_the_function_in_every_layout(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    names, labels = ["boat", "dog", "sea"], [0, 1, 1, 2, 2]
+    expected = evaluate_zero_shot_classification(parts[0], images(), labels, names, processor=parts[1])
+    for number, label in enumerate(labels):
+        (tmp_path / "folders" / names[label]).mkdir(parents=True, exist_ok=True)
+        picture(number).save(tmp_path / "folders" / names[label] / f"{number}.png")
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    columns = {"label": labels, "name": [names[label] for label in labels]}
+    path = write_parquet(tmp_path / "t.parquet", columns, tmp_path / "source")
+    for spec in (
+        f"zero-shot:{tmp_path / 'folders'}",
+        f"zero-shot:{path}?label_column=name",
+        f"zero-shot:{path}?class_names={tmp_path / 'names.txt'}",
+    ):
+        record = result(parts, spec)
+        assert record["metrics"] == pytest.approx(expected), spec
+        assert record["counts"] == {"images": 5, "classes": 3, "templates": 1}
+
+
+def test_bad_classes_are_named(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", {"label": [0, 1, 2]}, tmp_path / "source")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "two.txt").write_text("boat\ndog\n")
+    for query, message in (
+        ("", "classes have no names"),
+        (f"?class_names={tmp_path / 'empty.txt'}", "empty.txt.* is empty"),
+        (f"?class_names={tmp_path / 'two.txt'}", "`row 2` has the label 2"),
+        ("?label_column=colour", "no column `colour`"),
+        (f"?class_names={tmp_path / 'none.txt'}", "none.txt` .* does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            result(parts, f"zero-shot:{path}{query}")
+    missing = write_parquet(tmp_path / "m.parquet", {"label": ["a", None, "b"]}, tmp_path / "source")
+    with pytest.raises(ValueError, match="`row 1` has the label None"):
+        result(parts, f"zero-shot:{missing}")
+    assert result(parts, f"zero-shot:{missing}", on_bad_row="skip")["skipped"]["rows"] == 1
+
+
+def test_other_names_of_the_imagenet_classes_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "imagenet" / "t.parquet", {"label": [0, 1]}, tmp_path / "source")
+    (tmp_path / "imagenet" / "classes.txt").write_text("tench\ngoldfish\n")
+    task = dataclasses.replace(TASKS["imagenet"], num_images=2, num_classes=2)
+    with pytest.raises(ValueError, match="class names are not OpenAI's"):
+        load_task_data(task, tmp_path)
+    # A folder with names alone is no copy: the images are still those of the Hub.
+    (tmp_path / "imagenet" / "t.parquet").unlink()
+    location = locate(TASKS["imagenet"], tmp_path)
+    assert location.source == "mteb/wds_imagenet1k"
+    assert location.definition.class_names == str(tmp_path / "imagenet" / "classes.txt")
+
+
+def test_caption_task_equals_the_function(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "coco")
+    expected = evaluate_caption_retrieval(parts[0], CAPTIONS, processor=parts[1])
+    assert result(parts, f"cra:{folder / 'metadata.jsonl'}")["metrics"] == pytest.approx(expected)
+    task = dataclasses.replace(TASKS["cra"], num_images=5)
+    [record] = evaluate_tasks(*parts, [task], data_root=tmp_path).results.values()
+    assert record["metrics"] == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad data
+
+
+def test_counts_that_differ_are_errors(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "coco")
+    with pytest.raises(ValueError, match="Task `coco`: the data have 5 images, the definition says 5000"):
+        load_task_data(TASKS["coco"], tmp_path)
+    captions = [*CAPTIONS[:4], ["alone"]]
+    write_image_folder(tmp_path / "flickr30k", captions)
+    task = dataclasses.replace(TASKS["flickr30k"], num_images=5, captions_per_image=3)
+    with pytest.raises(ValueError, match="Image `4.png` has 1 captions, the definition says 3"):
+        load_task_data(task, tmp_path)
+
+
+def test_missing_and_unnamed_images_and_repeated_ids_are_errors(tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "folder")
+    (folder / "3.png").rename(folder / "other.png")
+    with pytest.raises(ValueError, match="3.png"):
+        load_task_data(resolve_tasks([f"retrieval:{folder}"])[0])
+    data = load_task_data(resolve_tasks([f"retrieval:{folder}"])[0], on_bad_row="skip")
+    assert data.counts["images"] == 4 and data.skipped["rows"] == 2  # the missing one and the one without captions
+    columns = {"captions": CAPTIONS[:3], "image_id": [7, 8, 7]}
+    path = write_parquet(tmp_path / "t.parquet", columns, tmp_path / "source")
+    with pytest.raises(ValueError, match="id '7' .* rows 0 and 2"):
+        load_task_data(resolve_tasks([f"retrieval:{path}"])[0])
+
+
+def test_data_that_are_nowhere_are_named(tmp_path: Path) -> None:
+    for root in (None, tmp_path):
+        with pytest.raises(ValueError, match="Task `urban1k` has no data.*no copy on the Hub is known"):
+            locate(TASKS["urban1k"], root)
+    location = locate(TASKS["docci"], tmp_path)
+    assert (location.source, location.definition.caption_columns) == ("not-lain/docci", ("description",))
+    with pytest.raises(ValueError, match="no folder"):
+        locate(TASKS["coco"], tmp_path / "none")
+
+
+def test_copies_on_the_hub_are_opened_at_their_revision(
+    parts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns as the Hub's copies have them; XM3600 has one split per language, its rows in any order."""
+
+    def load_dataset(repo: str, subset: str | None, *, split: str, revision: str) -> datasets.Dataset:
+        assert revision == {"not-lain/docci": TASKS["docci"], "mteb/xm3600": TASKS["xm3600"]}[repo].hub.revision
+        order = [2, 0, 1] if split == "de" else [0, 1, 2]
+        columns: dict[str, Any] = {
+            "image": [picture(row) for row in order],
+            "description": [CAPTIONS[row][0] for row in order],
+            "captions": [[f"{split} {text}" for text in CAPTIONS[row]] for row in order],
+        }
+        columns |= {name: [f"id{row}" for row in order] for name in ("example_id", "image_id")}
+        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+    with pytest.raises(ValueError, match="Task `docci`: The data set `not-lain/docci` at revision 0bab.* Hub"):
+        load_task_data(TASKS["docci"])
+    monkeypatch.setattr(source_splits, "load_dataset", load_dataset)
+    docci = dataclasses.replace(TASKS["docci"], num_images=3)
+    [record] = evaluate_tasks(*parts, [docci]).results.values()
+    first = [texts[:1] for texts in CAPTIONS[:3]]
+    assert record["metrics"] == pytest.approx(evaluate_retrieval(parts[0], images(3), first, processor=parts[1]))
+    assert record["fingerprint"]["revision"] == TASKS["docci"].hub.revision
+
+    languages = dataclasses.replace(TASKS["xm3600"], languages=("en", "de"), num_languages=2, num_images=3)
+    [record] = evaluate_tasks(*parts, [languages]).results.values()
+    for language in ("en", "de"):
+        captions = [[f"{language} {text}" for text in texts] for texts in CAPTIONS[:3]]
+        expected = evaluate_retrieval(parts[0], images(3), captions, processor=parts[1])
+        own = record["languages"][language]
+        assert {key: own[key] for key in expected} == pytest.approx(expected)
+
+
+def test_embeddings_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model, processor = clip()
+    folder = write_image_folder(tmp_path / "folder")
+    model.visual_projection.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="embedding of image `0.png` is not finite .5 of 5"):
+        result((model, processor), f"retrieval:{folder}")
+
+
+def test_a_processor_without_its_parts_is_refused(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "folder")
+    for part, message in (
+        (parts[1].tokenizer, "no image processor"),
+        (parts[1].image_processor, "no image processor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            result((parts[0], part), f"retrieval:{folder}")
+
+
+def test_real_multilingual_tables(parts: tuple[Any, Any], shared_dir: Path) -> None:
+    path = shared_dir / "data" / "emoji" / "openmoji.parquet"
+    settings = "text_column=names&where=split:test&languages=en,de,ja"
+    record = result(parts, f"cross-lingual:{path}?{settings}", max_images=12)
+    assert set(record["languages"]) == {"en", "de", "ja"}
+    assert all(metrics["num_images"] == 12 for metrics in record["languages"].values())
+    story = shared_dir / "data" / "african_storybook" / "test.parquet"
+    data = load_task_data(resolve_tasks([f"cross-lingual:{story}?min_images=40"])[0])
+    assert data.counts["images"] == 216 and len(data.texts["en"]) >= 216
+    assert all(len({image for image, _ in rows}) >= 40 for rows in data.texts.values())

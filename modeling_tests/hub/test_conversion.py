@@ -1,0 +1,782 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion of published checkpoints: vectors of the original, sizes read from shapes, and bad input."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import original_checkpoints as original
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+)
+
+from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
+from llm2clip_hf.cli import main as cli
+from llm2clip_hf.hub import conversion, convert_checkpoint
+from llm2clip_hf.hub.checkpoint_files import Checkpoint
+from llm2clip_hf.hub.eva_keys import eva_tower
+from llm2clip_hf.hub.vision_keys import open_clip_tower, siglip_tower, transformers_clip_tower
+from llm2clip_hf.modeling import Eva02VisionConfig
+from llm2clip_hf.modeling.configuration_eva02 import EVA02_PRESETS
+
+
+PARITY = ("eva02", "eva_bigE", "openai_eva_clip", "openai_hf")
+EVA: dict[str, Any] = {
+    "model_type": "eva02_vision",
+    "hidden_size": 48,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 30,
+    "patch_size": 6,
+    "rotary_grid_size": 7,
+}
+VIT_E = {**EVA, "use_rotary": False, "use_swiglu": False, "sub_norm": False, "post_norm": True, "rotary_grid_size": 16}
+CLIP = {**tiny_models.VISION["clip"], "hidden_size": 128, "num_attention_heads": 2}
+# timm gives its towers the exact GELU, unlike transformers.
+SIGLIP = {**tiny_models.VISION["siglip"], "hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu"}
+
+
+def eva_model() -> LLM2CLIPModel:
+    return original.model(EVA, "linear_bias")
+
+
+def write(weights: dict[str, Any], path: Path) -> Path:
+    torch.save(weights, path)
+    return path
+
+
+@torch.no_grad()
+def assert_same(folder: Path, expected: LLM2CLIPModel, atol: float = 1e-6) -> LLM2CLIPModel:
+    """The folder's model has the sizes and gives the outputs of `expected`."""
+    loaded = LLM2CLIPModel.from_pretrained(folder)
+    size = expected.config.vision_config.image_size
+    inputs = {"pixel_values": torch.randn(3, 3, size, size), "llm_embeds": torch.randn(4, 20) * 3}
+    given, wanted = loaded(**inputs), expected(**inputs)
+    for name in ("image_embeds", "text_embeds", "logits_per_image"):
+        torch.testing.assert_close(given[name], wanted[name], atol=atol, rtol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = loaded.config.to_dict(), expected.config.to_dict()
+    for name in ("projection_dim", "adapter_num_layers", "adapter_expansion", "llm_hidden_size", "vision_projection"):
+        assert ours[name] == theirs[name], name
+    # Where it is recorded from, and fields that take no part.
+    apart = {"_name_or_path", "transformers_version", "dtype", "initializer_range", "projection_dim"}
+    a, b = ({k: v for k, v in c["vision_config"].items() if k not in apart} for c in (ours, theirs))
+    assert a == b
+    return loaded
+
+
+def leaves_nothing(parent: Path, *expected: str) -> bool:
+    return sorted(path.name for path in parent.iterdir()) == sorted(expected)
+
+
+# ----------------------------------------------------------------------------------------- vectors of the original
+
+
+def parity_source(shared_dir: Path, name: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = shared_dir / "parity"
+    if name == "openai_hf":
+        return folder / name, load_file(folder / name / "io.safetensors")
+    return folder / f"{name}.pt", load_file(folder / f"{name}_io.safetensors")
+
+
+@pytest.mark.parametrize("name", PARITY)
+@torch.no_grad()
+def test_vectors_of_the_original_implementation(shared_dir: Path, name: str, tmp_path: Path) -> None:
+    source, vectors = parity_source(shared_dir, name)
+    report = convert_checkpoint(source, tmp_path / "out")
+    model = LLM2CLIPModel.from_pretrained(tmp_path / "out")
+    output = model(pixel_values=vectors["pixel_values"], llm_embeds=vectors["llm_embeds"])
+    given = {
+        "image_features": output.vision_model_output.pooler_output,
+        "text_features": output.text_model_output.pooler_output,
+        "image_embeds": output.image_embeds,
+        "text_embeds": output.text_embeds,
+        "logits_per_image": output.logits_per_image,
+    }
+    for key, value in given.items():
+        # A logit is a cosine times the scale: what processors round differently grows with the scale.
+        atol = 1e-5 * (max(float(model.logit_scale.exp()), 1.0) if key == "logits_per_image" else 1.0)
+        torch.testing.assert_close(value, vectors[key], atol=atol, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+    assert report.new_keys == []
+    assert all("rope.freqs_" in key for key in report.dropped_keys)
+
+
+LOADER = """
+import sys
+sys.modules["llm2clip_hf"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+for folder, file in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    size = model.config.vision_config.image_size
+    assert type(processor).__name__ == "LLM2CLIPProcessor" and processor.tokenizer is None
+    images = torch.randint(0, 256, (2, 3, size + 9, size + 4), dtype=torch.uint8)
+    assert processor(images=list(images))["pixel_values"].shape == (2, 3, size, size)
+    try:
+        processor(images=list(images), text=["a red boat"])
+    except ValueError as error:
+        assert "this processor has no tokenizer" in str(error) and "--text-model LLM" in str(error)
+    else:
+        raise AssertionError
+    assert AutoImageProcessor.from_pretrained(folder).crop_size["height"] == size
+    vectors = load_file(file)
+    with torch.no_grad():
+        output = model(pixel_values=vectors["pixel_values"], llm_embeds=vectors["llm_embeds"])
+    for name in ("image_embeds", "text_embeds", "logits_per_image"):
+        scale = max(float(model.logit_scale.exp()), 1.0) if name == "logits_per_image" else 1.0
+        torch.testing.assert_close(output[name], vectors[name], atol=1e-5 * scale, rtol=0)
+    print(type(model.vision_model).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_vectors_of_the_original_without_the_package(shared_dir: Path, tmp_path: Path) -> None:
+    arguments = []
+    for name in PARITY:
+        source, _ = parity_source(shared_dir, name)
+        convert_checkpoint(source, tmp_path / name)
+        vectors = source / "io.safetensors" if source.is_dir() else source.with_name(f"{name}_io.safetensors")
+        arguments += [str(tmp_path / name), str(vectors)]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["Eva02VisionModel", "Eva02VisionModel", "CLIPVisionModel", "CLIPVisionModel"]
+
+
+# --------------------------------------------------------------------------------------- sizes are read from shapes
+
+
+def test_eva02_of_other_sizes(tmp_path: Path) -> None:
+    model = eva_model()
+    report = convert_checkpoint(write(original.eva(model), tmp_path / "a.pt"), tmp_path / "out")
+    assert_same(report.output_dir, model)
+    assert report.kind == "LLM2CLIP, EVA tower"
+    assert len(report.dropped_keys) == 6
+
+
+def test_fused_post_norm_tower_takes_its_heads_from_the_model_json(tmp_path: Path) -> None:
+    model = original.model(VIT_E, "linear_bias")
+    source = write(original.eva(model, fused=True), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"Heads of width 64 do not divide the width 48.*`head_width`"):
+        convert_checkpoint(source, tmp_path / "out")
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"embed_dim": 22, "vision_cfg": {"head_width": 16, "postnorm": True}}))
+    assert_same(convert_checkpoint(source, tmp_path / "out", model_config=settings).output_dir, model)
+    settings.write_text(json.dumps({"vision_cfg": {"head_width": 16, "postnorm": False}}))
+    convert_checkpoint(source, tmp_path / "out", model_config=settings)
+    assert LLM2CLIPModel.from_pretrained(tmp_path / "out").config.vision_config.post_norm is False
+
+
+def test_a_model_that_no_conversion_wrote_is_not_replaced(tmp_path: Path) -> None:
+    source = write(original.eva(eva_model()), tmp_path / "a.pt")
+    output = Path(convert_checkpoint(source, tmp_path / "out").output_dir)
+    (output / "checkpoint-100").mkdir()
+    with pytest.raises(ValueError, match="holds other files, such as 'checkpoint-100'"):
+        convert_checkpoint(source, output)
+    (output / "checkpoint-100").rmdir()
+    convert_checkpoint(source, output)
+    (output / "README.md").write_text("A model that I have trained.")
+    with pytest.raises(ValueError, match="holds other files"):
+        convert_checkpoint(source, output)
+    assert (output / "model.safetensors").is_file()
+
+
+def test_openai_tower_of_training_checkpoints(tmp_path: Path) -> None:
+    model = original.model(CLIP, "linear")
+    weights = {f"module.{key}": value for key, value in original.open_clip(model).items()}
+    source = write({"epoch": 3, "state_dict": weights}, tmp_path / "epoch_3.pt")
+    assert_same(convert_checkpoint(source, tmp_path / "out").output_dir, model)
+
+
+def test_siglip_with_the_llm_online(tmp_path: Path) -> None:
+    model = original.model(SIGLIP, "none", projection_dim=128, normalize_llm_embeds=False, logit_bias_init_value=-10.0)
+    weights = {**original.siglip(model), "text.text.model.layers.0.mlp.weight": torch.ones(2)}
+    report = convert_checkpoint(write(weights, tmp_path / "a.pt"), tmp_path / "out")
+    loaded = assert_same(report.output_dir, model)
+    assert loaded.config.normalize_llm_embeds is False
+    assert torch.equal(loaded.logit_bias, model.logit_bias)
+    assert report.dropped_keys == ["text.text.model.layers.0.mlp.weight"]
+
+
+@pytest.mark.parametrize(
+    "names", [("ln", "fn.0", "fn.3"), ("layer.0", "layer.1", "layer.4"), ("zz.norm", "a.1", "a.2")]
+)
+@pytest.mark.parametrize("expansion", [3, 1])
+def test_adaptor_blocks_are_matched_by_position_and_shape(
+    names: tuple[str, str, str], expansion: int, tmp_path: Path
+) -> None:
+    model = original.model(CLIP, "linear", adapter_expansion=expansion)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file(original.transformers_clip(model, names), folder / "model.safetensors")
+    config = {"model_type": "clip", "projection_dim": 22, "vision_config": {"num_attention_heads": 2}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same(convert_checkpoint(folder, tmp_path / "out").output_dir, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_become_float32_unchanged(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = original.model({**EVA, "rotary_grid_size": 16}, "linear_bias").to(dtype)
+    source = write({key: value.to(dtype) for key, value in original.eva(model).items()}, tmp_path / "half.pt")
+    loaded = assert_same(convert_checkpoint(source, tmp_path / "out").output_dir, model.float())
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+    # Whatever dtype is asked for, the trained parts stay as they were.
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_text_model_is_named_and_attached(tmp_path: Path) -> None:
+    llm = save_llm(tmp_path / "llm")
+    model = original.model(EVA, "linear_bias", llm_hidden_size=tiny_models.TEXT_WIDTH)
+    source = write(original.eva(model), tmp_path / "a.pt")
+    for text_weights in ("external", "bundled"):
+        folder = tmp_path / text_weights
+        convert_checkpoint(source, folder, text_model=str(llm), text_weights=text_weights)
+        loaded, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        assert loaded.config.text_weights == text_weights
+        assert loaded.config.text_base_model == str(llm)
+        assert "some-org" not in (folder / "config.json").read_text()
+        assert any("text_model." in key for key in load_file(folder / "model.safetensors")) == (
+            text_weights == "bundled"
+        )
+        batch = processor(text=["a red boat", "two dogs run"])
+        header = tiny_models.llama3_tokenizer()("<|start_header_id|>user<|end_header_id|>\n\n")["input_ids"]
+        assert batch["input_ids"][0, : len(header)].tolist() == header
+        assert loaded.config.text_prefix_length == len(header)
+        with torch.no_grad():
+            text = AutoModel.from_pretrained(llm)
+            text.config.is_causal = False
+            hidden = text(**batch).last_hidden_state
+            mask = batch["attention_mask"].bool()
+            pooled = torch.stack([h[m][len(header) :].mean(0) for h, m in zip(hidden, mask, strict=True)])
+            expected = model.get_text_features(llm_embeds=pooled).pooler_output
+            given = loaded.get_text_features(**batch).pooler_output
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+def save_llm(folder: Path) -> Path:
+    """An LLM whose config, like those of the published ones, asks for code of another repository."""
+    torch.manual_seed(6)
+    AutoModel.from_config(tiny_models.text_config()).save_pretrained(folder)
+    tiny_models.llama3_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "some-org/other--modeling_encoder.Encoder"}, "architectures": ["Encoder"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_repository_with_the_whole_model_beside_its_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, revision = eva_model(), "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--some-org--eva"
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    write(original.eva(model), snapshot / "LLM2CLIP-EVA.pt")
+    save_file({"vision_model.other": torch.ones(2)}, snapshot / "model.safetensors")
+    (snapshot / "config.json").write_text(json.dumps({"projection_dim": 99}))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert_same(convert_checkpoint("some-org/eva", tmp_path / "out").output_dir, model)
+
+
+@pytest.mark.parametrize(
+    "files", [["pytorch_model.bin"], ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]]
+)
+def test_pickled_folders_of_transformers(files: list[str], tmp_path: Path) -> None:
+    model = original.model(CLIP, "linear")
+    weights = list(original.transformers_clip(model).items())
+    (tmp_path / "source").mkdir()
+    for i, name in enumerate(files):
+        write(dict(weights[i :: len(files)]), tmp_path / "source" / name)
+    write({"step": 3}, tmp_path / "source" / "training_args.bin")
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"vision_config": {"num_attention_heads": 2}}))
+    assert_same(convert_checkpoint(tmp_path / "source", tmp_path / "out").output_dir, model)
+    if len(files) > 1:
+        (tmp_path / "source" / files[1]).unlink()
+        with pytest.raises(ValueError, match="does not hold all the parts of its checkpoint"):
+            convert_checkpoint(tmp_path / "source", tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------- the published sizes
+
+
+def on_meta(vision_config: Any, projection: str, **kwargs: Any) -> LLM2CLIPModel:
+    config = LLM2CLIPConfig(vision_config=vision_config, vision_projection=projection, **kwargs)
+    with torch.device("meta"):
+        return LLM2CLIPModel(config)
+
+
+def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in weights.items() if not key.startswith(("text_", "logit_"))}
+
+
+@pytest.mark.parametrize("preset", list(EVA02_PRESETS))
+def test_published_eva_towers_are_read_back_from_their_shapes(preset: str) -> None:
+    config = Eva02VisionConfig.from_preset(preset)
+    model = on_meta(config, "linear_bias")
+    weights = original.eva(model, fused=not config.use_swiglu)
+    tower = eva_tower(Checkpoint(preset, weights))
+    assert tower.config.to_dict() == config.to_dict()
+    assert shapes(tower.weights) == shapes(model.state_dict())
+
+
+# Totals of the published checkpoints in units of 10 000; an adaptor for Llama-3-8B has 273.77 M.
+@pytest.mark.parametrize(
+    ("width", "patch_size", "image_size", "total"),
+    [(768, 16, 224, 36055), (1024, 14, 224, 57826), (1024, 14, 336, 57859)],
+)
+def test_published_openai_towers_are_read_back_from_their_shapes(
+    width: int, patch_size: int, image_size: int, total: int
+) -> None:
+    layers = {768: 12, 1024: 24}[width]
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        patch_size=patch_size,
+        image_size=image_size,
+    )
+    model = on_meta(config, "linear")
+    assert round(sum(p.numel() for p in model.parameters()) / 10_000) == total
+    assert sum(p.numel() for p in model.text_adapter.parameters()) == 273_769_728
+    in_training = Checkpoint("training", original.open_clip(model))
+    stated = {"vision_config": {"num_attention_heads": width // 64}}
+    in_folder = Checkpoint("folder", original.transformers_clip(model), config=stated)
+    for tower in (open_clip_tower(in_training, is_start=False), transformers_clip_tower(in_folder)):
+        assert {**tower.config.to_dict(), "projection_dim": 0} == {**config.to_dict(), "projection_dim": 0}
+        assert shapes(tower.weights) == shapes(model.state_dict())
+
+
+def test_so400m_is_read_back_from_its_shapes() -> None:
+    config = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=224,
+        hidden_act="gelu",
+    )
+    model = on_meta(config, "none", projection_dim=1152, logit_bias_init_value=-10.0)
+    assert sum(p.numel() for p in model.text_adapter.parameters()) == 273_245_312
+    tower = siglip_tower(Checkpoint("siglip2", original.siglip(model)))
+    assert tower.config.to_dict() == config.to_dict()
+    assert shapes(tower.weights) == shapes(model.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------- starting towers
+
+
+def save_start(model_type: str, folder: Path) -> Any:
+    text = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    text["num_attention_heads"] = 2
+    torch.manual_seed(7)
+    model: Any
+    if model_type == "clip":
+        model = CLIPModel(CLIPConfig(vision_config=tiny_models.VISION["clip"], text_config=text, projection_dim=11))
+        torch.nn.init.constant_(model.logit_scale, 3.25)
+    else:
+        model = SiglipModel(SiglipConfig(vision_config=tiny_models.VISION["siglip"], text_config=text))
+        torch.nn.init.constant_(model.logit_bias, -7.5)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip"])
+def test_both_roads_start_from_the_same_temperature(model_type: str, tmp_path: Path) -> None:
+    trained = save_start(model_type, tmp_path / "source").logit_scale.item()
+    tiny_models.image_processor().save_pretrained(tmp_path / "source")
+    assert abs(trained - 2.6592) > 0.5 or model_type == "siglip"
+    for number, (given, expected) in enumerate([(None, 2.6592), ("pretrained", trained), (1.5, 1.5)]):
+        output = tmp_path / f"out{number}"
+        convert_checkpoint(tmp_path / "source", output, logit_scale_init_value=given)
+        fields = {} if given is None else {"logit_scale_init_value": given}
+        built = LLM2CLIPModel.from_vision_text_pretrained(
+            str(tmp_path / "source"), projection_dim=16, llm_hidden_size=8, **fields
+        )
+        built.save_pretrained(tmp_path / "built")
+        for folder in (output, tmp_path / "built"):
+            scale = LLM2CLIPModel.from_pretrained(folder).logit_scale
+            assert scale.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_temperature_that_is_not_there_or_not_free_is_refused(tmp_path: Path) -> None:
+    tiny_models.model("dinov2").vision_model.save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(ValueError, match="'pretrained', but .* has no `logit_scale`"):
+        LLM2CLIPModel.from_vision_text_pretrained(str(tmp_path / "dinov2"), logit_scale_init_value="pretrained")
+    weights = original.transformers_clip(original.model(CLIP, "linear"))
+    (tmp_path / "source").mkdir()
+    save_file(weights, tmp_path / "source" / "model.safetensors")
+    config = {"model_type": "clip", "projection_dim": 22, "vision_config": {"num_attention_heads": 2}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="`logit_scale_init_value` is 1.5, but .* is no tower to start from"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", logit_scale_init_value=1.5)
+
+
+def test_code_of_a_repository_is_neither_run_nor_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: Any) -> str:
+        raise AssertionError("asked whether to run code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    code = "raise SystemExit('code of the repository was run')"
+    source = tmp_path / "source"
+    save_start("clip", source)
+    for name in ("configuration_own", "processing_own"):
+        (source / f"{name}.py").write_text(code)
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
+    (source / "config.json").write_text(json.dumps(config))
+    preprocessing = {"auto_map": {"AutoImageProcessor": "processing_own.OwnProcessor"}}
+    (source / "preprocessor_config.json").write_text(json.dumps({**preprocessing, "image_processor_type": "Own"}))
+    with pytest.raises(ValueError, match="image preprocessing of .* cannot be read.*never run"):
+        convert_checkpoint(source, tmp_path / "out")
+    native = {**tiny_models.image_processor().to_dict(), **preprocessing}
+    (source / "preprocessor_config.json").write_text(json.dumps(native))
+    convert_checkpoint(source, tmp_path / "out")
+    llm = Path(str(save_llm(tmp_path / "llm")))
+    tokenizer = json.loads((llm / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (llm / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (llm / "tokenization_own.py").write_text(code)
+    convert_checkpoint(llm, tmp_path / "converted")
+    convert_checkpoint(source, tmp_path / "out", text_model=str(llm), text_weights="bundled")
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip"])
+@torch.no_grad()
+def test_starting_towers_of_transformers(model_type: str, tmp_path: Path) -> None:
+    start = save_start(model_type, tmp_path / "source")
+    llm = str(save_llm(tmp_path / "llm"))
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out", text_model=llm)
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "out")
+    images = tiny_models.images()
+    expected = start.vision_model(images).pooler_output
+    torch.testing.assert_close(loaded.vision_model(images).pooler_output, expected, atol=1e-6, rtol=1e-6)
+    assert all(key.startswith(("visual_projection.", "text_adapter.", "logit_scale")) for key in report.new_keys)
+    if model_type == "siglip":
+        assert torch.equal(loaded.logit_bias, start.logit_bias)
+        assert torch.equal(loaded.get_image_features(images).pooler_output, loaded.vision_model(images).pooler_output)
+    # New parts start as in a new model: uniform in +-1/sqrt(fan_in).
+    weight = loaded.text_adapter.projection.weight
+    assert 0.99 < weight.abs().max() * weight.shape[1] ** 0.5 <= 1.0
+    # And are the same each time.
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    torch.manual_seed(11)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", text_model=llm)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+@torch.no_grad()
+def test_starting_tower_of_open_clip_needs_its_activation(tmp_path: Path) -> None:
+    model = original.model({**CLIP, "hidden_act": "gelu"}, "linear")
+    weights = {k: v for k, v in original.open_clip(model).items() if not k.startswith("text.")}
+    text = {"token_embedding.weight": torch.ones(9, 4), "positional_embedding": torch.ones(3, 4)}
+    source = write({**weights, **text, "text_projection": torch.ones(4, 4)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="do not tell whether its activation is GELU or QuickGELU.*`quick_gelu`"):
+        convert_checkpoint(source, tmp_path / "out")
+    (tmp_path / "a.json").write_text(json.dumps({"model_cfg": {"embed_dim": 22, "vision_cfg": {"layers": 2}}}))
+    report = convert_checkpoint(source, tmp_path / "out", text_model=str(save_llm(tmp_path / "llm")))
+    loaded, images = LLM2CLIPModel.from_pretrained(tmp_path / "out"), tiny_models.images()
+    torch.testing.assert_close(loaded.vision_model(images).pooler_output, model.vision_model(images).pooler_output)
+    assert set(report.dropped_keys) == {*text, "text_projection", "visual.proj", "logit_scale"}
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+class Evil:
+    """Unpickled with care for nothing, it creates a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def truncated(path: Path) -> None:
+    content = write(original.eva(eva_model()), path).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        weights = original.eva(eva_model())
+        change(weights)
+        write(weights, path)
+
+    return make
+
+
+def legacy_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (truncated, r"a\.pt' cannot be read; it is damaged, cut short or no checkpoint"),
+    "empty": (lambda p: p.write_bytes(b""), r"a\.pt' cannot be read"),
+    "text": (lambda p: p.write_text("not found"), r"a\.pt' cannot be read; it is damaged"),
+    "code": (lambda p: write({"a": Evil()}, p), r"a\.pt' holds more than tensors.*is not loaded"),
+    "legacy code": (legacy_pickle, r"a\.pt' holds more than tensors.*is not loaded"),
+    "list": (lambda p: write([torch.ones(2)], p), "must hold a dictionary of tensors, got list"),
+    "number": (changed(lambda w: w.update(epoch=3)), "holds entries that are not tensors: epoch"),
+    "nothing": (lambda p: write({}, p), "holds no weights"),
+    "another model": (lambda p: write({"conv.weight": torch.ones(2)}, p), "is none of the checkpoints.*`conv`"),
+    "unknown keys": (
+        changed(lambda w: w.update({"visual.surplus": torch.ones(2), "text.other": torch.ones(1)})),
+        "2 unexpected: text.other, visual.surplus",
+    ),
+    "missing keys": (
+        changed(lambda w: [w.pop("visual.norm.bias"), w.pop("visual.blocks.1.attn.k_proj.weight")]),
+        "2 missing: vision_model.layers.1.self_attn.k_proj.weight, vision_model.norm.bias",
+    ),
+    "missing temperature": (changed(lambda w: w.pop("logit_scale")), "1 missing: logit_scale"),
+    "missing positions": (
+        changed(lambda w: w.pop("visual.pos_embed")),
+        "has no weight `vision_model.embeddings.position_embeddings`",
+    ),
+    "missing block": (
+        changed(lambda w: [w.pop(k) for k in list(w) if k.startswith("text.text_adaptor.1.")]),
+        r"modules numbered from 0 without gaps, at least three, got \[0, 2, 3, 4\]",
+    ),
+    "another shape": (
+        changed(lambda w: w.update({"visual.norm.bias": torch.ones(5)})),
+        r"1 of another shape: .*vision_model.norm.bias",
+    ),
+    "positions of no square": (
+        changed(lambda w: w.update({"visual.pos_embed": torch.ones(1, 25, 48)})),
+        "Only square images and patches",
+    ),
+    "other rotary positions": (
+        changed(lambda w: w["visual.rope.freqs_cos"].mul_(0.5)),
+        "rotary positions in `visual.rope.freqs_cos` are not those of EVA02",
+    ),
+    "NaN": (
+        changed(lambda w: w.update({"visual.norm.bias": torch.full((48,), torch.nan)})),
+        "`vision_model.norm.bias` holds NaN or infinite values",
+    ),
+    "integers": (
+        changed(lambda w: w.update({"visual.norm.bias": torch.ones(48, dtype=torch.int8)})),
+        "`vision_model.norm.bias` must be floating-point, got torch.int8",
+    ),
+    "two spaces": (
+        changed(lambda w: w.update({"visual.head.weight": torch.ones(9, 48), "visual.head.bias": torch.ones(9)})),
+        "end in 9 dimensions, its texts in 22",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_FILES))
+def test_bad_files_leave_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, message = BAD_FILES[case]
+    make(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "new" / "out")
+    assert leaves_nothing(tmp_path, "a.pt")
+
+
+def test_llm_of_another_width_is_refused(tmp_path: Path) -> None:
+    llm = save_llm(tmp_path / "llm")
+    write(original.eva(eva_model()), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"llm' is 32 wide, but the text adaptor takes 20"):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", text_model=str(llm))
+    with pytest.raises(ValueError, match=r"The LLM .*nowhere' cannot be read"):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", text_model=str(tmp_path / "nowhere"))
+    assert leaves_nothing(tmp_path, "a.pt", "llm")
+
+
+def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="holds no weights: no file ends in"):
+        convert_checkpoint(folder, tmp_path / "out")
+    model = original.model(CLIP, "linear")
+    save_file(original.transformers_clip(model), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no `config.json`"):
+        convert_checkpoint(folder, tmp_path / "out")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json' is not readable JSON"):
+        convert_checkpoint(folder, tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps({"vision_config": {"hidden_size": 96}}))
+    with pytest.raises(ValueError, match=r"`hidden_size` is 96 but 128 in the weights"):
+        convert_checkpoint(folder, tmp_path / "out")
+    for name in ("a.pt", "b.pt"):
+        write({}, folder / name)
+    with pytest.raises(ValueError, match=r"several checkpoints: a.pt, b.pt, model.safetensors"):
+        convert_checkpoint(folder, tmp_path / "out")
+    assert leaves_nothing(tmp_path, "source")
+
+
+def test_unknown_repository(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'some-org/nothing' is neither a file, nor a folder, nor a repository"):
+        convert_checkpoint("some-org/nothing", tmp_path / "out")
+    assert leaves_nothing(tmp_path)
+
+
+def test_model_json_of_another_model_is_refused(tmp_path: Path) -> None:
+    write(original.eva(eva_model()), tmp_path / "a.pt")
+    for settings, message in (
+        ({"vision_cfg": {"width": 64, "layers": 2}}, "`width` is 64 but 48 in the weights"),
+        ({"vision_cfg": {"head_width": 64}}, "`head_width` is 64 but 16 in the weights"),
+        ({"embed_dim": 40}, "`embed_dim` is 40 but 22 in the weights"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
+
+
+def test_existing_folders_are_replaced_only_if_they_are_conversions(tmp_path: Path) -> None:
+    write(original.eva(eva_model()), tmp_path / "a.pt")
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_checkpoint(tmp_path / "a.pt", out)  # empty
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / ".out.tmp").mkdir()  # of a process that was killed
+    convert_checkpoint(tmp_path / "a.pt", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        convert_checkpoint(tmp_path / "a.pt", foreign)
+    with pytest.raises(ValueError, match="is a file"):
+        convert_checkpoint(tmp_path / "a.pt", foreign / "notes")
+    with pytest.raises(ValueError, match="is the source"):
+        convert_checkpoint(foreign, foreign)
+    assert (foreign / "notes").read_text() == "mine"
+    assert leaves_nothing(tmp_path, "a.pt", "foreign", "out")
+
+
+def test_folder_that_loads_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(original.eva(eva_model()), tmp_path / "a.pt")
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    verify = conversion._verify
+
+    def damage(model: LLM2CLIPModel, folder: Path) -> float:
+        weights = load_file(folder / "model.safetensors")
+        weights["vision_model.norm.bias"] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return verify(model, folder)
+
+    monkeypatch.setattr(conversion, "_verify", damage)
+    with pytest.raises(ValueError, match=r"does not load as it was written: vision_model.norm.bias changed"):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+    assert leaves_nothing(tmp_path, "a.pt", "out")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = eva_model()
+    write(original.eva(model), tmp_path / "a.pt")
+    assert cli.main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "found     LLM2CLIP, EVA tower" in text
+    assert "adaptor   3 blocks, 20 -> 22" in text
+    assert_same(tmp_path / "out", model)
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert image_processor.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    assert image_processor.crop_size["height"] == 30
+
+
+def llm_of_another_width(folder: Path) -> list[str]:
+    write(original.eva(eva_model()), folder / "a.pt")
+    return [str(folder / "a.pt"), "--text-model", str(save_llm(folder / "llm"))]
+
+
+def folder_without_config(folder: Path) -> list[str]:
+    (folder / "source").mkdir()
+    weights = original.transformers_clip(original.model(CLIP, "linear"))
+    save_file(weights, folder / "source" / "model.safetensors")
+    return [str(folder / "source")]
+
+
+def half_precision_of_another_model(folder: Path) -> list[str]:
+    return [str(write({"conv.weight": torch.ones(2, dtype=torch.float16)}, folder / "a.pt"))]
+
+
+def model_that_is_converted(folder: Path) -> list[str]:
+    eva_model().save_pretrained(folder / "source")
+    return [str(folder / "source")]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (llm_of_another_width, "is 32 wide, but the text adaptor takes 20"),
+        (folder_without_config, "has no `config.json`"),
+        (half_precision_of_another_model, "is none of the checkpoints that can be converted"),
+        (model_that_is_converted, "is converted already"),
+        (lambda folder: ["some-org/wrong"], "'some-org/wrong' is neither a file"),
+    ],
+)
+def test_command_names_what_is_wrong_and_leaves_nothing(
+    make: Callable[[Path], list[str]], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, *options = make(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capfd.readouterr()
+    assert cli.main(["convert", source, str(tmp_path / "new" / "out"), *options]) == 1
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert leaves_nothing(tmp_path, *before)
+
+
+def test_vision_side_alone_keeps_its_projection(tmp_path: Path) -> None:
+    model = original.model(CLIP, "linear")
+    weights = original.transformers_clip(model)
+    vision = {key: value for key, value in weights.items() if not key.startswith(("text_adapter.", "logit_scale"))}
+    (tmp_path / "source").mkdir()
+    save_file(vision, tmp_path / "source" / "model.safetensors")
+    config = {"model_type": "clip", "projection_dim": 22, "vision_config": {"num_attention_heads": 2}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out", text_model=str(save_llm(tmp_path / "llm")))
+    assert all(key.startswith(("text_adapter.", "logit_scale")) for key in report.new_keys)
+    loaded, images = LLM2CLIPModel.from_pretrained(tmp_path / "out"), tiny_models.images()
+    with torch.no_grad():
+        given, wanted = (m.get_image_features(images).pooler_output for m in (loaded, model))
+    torch.testing.assert_close(given, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["truncated", "code", "missing keys", "unknown keys", "NaN"])
+def test_command_fails_with_one_line(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    BAD_FILES[case][0](tmp_path / "a.pt")
+    assert cli.main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--text-model", "none"]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("llm2clip convert: ValueError: ")
+    assert error.count("\n") == 1
+    assert leaves_nothing(tmp_path, "a.pt")
+
+
+def test_command_needs_both_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "one"]) == 2
+    assert "SOURCE and OUTPUT_DIR are required" in capsys.readouterr().err

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions and keys of image-text shards, to embed them before the images are streamed."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .captions import CaptionTable
+from .reports import BadRows
+from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard, expand_shard_paths
+
+
+logger = logging.getLogger(__name__)
+_SAMPLES_TO_LOOK_AT = 64
+SamplesPerShard = int | Sequence[int] | Mapping[str, int] | str | Path
+
+
+def make_shards(shards: Any, fields: dict[str, str], image_column: str | None, key_column: str | None) -> list[Shard]:
+    """The readers of all shards, in order."""
+    if hasattr(shards, "num_shards") and hasattr(shards, "select_columns"):
+        image_column = image_column or _find_image_column(shards)
+        dataset = _undecoded(shards, image_column)
+        return [DatasetShard(dataset, k, fields, image_column, key_column) for k in range(dataset.num_shards)]
+    paths = expand_shard_paths(shards)
+    if not paths:
+        raise ValueError("`shards` is empty. Pass at least one tar or parquet file.")
+    return [_file_shard(path, fields, image_column, key_column) for path in paths]
+
+
+def resolve_counts(
+    shards: Sequence[Shard], stated: SamplesPerShard | None, damages: list[str] | None = None
+) -> np.ndarray:
+    """Samples per shard, as stated or counted."""
+    if stated is None:
+        counts = [shard.count(damages) for shard in shards]
+        for shard, count in zip(shards, counts):
+            if not count and damages is None:
+                raise ValueError(f"Shard `{shard.name}` holds no sample. Leave it out, or write it again.")
+        return np.array(counts, dtype=np.int64)
+    if isinstance(stated, (str, Path)):
+        stated = json.loads(Path(stated).read_text(encoding="utf-8"))
+    if isinstance(stated, Mapping):
+        names = [Path(shard.name).name for shard in shards]
+        missing = [name for name in names if name not in stated]
+        if missing:
+            raise ValueError(f"`samples_per_shard` lacks {len(missing)} shards, first {missing[0]!r}.")
+        stated = [stated[name] for name in names]
+    numbers = [stated] * len(shards) if isinstance(stated, int) else list(stated)  # type: ignore[arg-type]
+    if len(numbers) != len(shards):
+        raise ValueError(f"`samples_per_shard` has {len(numbers)} numbers for {len(shards)} shards.")
+    if any(not isinstance(number, (int, np.integer)) or number < 1 for number in numbers):
+        raise ValueError(f"`samples_per_shard` must be positive integers, got {numbers[:5]}...")
+    return np.array(numbers, dtype=np.int64)
+
+
+def count_samples(shards: str | Path | Sequence[str | Path]) -> dict[str, int]:
+    """
+    Samples of tar or parquet shards, from their headers, for `samples_per_shard` of `ImageTextStream`.
+
+    Args:
+        shards: paths or patterns as for `ImageTextStream`.
+
+    Returns:
+        `dict[str, int]`: file name to number of samples; write it as JSON to count only once.
+
+    Raises:
+        ValueError: if a file is damaged or empty, or two have the same name in different folders.
+    """
+    readers = make_shards(shards, {}, None, None)
+    counts = resolve_counts(readers, None).tolist()
+    result = {Path(reader.name).name: count for reader, count in zip(readers, counts)}
+    if len(result) < len(readers):
+        raise ValueError("Shards in different folders have the same name. Count them folder by folder.")
+    return result
+
+
+def warn_of_absent_sources(shards: Sequence[Shard], counts: np.ndarray, fields: Mapping[str, str]) -> None:
+    """A warning for each source without a caption in the first samples: a misspelt field looks like that."""
+    first = int(np.flatnonzero(counts)[0]) if counts.any() else -1
+    if first < 0 or not fields:
+        return
+    samples = list(shards[first].read(range(min(int(counts[first]), _SAMPLES_TO_LOOK_AT))))
+    for source, field in fields.items():
+        if not any(sample.captions.get(source) for sample in samples):
+            logger.warning(
+                "None of the first %d samples of `%s` has a caption of source `%s` in `%s`. Check `caption_fields`.",
+                len(samples),
+                shards[first].name,
+                source,
+                field,
+            )
+
+
+def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> Shard:
+    if path.suffix == ".tgz" or (path.stem if path.suffix in COMPRESSIONS else path.name).endswith(".tar"):
+        return TarShard(path, fields, image_column)
+    if path.suffix == ".parquet":
+        return ParquetShard(path, fields, image_column, key_column)
+    raise ValueError(
+        f"Shard `{path}` is neither a `.tar` nor a `.parquet` file; `.tar.gz` and `.tar.zst` are read too."
+    )
+
+
+def _find_image_column(dataset: Any) -> str:
+    """`image`, or the only column of images, by the types where they are known, otherwise by the first row."""
+    from datasets import Image
+
+    def holds_image(value: Any) -> bool:
+        return isinstance(value, (Image, bytes)) or (isinstance(value, dict) and "bytes" in value)
+
+    columns: dict[str, Any] = dataset.features or next(iter(dataset.take(1)), {})
+    kinds = {name: getattr(kind, "dtype", "") for name, kind in columns.items()}
+    found = [name for name, kind in columns.items() if holds_image(kind) or kinds[name] in ("binary", "large_binary")]
+    if "image" in columns or len(found) != 1:
+        return "image"
+    return found[0]
+
+
+def _undecoded(dataset: Any, image_column: str) -> Any:
+    from datasets import Image
+
+    features = dataset.features or {}
+    if isinstance(features.get(image_column), Image):
+        return dataset.cast_column(image_column, Image(decode=False))
+    return dataset
+
+
+def load_shard_captions(
+    shards: Any,
+    caption_fields: Mapping[str, str],
+    *,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    on_bad_row: str = "error",
+) -> tuple[CaptionTable, list[str]]:
+    """
+    The captions of all samples of shards, and their keys, for `embed_captions(..., keys=keys)`.
+
+    Args:
+        shards: as for `ImageTextStream`.
+        caption_fields (mapping from source name to `str`): as for `ImageTextStream`.
+        image_column (`str`, *optional*): as for `ImageTextStream`.
+        key_column (`str`, *optional*): as for `ImageTextStream`.
+        on_bad_row (`"error"` or `"skip"`, defaults to `"error"`):
+            What to do with a sample that is damaged, has no caption, or whose key occurred before; skipped ones are
+            counted in the `report` of the table.
+
+    Returns:
+        `tuple[CaptionTable, list[str]]`: captions in the order of the shards, and one key per sample.
+
+    Raises:
+        ValueError: if no sample is left, or, with `on_bad_row="error"`, one is bad; names shard and key.
+
+    Example:
+    >>> table, keys = load_shard_captions("cc3m/{00000..00287}.tar", {"real": "json.caption"})  # doctest: +SKIP
+    >>> store = embed_captions(model, table, "store", keys=keys, tokenizer=tokenizer)  # doctest: +SKIP
+    """
+    bad = BadRows(on_bad_row)
+    fields = dict(caption_fields)
+    columns: dict[str, list[list[str]]] = {source: [] for source in fields}
+    keys: dict[str, None] = {}
+    for shard in make_shards(shards, fields, image_column, key_column):
+        for sample in shard.read(range(shard.count())):
+            bad.report.rows_read += 1
+            captions = {source: sample.captions.get(source, []) for source in fields}
+            problem = sample.problem
+            if not problem and not any(captions.values()):
+                problem = f"it has no caption in {list(fields.values())}"
+            if not problem and sample.key in keys:
+                problem = "its key occurs before"
+            if problem:
+                bad.add("bad_rows", f"Sample `{sample.key}` of `{shard.name}`", f"cannot be used: {problem}.")
+                continue
+            keys[sample.key] = None
+            for source, texts in captions.items():
+                columns[source].append(texts)
+    if not keys:
+        raise ValueError(f"The shards hold no sample with a caption in {list(fields.values())}. Check the fields.")
+    table = CaptionTable(columns)
+    bad.report.rows_kept = len(keys)
+    bad.report.texts_kept = table.num_captions
+    bad.report.shared_texts = table.num_shared_captions
+    bad.report.log("the shards")
+    table.report = bad.report
+    return table, list(keys)
+
+
+# Keeps the streams of shards and of buffers apart.
+_SHARD_STREAM, _BUFFER_STREAM = 20, 21
+
+
+class Layout(NamedTuple):
+    """How many readers share the samples: `rank` of `world_size`, `worker` of `num_workers`, and the batch size."""
+
+    rank: int
+    world_size: int
+    worker: int
+    num_workers: int
+    batch_size: int
+
+
+class WorkerPlan(NamedTuple):
+    """The samples of one worker."""
+
+    epoch: int
+    order: np.ndarray
+    shards: np.ndarray
+    starts: np.ndarray
+
+
+def plan_worker(counts: np.ndarray, layout: Layout, *, seed: int, epoch: int, buffer: int) -> WorkerPlan:
+    """The samples of one worker in one epoch, in order."""
+    shards = np.arange(len(counts))
+    if buffer:
+        shards = _generator(seed, epoch, _SHARD_STREAM).permutation(shards)
+    starts = np.concatenate([[0], np.cumsum(counts[shards])]).astype(np.int64)
+    per_rank = int(starts[-1]) // layout.world_size
+    begin, end = worker_range(per_rank, layout)
+    positions = np.arange(begin, end, dtype=np.int64) + layout.rank * per_rank
+    if buffer:
+        # One stream per range, whatever the layout that made it.
+        random = _generator(seed, epoch, _BUFFER_STREAM, layout.rank, layout.worker)
+        positions = positions[buffer_order(len(positions), buffer, random)]
+    return WorkerPlan(epoch, positions, shards, starts)
+
+
+def worker_range(per_rank: int, layout: Layout) -> tuple[int, int]:
+    """
+    The part of a rank's `per_rank` samples that a worker reads.
+
+    A loader takes batch `i` from worker `i % num_workers`; the one batch that is not full is the last of all.
+    """
+    num_batches = -(-per_rank // layout.batch_size)
+    ends = [0]
+    for worker in range(layout.num_workers):
+        batches = batches_of_worker(num_batches, worker, layout.num_workers)
+        size = batches * layout.batch_size
+        if num_batches and worker == (num_batches - 1) % layout.num_workers:
+            size -= num_batches * layout.batch_size - per_rank
+        ends.append(ends[-1] + size)
+    return ends[layout.worker], ends[layout.worker + 1]
+
+
+def batches_of_worker(num_batches: int, worker: int, num_workers: int) -> int:
+    """How many of the first `num_batches` batches come from `worker`, when the workers take turns."""
+    return max(0, -(-(num_batches - worker) // num_workers))
+
+
+def buffer_order(count: int, buffer: int, random: np.random.Generator) -> np.ndarray:
+    """
+    The order in which a shuffle buffer returns the samples 0 to `count - 1` that flow through it.
+
+    The buffer is filled; then, again and again, a random sample leaves it and the next one enters. Sample `k` never
+    leaves before `k - buffer + 1` others have.
+    """
+    size = min(buffer, count)
+    held = list(range(size))
+    draws = random.random(count).tolist()
+    order = np.empty(count, dtype=np.int64)
+    for position in range(count):
+        slot = int(draws[position] * len(held))
+        order[position] = held[slot]
+        incoming = position + size
+        if incoming < count:
+            held[slot] = incoming
+        else:
+            held[slot] = held[-1]
+            held.pop()
+    return order
+
+
+def _generator(*coordinates: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([value & (2**64 - 1) for value in coordinates]))
+
+
+__all__ = [
+    "SamplesPerShard",
+    "count_samples",
+    "load_shard_captions",
+    "make_shards",
+    "resolve_counts",
+    "warn_of_absent_sources",
+]

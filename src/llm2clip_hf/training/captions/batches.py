@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Batches of captions through the LLM with little padding and, if asked, in the memory of one mini-batch.
+
+(1) The rows of all columns (anchors, positives, negatives) are put together and sorted by length.
+(2) They are cut into mini-batches, each trimmed to its longest row, and embedded one after the other.
+(3) With a limit on the size of a mini-batch, each one is recomputed in the backward pass and keeps no activations
+    until then (GradCache, arXiv 2101.06983): gradients, dropout masks included, are those of the batch at once.
+
+The loop runs inside the model's `forward`, not around it: DistributedDataParallel then sees one forward and one
+backward pass, and reduces each gradient once.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ... import distributed
+from ...data.sampling import token_budget_batches
+from ..gradcache import exchanged_forward
+
+
+Features = dict[str, Any]
+# Padded tokens that one more pass through the LLM is worth: its launches, and matrices too small to fill a device.
+_TOKENS_PER_PASS = 1024
+# What FlashAttention is told about a batch of rows laid end to end; rebuilt for every mini-batch.
+_BOUNDARY_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class MiniBatch(NamedTuple):
+    """Features of some rows, and the numbers of these rows in all columns laid one behind the other."""
+
+    features: Features
+    rows: list[int]
+
+
+def embed_columns(
+    model: nn.Module,
+    columns: Sequence[Features],
+    mini_batch_size: int | None = None,
+    mini_batch_tokens: int | None = None,
+) -> list[Tensor]:
+    """
+    The sentence embeddings of all columns, with one graph over all of them.
+
+    Equal to `[model(column)["sentence_embedding"] for column in columns]`, up to rounding and the draws of dropout.
+    """
+    sizes = [num_rows(column) for column in columns]
+    batches = mini_batches(columns, mini_batch_size, mini_batch_tokens)
+    recompute = mini_batch_size is not None or mini_batch_tokens is not None
+    if len(batches) == 1 and not recompute:
+        embeddings = model(batches[0].features)["sentence_embedding"]
+    else:
+        with _forward_in_passes(extract_model_from_parallel(model), recompute and torch.is_grad_enabled()):
+            embeddings = model({"mini_batches": [batch.features for batch in batches]})["sentence_embedding"]
+    order = torch.tensor([row for batch in batches for row in batch.rows], device=embeddings.device)
+    return list(embeddings[order.argsort()].split(sizes))
+
+
+@contextmanager
+def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
+    """Makes `model.forward` take many mini-batches at once, for the duration of the context."""
+    forward: Callable[..., Any] = model.forward
+
+    def embed(batch: Features) -> Tensor:
+        # A copy, because modules write their results into the features.
+        return forward(dict(batch))["sentence_embedding"]
+
+    def forward_all(batch: dict[str, list[Features]]) -> dict[str, Tensor]:
+        if recompute:
+            parts = [_checkpointed(embed, each) for each in batch["mini_batches"]]
+        else:
+            parts = [embed(each) for each in batch["mini_batches"]]
+        return {"sentence_embedding": torch.cat(parts)}
+
+    with exchanged_forward(model, forward_all):
+        yield
+
+
+def _checkpointed(embed: Callable[[Features], Tensor], batch: Features) -> Tensor:
+    # Tensors go in as arguments of their own: checkpoint() finds the devices whose random state it keeps in them.
+    names = [name for name, value in batch.items() if isinstance(value, Tensor)]
+    rest = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
+
+    def run(*tensors: Tensor) -> Tensor:
+        return embed(dict(zip(names, tensors)) | rest)
+
+    embeddings: Tensor = checkpoint(run, *(batch[name] for name in names), use_reentrant=False)
+    return embeddings
+
+
+# ------------------------------------------------------------------------------------------------- cutting into passes
+
+
+def mini_batches(
+    columns: Sequence[Features], mini_batch_size: int | None = None, mini_batch_tokens: int | None = None
+) -> list[MiniBatch]:
+    """
+    Cuts the rows of all columns into mini-batches of similar length.
+
+    Without a limit the cut is the one that costs least, see `length_groups`; flattened rows, which have no padding,
+    are then not cut. Columns with different instructions are not mixed, because pooling knows one length of
+    instruction per mini-batch. Every process makes equally many, which models sharded over processes need.
+    """
+    offsets = np.cumsum([0, *(num_rows(column) for column in columns)])
+    kinds: dict[str, list[int]] = {}
+    for number, column in enumerate(columns):
+        kinds.setdefault(repr(sorted(_shared_values(column).items())), []).append(number)
+    parts: list[_Part] = []
+    for members in kinds.values():
+        group = _Group.of([columns[number] for number in members])
+        numbers = np.concatenate([np.arange(offsets[n], offsets[n + 1]) for n in members])
+        if mini_batch_size is None and mini_batch_tokens is None:
+            cut = [list(range(len(numbers)))] if group.is_flat else length_groups(group.lengths)
+        else:
+            limit = mini_batch_size or len(numbers)
+            budgets = token_budget_batches(group.lengths, mini_batch_tokens or sys.maxsize)
+            cut = [rows[i : i + limit] for rows in budgets for i in range(0, len(rows), limit)]
+        parts += [_Part(group, rows, numbers[rows].tolist()) for rows in cut]
+    _cut_into(parts, max(distributed.all_gather_sizes(len(parts), columns[0]["input_ids"].device)))
+    return [MiniBatch(part.group.select(part.rows), part.numbers) for part in parts]
+
+
+def _cut_into(parts: "list[_Part]", count: int) -> None:
+    """Halves the part of most rows until there are `count` parts, or nothing is left to halve."""
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda number: len(parts[number].rows))
+        group, rows, numbers = parts[largest]
+        half = len(rows) // 2
+        if not half:
+            return
+        parts[largest : largest + 1] = [
+            _Part(group, rows[:half], numbers[:half]),
+            _Part(group, rows[half:], numbers[half:]),
+        ]
+
+
+def length_groups(lengths: Sequence[int], tokens_per_pass: int = _TOKENS_PER_PASS) -> list[list[int]]:
+    """
+    The partition of rows into passes with the lowest cost: padded tokens, and a constant for each pass.
+
+    Exact, by dynamic programming over the distinct lengths: some best partition is a cut of the sorted rows, since
+    sorting the rows into passes of the same sizes makes no pass longer.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    distinct, counts = np.unique(np.asarray(lengths), return_counts=True)
+    distinct, ends = distinct[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
+    cost = np.zeros(len(ends))
+    first = np.zeros(len(ends), dtype=np.int64)  # where the last pass of the best partition of a prefix begins
+    for end in range(1, len(ends)):
+        options = cost[:end] + (ends[end] - ends[:end]) * distinct[:end] + tokens_per_pass
+        first[end] = options.argmin()
+        cost[end] = options[first[end]]
+    groups, end = [], len(ends) - 1
+    while end > 0:
+        groups.append(order[ends[first[end]] : ends[end]])
+        end = int(first[end])
+    return groups[::-1]
+
+
+# ----------------------------------------------------------------------------------------------------- rows of columns
+
+
+def num_rows(column: Features) -> int:
+    """Rows of a padded or flattened column."""
+    return len(column["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in column else len(column["input_ids"])
+
+
+class _Group(NamedTuple):
+    """Columns of the same kind as one: padded to one width, on the side that they were padded on, or end to end."""
+
+    features: Features
+    token_keys: list[str]  # features of shape (rows, width), or (1, tokens) when flat
+    lengths: list[int]
+    is_flat: bool
+    is_left_padded: bool
+
+    @classmethod
+    def of(cls, columns: list[Features]) -> "_Group":
+        first = columns[0]
+        keys = [name for name, value in first.items() if _is_per_token(first, value) and name not in _BOUNDARY_KEYS]
+        merged = _shared_values(first)
+        if "cu_seq_lens_q" in first:
+            merged |= {name: torch.cat([column[name] for column in columns], dim=1) for name in keys}
+            merged |= {name: first[name] for name in _BOUNDARY_KEYS if name in first}
+            lengths = torch.cat([column["cu_seq_lens_q"].diff() for column in columns]).tolist()
+            return cls(merged, keys, lengths, is_flat=True, is_left_padded=False)
+        width = max(column["input_ids"].shape[1] for column in columns)
+        masks = [column["attention_mask"] for column in columns if "attention_mask" in column]
+        left = bool(masks) and not bool(torch.stack([mask[:, 0].all() for mask in masks]).all())
+        for name in keys:
+            missing = [width - column[name].shape[1] for column in columns]
+            padding = [(n, 0) if left else (0, n) for n in missing]
+            merged[name] = torch.cat([F.pad(column[name], pad) for column, pad in zip(columns, padding)])
+        mask = merged.get("attention_mask", torch.ones_like(merged["input_ids"]))
+        return cls(merged, keys, mask.sum(dim=1).tolist(), is_flat=False, is_left_padded=left)
+
+    def select(self, rows: list[int]) -> Features:
+        """Some rows, trimmed to the longest of them."""
+        lengths = [self.lengths[row] for row in rows]
+        device = self.features["input_ids"].device
+        if self.is_flat:
+            starts = np.concatenate([[0], np.cumsum(self.lengths)])
+            spans = [np.arange(starts[row], starts[row + 1]) for row in rows]
+            tokens = torch.from_numpy(np.concatenate(spans)).to(device)
+            return (
+                self.features
+                | {name: self.features[name][:, tokens] for name in self.token_keys}
+                | _boundaries(lengths, self.features)
+            )
+        width = self.features["input_ids"].shape[1]
+        longest = max(1, *lengths)
+        kept = slice(width - longest, width) if self.is_left_padded else slice(longest)
+        index = torch.tensor(rows, device=device)
+        return self.features | {name: self.features[name][index][:, kept] for name in self.token_keys}
+
+
+class _Part(NamedTuple):
+    group: _Group
+    rows: list[int]  # within the group
+    numbers: list[int]  # of these rows, in all columns laid one behind the other
+
+
+def _is_per_token(column: Features, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.shape == column["input_ids"].shape
+
+
+def _shared_values(column: Features) -> Features:
+    """What holds for all rows of a column, such as the length of its instruction."""
+    shared = {}
+    for name, value in column.items():
+        if name in _BOUNDARY_KEYS or _is_per_token(column, value):
+            continue
+        if isinstance(value, Tensor):
+            if len(value.reshape(-1).unique()) != 1:
+                raise ValueError(
+                    f"The feature `{name}` of a column has shape {tuple(value.shape)}, which is neither one value per "
+                    f"token, {tuple(column['input_ids'].shape)}, nor one value for all rows. Leave it out."
+                )
+            value = value.reshape(-1)[0].item()
+        shared[name] = value
+    return shared
+
+
+def _boundaries(lengths: list[int], like: Features) -> Features:
+    """The boundary keys that `like` has, for rows of these lengths laid end to end."""
+    device = like["cu_seq_lens_q"].device
+    counts = torch.tensor(lengths, device=device)
+    ends = F.pad(counts.cumsum(0), (1, 0)).to(like["cu_seq_lens_q"].dtype)
+    values: Features = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    values |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    if "seq_idx" in like:
+        rows = torch.arange(len(lengths), device=device, dtype=like["seq_idx"].dtype)
+        values["seq_idx"] = rows.repeat_interleave(counts)[None]
+    return {name: value for name, value in values.items() if name in like}
