@@ -93,7 +93,7 @@ def test_llm_of_another_width_is_not_attached() -> None:
         ({"projection_dim": 0}, "`projection_dim` must be a positive integer, got 0"),
         ({"adapter_num_layers": 2.0}, "`adapter_num_layers` must be a positive integer, got 2.0"),
         ({"adapter_dropout": 1.0}, r"`adapter_dropout` must lie in \[0, 1\), got 1.0"),
-        ({"text_prefix_length": -1}, "`text_prefix_length` must be an integer >= 0, got -1"),
+        ({"text_prefix_length": -1}, "`text_prefix_length` must be an integer >= 0 or None, got -1"),
         ({"max_logit_scale": 0.0}, "`max_logit_scale` must be a positive number, got 0.0"),
         ({"logit_scale_init_value": float("nan")}, "`logit_scale_init_value` must be finite, got nan"),
         ({"logit_bias_init_value": float("inf")}, "`logit_bias_init_value` must be finite or None, got inf"),

@@ -157,6 +157,9 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         else:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
         self.post_init()
+        if getattr(config, "quantization_config", None) is not None:
+            # By this list the quantization of a whole model leaves all parts but the LLM as they are.
+            self._keep_in_fp32_modules = set(self._keep_in_fp32_modules_strict)
 
     def get_input_embeddings(self) -> nn.Module:
         if self.text_model is None:

@@ -105,8 +105,6 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
     accepts_loss_kwargs = False
     _no_split_modules = ["LLM2CLIPAdapterBlock"]
     _keep_in_fp32_modules_strict = ["vision_model", "visual_projection", "text_adapter", "logit_scale", "logit_bias"]
-    # By this list a quantisation of the whole model leaves all parts but the LLM as they are.
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -139,7 +137,12 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             pooling = getattr(text_model.config, "text_pooling", pooling)
             prefix = getattr(text_model.config, "text_prefix_length", prefix)
         fingerprint = self.config.text_fingerprint or {}
-        if prefix is None and not hasattr(text_model.config, "text_prefix_length"):
+        width = text_model.config.get_text_config().hidden_size
+        if (
+            width == self.config.llm_hidden_size
+            and prefix is None
+            and not hasattr(text_model.config, "text_prefix_length")
+        ):
             if "text_prefix_length" not in fingerprint:
                 raise ValueError(
                     "Neither the model nor the LLM says how many leading tokens of a text (begin-of-text and template "

@@ -32,7 +32,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modeling.loading_llm2clip import load_text_config
-from .captions.adapter_folder import find_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -341,6 +340,8 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 
 def find_model(name_or_path: str, option: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model whose weights are there; they are neither loaded nor fetched."""
+    from .captions.adapter_folder import find_adapter  # which imports this module
+
     given = f"`--{option} {name_or_path}`"
     try:
         if not Path(name_or_path).is_dir() and (name_or_path[:1] in "/.~" or name_or_path.count("/") > 1):
@@ -405,6 +406,8 @@ def describe_llm(
     name_or_path: str, *, lora_rank: int | None, dtype: str | None = None, quantization: str | None = None
 ) -> str:
     """Size of an LLM, of its LoRA adapters on all linear layers, and the memory of both with AdamW."""
+    from .captions.adapter_folder import find_adapter  # which imports this module
+
     config = load_text_config(name_or_path).get_text_config()
     with torch.device("meta"):
         llm = AutoModel.from_config(config)
