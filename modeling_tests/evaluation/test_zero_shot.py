@@ -8,15 +8,12 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from llm2clip_hf.evaluation import (
     build_zero_shot_classifier,
     encode_texts,
     evaluate_zero_shot_classification,
-    load_zero_shot_classifier,
     mean_per_class_recall,
-    save_zero_shot_classifier,
     zero_shot,
 )
 from llm2clip_hf.evaluation.zero_shot import fill_template
@@ -152,37 +149,3 @@ def test_a_classifier_does_not_depend_on_how_classes_are_grouped(monkeypatch):
     monkeypatch.setattr(zero_shot, "_TEXTS_PER_BLOCK", 7)
     grouped = build_zero_shot_classifier(model, CLASSES, TEMPLATES, processor=processor)
     torch.testing.assert_close(grouped, whole, rtol=0, atol=1e-6)
-
-
-def test_a_saved_classifier_serves_the_model_that_made_it(tmp_path):
-    model, processor = tiny_models.model(), tiny_models.processor()
-    weight = build_zero_shot_classifier(model, CLASSES, TEMPLATES, processor=processor)
-    path = tmp_path / "classes.safetensors"
-    parts = {"model": model, "processor": processor}
-    save_zero_shot_classifier(path, weight, CLASSES, TEMPLATES, **parts)
-    assert list(tmp_path.iterdir()) == [path]
-    loaded = load_zero_shot_classifier(path, **parts)
-    assert torch.equal(loaded.weight, weight)
-    assert (loaded.class_names, loaded.templates) == (CLASSES, TEMPLATES)
-    assert torch.equal(load_zero_shot_classifier(path).weight, weight)
-    images = [Image.new("RGB", (31, 33), colour) for colour in ("red", "green", "blue")]
-    expected = evaluate_zero_shot_classification(model, images, [0, 1, 5], CLASSES, TEMPLATES, processor=processor)
-    assert expected == evaluate_zero_shot_classification(
-        model, images, [0, 1, 5], CLASSES, processor=processor, classifier=loaded.weight
-    )
-    other = tiny_models.processor()
-    other.tokenizer.model_max_length = 9
-    with pytest.raises(ValueError, match="made by another model or tokenizer"):
-        load_zero_shot_classifier(path, model=model, processor=other)
-    with pytest.raises(ValueError, match="made by another model or tokenizer"):
-        load_zero_shot_classifier(path, model=tiny_models.model(seed=1), processor=processor)
-    with pytest.raises(ValueError, match="go together"):
-        load_zero_shot_classifier(path, model=model)
-    with pytest.raises(ValueError, match="one row per class"):
-        save_zero_shot_classifier(path, weight[1:], CLASSES, TEMPLATES, **parts)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_zero_shot_classifier(path)
-    save_file({"weight": weight}, path)
-    with pytest.raises(ValueError, match="is not a zero-shot classifier"):
-        load_zero_shot_classifier(path)

@@ -7,14 +7,7 @@ from .caption_accuracy import evaluate_caption_retrieval, first_two_captions
 from .dense_features import dense_image_features
 from .encoding import encode_images, encode_texts
 from .linear_probe import encode_vision_features, evaluate_linear_probe
-from .metrics import (
-    RetrievalRanks,
-    caption_retrieval_accuracy,
-    mean_per_class_recall,
-    retrieval_metrics,
-    retrieval_ranks,
-    top_k_accuracy,
-)
+from .metrics import caption_retrieval_accuracy, mean_per_class_recall, retrieval_metrics, top_k_accuracy
 from .mteb_wrapper import MTEBEncoder
 from .retrieval import evaluate_retrieval
 from .segmentation import evaluate_zero_shot_segmentation
@@ -22,13 +15,7 @@ from .tasks.definitions import resolve_tasks
 from .tasks.report import format_report, to_eval_results
 from .tasks.runner import evaluate_tasks
 from .text_towers import embed_texts
-from .zero_shot import (
-    ZeroShotClassifier,
-    build_zero_shot_classifier,
-    evaluate_zero_shot_classification,
-    load_zero_shot_classifier,
-    save_zero_shot_classifier,
-)
+from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
 
 
 if TYPE_CHECKING:
@@ -38,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptionRetrievalEvaluator",
     "MTEBEncoder",
-    "RetrievalRanks",
-    "ZeroShotClassifier",
     "build_zero_shot_classifier",
     "caption_retrieval_accuracy",
     "dense_image_features",
@@ -55,12 +40,9 @@ __all__ = [
     "evaluate_zero_shot_segmentation",
     "first_two_captions",
     "format_report",
-    "load_zero_shot_classifier",
     "mean_per_class_recall",
     "resolve_tasks",
     "retrieval_metrics",
-    "retrieval_ranks",
-    "save_zero_shot_classifier",
     "to_eval_results",
     "top_k_accuracy",
 ]

@@ -300,19 +300,6 @@ def caption_recall(counts: PairCounts, owners: torch.Tensor, k: int) -> float:
     return (share / per_image).mean().item()
 
 
-class RetrievalRanks(NamedTuple):
-    """
-    Rank of the first right answer of every query; 1 is the best, ties count as the mean over their orders.
-
-    Args:
-        image_to_text (`torch.Tensor` of shape `(N,)`, float64): rank of an image's best caption among all captions.
-        text_to_image (`torch.Tensor` of shape `(M,)`, float64): rank of a caption's image among all images.
-    """
-
-    image_to_text: torch.Tensor
-    text_to_image: torch.Tensor
-
-
 def retrieval_metrics(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -370,32 +357,6 @@ def retrieval_metrics(
         metrics[f"{direction}_median_rank"] = _median(rank)
         metrics[f"{direction}_mean_rank"] = rank.mean().item()
     return metrics | {f"image_to_text_caption_recall@{k}": caption_recall(counts, owners, k) for k in ks}
-
-
-def retrieval_ranks(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int = 1024
-) -> RetrievalRanks:
-    """
-    The rank behind every query of `retrieval_metrics`, to look at single queries.
-
-    Args:
-        image_embeds (`torch.Tensor` of shape `(N, D)`): one row per image; normalized here.
-        text_embeds (`torch.Tensor` of shape `(M, D)`): one row per caption; normalized here.
-        text_to_image (`torch.LongTensor` of shape `(M,)`): row of the image each caption belongs to.
-        chunk_size (`int`, defaults to 1024): side of a tile of similarities.
-
-    Returns:
-        `RetrievalRanks`.
-
-    Raises:
-        ValueError: as for `retrieval_metrics`.
-
-    Example:
-    >>> retrieval_ranks(torch.eye(3), torch.eye(3)[[0, 2, 1]], torch.tensor([0, 1, 2])).text_to_image.tolist()
-    [1.0, 2.5, 2.5]
-    """
-    counts, _ = _compare(image_embeds, text_embeds, text_to_image, chunk_size)
-    return RetrievalRanks(expected_rank(counts.image), expected_rank(counts.text))
 
 
 def caption_retrieval_accuracy(
@@ -554,13 +515,11 @@ __all__ = [
     "TIE_TOLERANCE",
     "Counts",
     "PairCounts",
-    "RetrievalRanks",
     "UnitRows",
     "caption_retrieval_accuracy",
     "check_rows",
     "count_pairs",
     "mean_per_class_recall",
     "retrieval_metrics",
-    "retrieval_ranks",
     "top_k_accuracy",
 ]

@@ -74,8 +74,7 @@ def evaluate_zero_shot_segmentation(
         device (*optional*): device to move the model to first; by default the model stays where it is.
         show_progress (`bool`, defaults to `False`): show progress bars.
         classifier (`torch.Tensor` of shape `(num_classes, projection_dim)`, *optional*):
-            What `build_zero_shot_classifier` or `load_zero_shot_classifier` gave for these classes; `templates` are
-            not used then.
+            What `build_zero_shot_classifier` gave for these classes; `templates` are not used then.
 
     Returns:
         `dict[str, float]`, shares in `[0, 1]`:
