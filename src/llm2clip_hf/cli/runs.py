@@ -314,7 +314,7 @@ def check_finished_stores(options: Any, folders: Iterable[str]) -> None:
 
 
 def _check_weights(options: Any, stores: "list[CaptionEmbeddingStore]") -> None:
-    from ..data.store.fingerprint import identity_differences
+    from ..data.store.fingerprint import require_identity
 
     llm = str(options.text_model or options.model)
     silent = [store for store in stores if "weights_sha256" not in store.fingerprint]
@@ -334,12 +334,8 @@ def _check_weights(options: Any, stores: "list[CaptionEmbeddingStore]") -> None:
         logger.warning("%r holds no LLM, so that `%s` was made by its LLM is not checked.", llm, stores[0].path)
         return
     for store in stores:
-        differences = identity_differences(store.fingerprint, identity, shared_only=True, ignored=("weights_dtype",))
-        if differences:
-            raise ValueError(
-                f"The embeddings in `{store.path}` were made by another LLM than {llm!r}: {differences}. Give the "
-                "`text_model` that made them, or another `store`."
-            )
+        remedy = "Give the `text_model` that made them, or another `store`."
+        require_identity(store, identity, repr(llm), remedy, maker="LLM")
 
 
 def _weights_of(options: Any, llm: str, dtype: Any) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data.images import ImageSource, load_image, undecoded
-from ..data.store.fingerprint import weights_digest
+from ..data.store.fingerprint import digest_of, model_digest
 from ..distributed import all_gather_sizes, rank, world_size
 from ..files import sha256_of_file, write_atomically
 from ..version import __version__
@@ -27,24 +27,7 @@ from .encoding import encode_images, encode_llm_embeds, encode_texts, longest_te
 
 
 logger = logging.getLogger(__name__)
-# What a config says about where it came from, not about the model.
-_NOT_IN_FINGERPRINT = ("_name_or_path", "transformers_version", "text_base_revision")
 _ROWS_PER_READ = 8192
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """Digest of all that decides a model's embeddings."""
-    config: Any = getattr(model, "config", None)
-    fields = _without_origin(config.to_dict()) if hasattr(config, "to_dict") else None
-    # Adapters that are switched off or scaled have the same weights.
-    adapters = [
-        [name, module.disable_adapters, list(module.active_adapters), list(module.merged_adapters), module.scaling]
-        for name, module in model.named_modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "merged_adapters") and hasattr(module, "scaling")
-    ]
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    autocast = {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds}
-    return _digest([type(model).__name__, weights_digest(model), fields, adapters, autocast])
 
 
 def images_digest(images: ImageSource, processor: Any, transform: Callable[[int], torch.Tensor] | None = None) -> str:
@@ -82,12 +65,12 @@ class EmbeddingCache:
     def __init__(self, folder: str | Path, model: torch.nn.Module) -> None:
         self.folder = Path(folder)
         versions = [__version__, importlib.metadata.version("transformers"), torch.__version__]
-        self.fingerprint = _digest([model_fingerprint(model), *versions])
+        self.fingerprint = digest_of([model_digest(model), *versions])
         self._device = next(model.parameters()).device
 
     def get(self, kind: str, data: str, num_rows: int, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
         """"""
-        key = _digest([kind, self.fingerprint, data])
+        key = digest_of([kind, self.fingerprint, data])
         path = self.folder / f"{kind}-{key[:40]}.safetensors"
         found = _read(path, key, num_rows)
         # Encoding is a matter of all processes: one that misses the file makes all encode.
@@ -130,16 +113,6 @@ def _image_content(images: ImageSource, row: int) -> bytes:
 def _bytes(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
-
-
-def _without_origin(fields: Any) -> Any:
-    if isinstance(fields, dict):
-        return {key: _without_origin(value) for key, value in fields.items() if key not in _NOT_IN_FINGERPRINT}
-    return fields
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def cached_images(
@@ -203,6 +176,5 @@ __all__ = [
     "cached_llm_embeds",
     "cached_texts",
     "images_digest",
-    "model_fingerprint",
     "texts_digest",
 ]

@@ -17,8 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.images import decode_image
-from ..data.store.fingerprint import tokenizer_digest
-from .embedding_cache import model_fingerprint
+from ..data.store.fingerprint import model_digest, tokenizer_digest
 from .encoding import encode_batches, encode_images, encode_texts, longest_text, normalize, tokenize
 from .model_loading import load_model_and_processor
 
@@ -323,7 +322,7 @@ class MTEBEncoder:
         return normalize(encode_batches(self.model, encode, [[0]], None, None, False))
 
     def _digest(self) -> str:
-        digest = hashlib.sha256(model_fingerprint(self.model).encode())
+        digest = hashlib.sha256(model_digest(self.model).encode())
         digest.update(self.processor.image_processor.to_json_string().encode())
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is not None:

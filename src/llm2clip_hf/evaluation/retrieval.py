@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-text retrieval with a model: encode every image and caption once, then the metrics."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,49 +12,20 @@ from ..data import CaptionEmbeddingStore, CaptionTable
 from ..data.captions import Captions
 from ..data.image_text import ImageTextDataset
 from ..data.images import ImageSource
-from ..data.store.fingerprint import model_settings, require_identity, weights_identity
-from ..modeling.modules_llm2clip import sampled_weights_digest
+from ..data.store.fingerprint import require_text_encoder
 from .embedding_cache import EmbeddingCache, cached_images, cached_llm_embeds, cached_texts
 from .metrics import retrieval_metrics
 
 
-logger = logging.getLogger(__name__)
-
-
 def check_store(model: Any, store: CaptionEmbeddingStore, processor: Any = None) -> None:
-    """
-    Checks that stored embeddings are of the text encoder of a model.
-
-    They are compared with `config.text_fingerprint`, what made the embeddings that the model was trained on; with the
-    template, pooling and tokenizer of the model; and with the LLM that it holds. All weights of the LLM are read only
-    where a sample of them does not settle that it made the embeddings.
-    """
+    """Checks that stored embeddings are of the text encoder of a model."""
     if getattr(getattr(model, "config", None), "model_type", None) != "llm2clip":
         raise ValueError(
             f"`{store.path}` holds embeddings of an LLM, which a {type(model).__name__} does not take. Leave it out."
         )
     store.check_compatible(model)
-    if model.config.text_fingerprint:
-        require_identity(
-            store,
-            model.config.text_fingerprint,
-            "the one that the model was trained with (`config.text_fingerprint`)",
-            "Embed the captions with that one, or set `config.text_fingerprint` to null to measure others on purpose.",
-        )
     remedy = "Embed the captions with the LLM and processor of this model, or leave the store out."
-    require_identity(
-        store, model_settings(model, getattr(processor, "tokenizer", processor)), "that of the model", remedy
-    )
-    if model.text_model is None or "weights_sha256" not in store.fingerprint:
-        return
-    if any("base_layer." in name for name, _ in model.text_model.named_parameters()):
-        logger.warning("The LLM has adapters, so `%s` is not compared with its weights.", store.path)
-        return
-    sample = store.fingerprint.get("weights_sample_sha256")
-    if sample is not None and sample == sampled_weights_digest(model.text_model):
-        return
-    logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", store.path)
-    require_identity(store, weights_identity(model.text_model), "that of the model", remedy)
+    require_text_encoder(store, model, processor, remedy, by_sample=True)
 
 
 def evaluate_retrieval(

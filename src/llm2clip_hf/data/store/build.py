@@ -28,7 +28,7 @@ from ... import distributed
 from ...files import sha256_of_file, write_atomically, write_json_atomically
 from ..captions import CaptionTable
 from .embedding_store import FORMAT_NAME, FORMAT_VERSION, INDEX_FILE, LAYOUT_FILE, PLAN_FILE, CaptionEmbeddingStore
-from .fingerprint import FingerprintValue, fingerprint_differences, with_shared_entries
+from .fingerprint import FingerprintValue, build_differences
 from .mapped_files import keys_digest, write_keys
 
 
@@ -423,22 +423,12 @@ class StoreBuild:
                     file.unlink(missing_ok=True)
 
     def _refuse_differences(self, found: Mapping[str, Any]) -> None:
-        # The dtype of the weights counts here: rows of two roundings are not mixed in one store.
-        old, new = with_shared_entries(found["fingerprint"], self._plan["fingerprint"])
-        differences = fingerprint_differences(
-            _flat({**found, "fingerprint": old}), _flat({**self._plan, "fingerprint": new})
-        )
+        differences = build_differences(found, self._plan)
         if differences:
             raise ValueError(
                 f"`{self._folder}` holds embeddings made in another way: {differences}. "
                 "Choose another `output_dir`, or delete the folder to embed again."
             )
-
-
-def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan with the fingerprint's keys beside its own, for messages that name single keys."""
-    rest = {key: value for key, value in plan.items() if key != "fingerprint"}
-    return rest | {f"fingerprint.{key}": value for key, value in plan["fingerprint"].items()}
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ...files import sha256_of_file
-from .fingerprint import FingerprintValue, identity_differences, model_fingerprint, model_settings
+from .fingerprint import FingerprintValue, model_fingerprint, model_settings, require_identity
 from .mapped_files import KeyIndex, map_tensor
 
 
@@ -316,12 +316,8 @@ class CaptionEmbeddingStore:
     def _require_fingerprint(
         self, expected: Mapping[str, FingerprintValue], owner: str, shared_only: bool = False
     ) -> None:
-        differences = identity_differences(self.fingerprint, expected, shared_only=shared_only)
-        if differences:
-            raise ValueError(
-                f"The embeddings in `{self.path}` were made by another text encoder than {owner}: {differences}. "
-                "Embed the captions with this model, or use the model that the store was made with."
-            )
+        remedy = "Embed the captions with this model, or use the model that the store was made with."
+        require_identity(self, expected, owner, remedy, shared_only=shared_only, ignored=())
 
     def _caption_range(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self.num_images:

@@ -8,7 +8,8 @@ fingerprint travels with the store, and `CaptionEmbeddingStore.open` compares it
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
     from .embedding_store import CaptionEmbeddingStore
 
 
+logger = logging.getLogger(__name__)
 FingerprintValue = str | int | float | bool | None
+Fingerprint = Mapping[str, FingerprintValue]
+# An LLM as a module, as a state dict, or as a folder or file of safetensors.
+Weights = torch.nn.Module | Mapping[str, torch.Tensor] | str | Path
+# What a config says about where it came from, not about the model.
+_ORIGIN = ("_name_or_path", "transformers_version", "text_base_revision")
 _ROUNDED = (torch.float16, torch.float32, torch.float64)
 
 
 def embedding_fingerprint(
-    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path,
+    weights: Weights,
     tokenizer: Any,
     *,
     text_prefix_length: int = 0,
@@ -67,7 +74,7 @@ def embedding_fingerprint(
     }
 
 
-def weights_digest(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path) -> str:
+def weights_digest(weights: Weights) -> str:
     """
     SHA-256 over the names, dtypes, shapes and bytes of all tensors, in the order of their names.
 
@@ -77,9 +84,7 @@ def weights_digest(weights: torch.nn.Module | Mapping[str, torch.Tensor] | str |
     return _digests(weights, with_rounded=False)[0]
 
 
-def weights_identity(
-    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path,
-) -> dict[str, FingerprintValue]:
+def weights_identity(weights: Weights) -> dict[str, FingerprintValue]:
     """
     The entries of a fingerprint that say which LLM it was.
 
@@ -117,18 +122,40 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(
-    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path, with_rounded: bool
-) -> tuple[str, str, list[str]]:
+def digest_of(content: Any) -> str:
+    """SHA-256 of plain content as JSON."""
+    text = json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """Digest of all that decides the embeddings of a whole model of images and texts."""
+    config: Any = getattr(model, "config", None)
+    fields = _without_origin(config.to_dict()) if hasattr(config, "to_dict") else None
+    # Adapters that are switched off or scaled have the same weights.
+    adapters = [
+        [name, module.disable_adapters, list(module.active_adapters), list(module.merged_adapters), module.scaling]
+        for name, module in model.named_modules()
+        if hasattr(module, "disable_adapters") and hasattr(module, "merged_adapters") and hasattr(module, "scaling")
+    ]
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    autocast = {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds}
+    return digest_of([type(model).__name__, weights_digest(model), fields, adapters, autocast])
+
+
+def _without_origin(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {key: _without_origin(value) for key, value in fields.items() if key not in _ORIGIN}
+    return fields
+
+
+def _digests(weights: Weights, with_rounded: bool) -> tuple[str, str, list[str]]:
     """SHA-256 of all tensors, the same rounded to bfloat16 (or as they are, if not wanted), and the dtypes."""
     exact = hashlib.sha256()
     # Made when the two begin to differ: with bfloat16 weights, one digest is both.
     rounded = None
     dtypes = set()
-    state = _state_dict(weights)
-    for name in sorted(state):
-        value = state[name]
-        tensor = (value.read() if isinstance(value, _LazyTensor) else value).detach()
+    for name, tensor in _tensors(weights):
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         if with_rounded and tensor.dtype in _ROUNDED and rounded is None:
             rounded = exact.copy()
@@ -145,33 +172,24 @@ def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class _LazyTensor:
-    """A tensor of a safetensors file, read when asked for, so that a 16 GB folder never is in memory at once."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-
-    def read(self) -> torch.Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(self._name)
-
-
-def _state_dict(
-    weights: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path,
-) -> Mapping[str, torch.Tensor | _LazyTensor]:
+def _tensors(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors by name; of files one at a time, so that a folder of 16 GB never is in memory at once."""
     if isinstance(weights, torch.nn.Module):
-        return weights.state_dict()
+        weights = weights.state_dict()
     if isinstance(weights, Mapping):
-        return weights
+        yield from ((name, weights[name].detach()) for name in sorted(weights))
+        return
     path = Path(weights)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(f"`{path}` holds no safetensors file. Pass the folder or file with the weights of the LLM.")
-    tensors: dict[str, torch.Tensor | _LazyTensor] = {}
+    places = {}
     for file in files:
         with safe_open(file, framework="pt") as content:
-            tensors.update({name: _LazyTensor(file, name) for name in content.keys()})
-    return tensors
+            places.update(dict.fromkeys(content.keys(), file))
+    for name in sorted(places):
+        with safe_open(places[name], framework="pt") as content:
+            yield name, content.get_tensor(name)
 
 
 # Other views of the weights, which `weights_sha256` stands for; fingerprints of earlier releases lack them.
@@ -190,9 +208,20 @@ def fingerprint_differences(stored: Mapping[str, Any], expected: Mapping[str, An
     )
 
 
-def with_shared_entries(
-    stored: Mapping[str, FingerprintValue], expected: Mapping[str, FingerprintValue]
-) -> tuple[dict[str, FingerprintValue], dict[str, FingerprintValue]]:
+def build_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """
+    `fingerprint_differences` of two plans of a store, each with a `fingerprint`.
+
+    The dtype of the weights counts here: rows of two roundings are not mixed in one store.
+    """
+    plans = []
+    for plan, own in zip((found, wanted), _with_shared_entries(found["fingerprint"], wanted["fingerprint"])):
+        rest = {key: value for key, value in plan.items() if key != "fingerprint"}
+        plans.append(rest | {f"fingerprint.{key}": value for key, value in own.items()})
+    return fingerprint_differences(*plans)
+
+
+def _with_shared_entries(stored: Fingerprint, expected: Fingerprint) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Two fingerprints as one release would write them: without the views of the weights that only one of them has, and
     with the pooling, which is the mean where the fingerprint of an LLM does not name it.
@@ -209,20 +238,24 @@ def with_shared_entries(
     return old, new
 
 
-def identity_differences(
-    stored: Mapping[str, FingerprintValue],
-    expected: Mapping[str, FingerprintValue],
+def require_identity(
+    store: "CaptionEmbeddingStore",
+    expected: Fingerprint,
+    whose: str,
+    remedy: str,
     *,
-    shared_only: bool = False,
-    ignored: tuple[str, ...] = (),
-) -> str:
+    shared_only: bool = True,
+    ignored: tuple[str, ...] = _NOT_IDENTITY,
+    maker: str = "text encoder",
+) -> None:
     """
-    What tells the text encoders of two fingerprints apart, as text for a message; empty if nothing does.
+    Refuses a store that another text encoder made; `shared_only` compares the entries that both fingerprints have.
 
     The weights are the same if their digests are, or, loaded in different dtypes, their digests rounded to bfloat16 or
     (bfloat16 and float16) a sample of them.
     """
-    old, new = with_shared_entries(stored, expected)
+    stored = store.fingerprint
+    old, new = _with_shared_entries(stored, expected)
     same_weights = _same_weights(stored, expected)
     left_out = {*ignored, *_VIEWS, *(("weights_sha256", "weights_dtype") if same_weights else ())}
     if shared_only:
@@ -237,21 +270,44 @@ def identity_differences(
             f" (the captions were embedded with an LLM in {before}, this one is in {now}; if it is the same LLM, "
             f'load it in {before}, e.g. with `text_model_kwargs={{"dtype": "{before}"}}`)'
         )
-    return differences
-
-
-def require_identity(
-    store: "CaptionEmbeddingStore", expected: Mapping[str, FingerprintValue], whose: str, remedy: str
-) -> None:
-    """Refuses a store that another text encoder made, by the entries that both fingerprints have."""
-    differences = identity_differences(store.fingerprint, expected, shared_only=True, ignored=_NOT_IDENTITY)
     if differences:
         raise ValueError(
-            f"The embeddings in `{store.path}` were made by another text encoder than {whose}: {differences}. {remedy}"
+            f"The embeddings in `{store.path}` were made by another {maker} than {whose}: {differences}. {remedy}"
         )
 
 
-def _same_weights(stored: Mapping[str, FingerprintValue], expected: Mapping[str, FingerprintValue]) -> bool:
+def require_text_encoder(
+    store: "CaptionEmbeddingStore", model: Any, processor: Any, remedy: str, *, by_sample: bool = False
+) -> None:
+    """
+    Refuses a store that was not made by the text encoder of an `LLM2CLIPModel`: the one that it was trained with, its
+    template, pooling and tokenizer, and the LLM that it holds.
+
+    The weights are all read, which `by_sample` spares where a sample of them settles that the LLM made the store.
+    """
+    # Imported when needed: the model classes take seconds, and workers that only read a store do without.
+    from ...modeling.modules_llm2clip import sampled_weights_digest
+
+    if model.config.text_fingerprint:
+        require_identity(
+            store,
+            model.config.text_fingerprint,
+            "the one that the model was trained with (`config.text_fingerprint`)",
+            "Use embeddings of that one, or set `config.text_fingerprint` to None to use others on purpose.",
+        )
+    require_identity(store, model_settings(model, getattr(processor, "tokenizer", processor)), "the model", remedy)
+    if model.text_model is None or "weights_sha256" not in store.fingerprint:
+        return
+    if any("base_layer." in name for name, _ in model.text_model.named_parameters()):
+        logger.warning("The LLM has adapters, so `%s` is not compared with its weights.", store.path)
+        return
+    sample = store.fingerprint.get("weights_sample_sha256")
+    if not by_sample or sample is None or sample != sampled_weights_digest(model.text_model):
+        logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", store.path)
+        require_identity(store, weights_identity(model.text_model), "the model", remedy)
+
+
+def _same_weights(stored: Fingerprint, expected: Fingerprint) -> bool:
     if "weights_sha256" not in stored or "weights_sha256" not in expected:
         return False
     if stored["weights_sha256"] == expected["weights_sha256"]:
@@ -260,18 +316,15 @@ def _same_weights(stored: Mapping[str, FingerprintValue], expected: Mapping[str,
     # In one dtype, weights that agree rounded only are those of two LLMs.
     if len(dtypes) == 1:
         return False
-    rounded = _rounded_digest(stored)
-    if rounded is not None and rounded == _rounded_digest(expected):
+    rounded, own = (
+        each["weights_sha256"] if each.get("weights_dtype") == "bfloat16" else each.get("weights_bf16_sha256")
+        for each in (stored, expected)
+    )
+    if rounded is not None and rounded == own:
         return True
     # float16 drops bits of tiny bfloat16 values, which the sample leaves out.
     sample = stored.get("weights_sample_sha256")
     return dtypes == {"bfloat16", "float16"} and sample is not None and sample == expected.get("weights_sample_sha256")
-
-
-def _rounded_digest(fingerprint: Mapping[str, FingerprintValue]) -> FingerprintValue:
-    if fingerprint.get("weights_dtype") == "bfloat16":
-        return fingerprint["weights_sha256"]
-    return fingerprint.get("weights_bf16_sha256")
 
 
 def model_fingerprint(model: Any, tokenizer: Any, max_length: int) -> dict[str, FingerprintValue]:
@@ -308,14 +361,16 @@ def model_settings(model: Any, tokenizer: Any = None) -> dict[str, FingerprintVa
 
 __all__ = [
     "FingerprintValue",
+    "build_differences",
+    "digest_of",
     "embedding_fingerprint",
     "fingerprint_differences",
-    "identity_differences",
+    "model_digest",
     "model_fingerprint",
     "model_settings",
     "require_identity",
+    "require_text_encoder",
     "tokenizer_digest",
     "weights_digest",
     "weights_identity",
-    "with_shared_entries",
 ]

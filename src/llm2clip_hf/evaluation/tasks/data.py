@@ -13,6 +13,7 @@ import numpy as np
 from ...data import CaptionTable
 from ...data.images import ImageSource
 from ...data.sources import ImageTable, open_image_table
+from ...data.store.fingerprint import digest_of
 from ...files import sha256_of_file
 from ..zero_shot import SINGLE_TEMPLATE
 from .definitions import TASKS, TaskDefinition
@@ -126,10 +127,6 @@ def check_counts(task: TaskDefinition, counts: Mapping[str, int], *names: str) -
                 f"the data have {counts[name]} {name}, the definition says {expected}, so the result would not "
                 f"compare with published ones. Complete the data, or run them as `{task.kind}:PATH`."
             )
-
-
-def digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
 def digest_of_lines(lines: Sequence[str]) -> str:

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from ...data import CaptionEmbeddingStore
-from ...data.store.fingerprint import model_settings, require_identity, weights_identity
+from ...data.store.fingerprint import require_identity, require_text_encoder
 from ..base_trainer import check_float32_weights, check_metric_options, check_one_device, seed_run
 from ..gradcache import CLIP_TEXT_NAMES, has_batch_statistics
-from ..lora import has_adapters
 from ..streams import shards_itself
 from . import clip_text
 from .arguments import LLM2CLIPTrainingArguments
-from .parameters import has_llm, is_llm2clip, prepare_trained_parts
+from .parameters import is_llm2clip, prepare_trained_parts
 
 
 logger = logging.getLogger(__name__)
@@ -158,19 +157,7 @@ def check_stores(model: Any, dataset: Any, processor: Any) -> None:
         require_identity(
             store, stores[0].fingerprint, f"`{stores[0].path}`", "Embed all captions with one LLM and template."
         )
-    recorded = config.text_fingerprint
-    if recorded:
-        require_identity(
-            stores[0],
-            recorded,
-            "what the model was trained with",
-            "Use those embeddings, or set `model.config.text_fingerprint = None` to train with others on purpose.",
-        )
-    expected = model_settings(model, getattr(processor, "tokenizer", None))
-    require_identity(stores[0], expected, "the model", _OWN_REMEDY)
-    if has_llm(model) and not has_adapters(model.text_model) and "weights_sha256" in stores[0].fingerprint:
-        logger.info("Comparing the weights of the LLM with the fingerprint of `%s`.", stores[0].path)
-        require_identity(stores[0], weights_identity(model.text_model), "the model", _OWN_REMEDY)
+    require_text_encoder(stores[0], model, processor, _OWN_REMEDY)
     config.text_fingerprint = dict(stores[0].fingerprint)
 
 
