@@ -67,7 +67,6 @@ class CaptionRetrievalEvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """"""
         embeds = embed_with_sentence_transformer(
             model, [*self.first, *self.second], self.batch_size, self.show_progress_bar
         )

@@ -125,7 +125,7 @@ def encode_texts(
     check_texts(texts, batch_size)
     if max_length is None:
         max_length = longest_text(model, tokenizer)
-    unique = list(dict.fromkeys(texts))
+    unique, rows_of_texts = distinct(texts)
 
     def encode(rows: list[int], target: torch.device) -> torch.Tensor:
         inputs = tokenize(model, tokenizer, [unique[row] for row in rows], max_length)
@@ -133,9 +133,7 @@ def encode_texts(
 
     description = "Encoding texts" if show_progress else None
     batches = batches_by_length(unique, batch_size)
-    encoded = normalize(encode_batches(model, encode, batches, device, description, gather_across_devices))
-    position = {text: row for row, text in enumerate(unique)}
-    return encoded[[position[text] for text in texts]]
+    return normalize(encode_batches(model, encode, batches, device, description, gather_across_devices))[rows_of_texts]
 
 
 def encode_llm_embeds(
@@ -253,6 +251,12 @@ def split_batches(order: list[int], batch_size: int) -> list[list[int]]:
 def batches_by_length(texts: list[str], batch_size: int) -> list[list[int]]:
     """Rows of `texts` in batches of similar length, longest first: a batch too large for memory fails at the start."""
     return split_batches(sorted(range(len(texts)), key=lambda row: -len(texts[row])), batch_size)
+
+
+def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The different texts, to encode each once, and the row of each text among them."""
+    position = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return list(position), [position[text] for text in texts]
 
 
 def check_texts(texts: Sequence[str], batch_size: int) -> None:

@@ -38,17 +38,7 @@ class PairCounts(NamedTuple):
 
 
 class UnitRows:
-    """
-    Rows of an embedding matrix, normalised in float64 a block at a time; the matrix itself is not copied.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(N, D)`): embeddings.
-        name (`str`): name of the argument, for messages.
-        device (*optional*): device to compute on; that of `embeds` by default.
-
-    Raises:
-        ValueError: if the shape is another one, or a row is not finite or zero; the message names the row.
-    """
+    """Rows of an embedding matrix, normalized in float64 a block at a time; the matrix itself is not copied."""
 
     _BLOCK = 8192
 
@@ -82,32 +72,19 @@ def check_rows(bad: torch.Tensor, name: str, problem: str) -> None:
 
 
 def count_pairs(images: UnitRows, texts: UnitRows, owners: torch.Tensor, chunk_size: int) -> PairCounts:
-    """
-    Compare all images with all captions, `chunk_size` of each at a time.
-
-    Args:
-        images (`UnitRows` of `N` rows): image embeddings.
-        texts (`UnitRows` of `M` rows): caption embeddings, on the same device.
-        owners (`torch.LongTensor` of shape `(M,)`): image of each caption; every image has one.
-        chunk_size (`int`): side of a tile.
-
-    Returns:
-        `PairCounts`.
-    """
+    """Compare all images with all captions in tiles; `owners` `(M,)` is the image of each caption."""
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be positive, got {chunk_size}.")
-    # Step (1)
     starts = range(0, len(texts), chunk_size)
     scores = torch.cat([(images[owners[s : s + chunk_size]] * texts[s : s + chunk_size]).sum(1) for s in starts])
-    slots = _CaptionSlots(scores, owners, len(images))
-    # Step (2)
+    best, slots_between = _caption_slots(scores, owners, len(images))
     text_above, text_reach, caption_above, caption_reach = (torch.zeros_like(owners) for _ in range(4))
     shape = (min(chunk_size, len(images)), min(chunk_size, len(texts)))
     tile = _Tile(shape, images.embeds.shape[1], scores.device)
     for start in range(0, len(images), chunk_size):
         stop = min(start + chunk_size, len(images))
         queries = images[start:stop]
-        groups = slots.between(start, stop)
+        groups = slots_between(start, stop)
         for first in starts:
             part = slice(first, first + chunk_size)
             tile.multiply(queries, texts[part])
@@ -120,33 +97,32 @@ def count_pairs(images: UnitRows, texts: UnitRows, owners: torch.Tensor, chunk_s
                 caption_reach[captions] += reach
     # Rounding differs between a pair's own product and the tile's: what is tied with itself must stay at least that.
     caption_tied = (caption_reach - caption_above).clamp(min=1)
-    level = scores >= scores[slots.best][owners] - TIE_TOLERANCE
+    level = scores >= scores[best][owners] - TIE_TOLERANCE
     tied_right = torch.bincount(owners[level], minlength=len(images))
-    tied_wrong = (caption_tied[slots.best] - tied_right).clamp(min=0)
-    image = Counts(caption_above[slots.best], tied_wrong, tied_right)
+    tied_wrong = (caption_tied[best] - tied_right).clamp(min=0)
+    image = Counts(caption_above[best], tied_wrong, tied_right)
     ones = torch.ones_like(text_above)
     text = Counts(text_above, (text_reach - text_above - ones).clamp(min=0), ones)
     return PairCounts(image, text, caption_above, caption_tied)
 
 
-class _CaptionSlots:
-    """Captions of each image, best first: slot 0 holds the best caption of every image, slot 1 the second best, ..."""
+def _caption_slots(
+    scores: torch.Tensor, owners: torch.Tensor, num_images: int
+) -> tuple[torch.Tensor, Callable[[int, int], list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """The best caption of each image; and, for some images, which have a first, a second, ... best one, and these."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[owners[order].argsort(stable=True)]
+    counts = torch.bincount(owners, minlength=num_images)
+    first = counts.cumsum(0) - counts
 
-    def __init__(self, scores: torch.Tensor, owners: torch.Tensor, num_images: int) -> None:
-        order = scores.argsort(descending=True, stable=True)
-        self._order = order[owners[order].argsort(stable=True)]
-        self._counts = torch.bincount(owners, minlength=num_images)
-        self._first = self._counts.cumsum(0) - self._counts
-        self.best = self._order[self._first]
-
-    def between(self, start: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per slot: which of the images `start` to `stop` have it (counted from `start`), and their captions in it."""
-        counts, first = self._counts[start:stop], self._first[start:stop]
+    def between(start: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         groups = []
-        for slot in range(int(counts.max())):
-            rows = (counts > slot).nonzero()[:, 0]
-            groups.append((rows, self._order[first[rows] + slot]))
+        for slot in range(int(counts[start:stop].max())):
+            rows = (counts[start:stop] > slot).nonzero()[:, 0]
+            groups.append((rows, order[first[start:stop][rows] + slot]))
         return groups
+
+    return order[first], between
 
 
 class _Tile:
@@ -161,8 +137,6 @@ class _Tile:
     # Above this share of undecided entries, e.g. where all embeddings are equal, the whole tile is done in float64;
     # an entry on its own costs some tens of those in a product.
     _MOST_UNDECIDED = 1 / 512
-    # Screening stops when more than this share of tiles was done in float64 all the same.
-    _MOST_REPEATED = 1 / 8
     # How many undecided entries are computed at a time: what they need of the rows stays in a cache.
     _ENTRIES = 512
 
@@ -172,14 +146,11 @@ class _Tile:
         self._exact_products: torch.Tensor | None = None
         self._error = (width + 4) * 2.0**-24
         self._screen = self._keeps_float32(shape, width)
-        self._tiles = self._repeated = 0
 
     def multiply(self, queries: torch.Tensor, candidates: torch.Tensor) -> None:
         """Take float64 unit rows `(R, D)` and `(C, D)`."""
         self._queries, self._candidates = queries, candidates
         self._in_float64: torch.Tensor | None = None
-        self._tiles += 1
-        self._screen = self._screen and self._repeated <= max(1, self._tiles * self._MOST_REPEATED)
         if self._screen:
             self._in_float32 = self._product(self._products, queries.float(), candidates.float())
 
@@ -202,7 +173,6 @@ class _Tile:
                 near = (near >= low.reshape(-1)[lines, None]) & ~(near > high.reshape(-1)[lines, None])
                 return self._decide(near, lines, threshold.reshape(-1), dim, rows, above)
         if self._in_float64 is None:
-            self._repeated += 1
             if self._exact_products is None:
                 self._exact_products = torch.empty_like(self._products, dtype=torch.float64)
             self._in_float64 = self._product(self._exact_products, self._queries, self._candidates)
@@ -221,8 +191,6 @@ class _Tile:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add to `above` the entries that `near` marks, computed in float64; row `i` of it is line `lines[i]`."""
         reach = above.clone()
-        if not len(lines):
-            return above, reach
         queries = self._queries if rows is None else self._queries[rows]
         of_lines, others = (self._candidates, queries) if dim == 0 else (queries, self._candidates)
         for entries in near.nonzero().split(self._ENTRIES):
@@ -399,9 +367,9 @@ def caption_retrieval_accuracy(
     forward, backward = counts.image, counts.text
     metrics = {"caption_retrieval_accuracy": (hit_rate(forward, 1) + hit_rate(backward, 1)) / 2}
     for k in ks:
-        metrics[f"first_to_second_recall@{k}"] = hit_rate(forward, k)
-        metrics[f"second_to_first_recall@{k}"] = hit_rate(backward, k)
-        metrics[f"mean_recall@{k}"] = (hit_rate(forward, k) + hit_rate(backward, k)) / 2
+        first_hits, second_hits = hit_rate(forward, k), hit_rate(backward, k)
+        metrics |= {f"first_to_second_recall@{k}": first_hits, f"second_to_first_recall@{k}": second_hits}
+        metrics[f"mean_recall@{k}"] = (first_hits + second_hits) / 2
     return metrics
 
 
@@ -513,12 +481,7 @@ def _median(ranks: torch.Tensor) -> float:
 
 __all__ = [
     "TIE_TOLERANCE",
-    "Counts",
-    "PairCounts",
-    "UnitRows",
     "caption_retrieval_accuracy",
-    "check_rows",
-    "count_pairs",
     "mean_per_class_recall",
     "retrieval_metrics",
     "top_k_accuracy",

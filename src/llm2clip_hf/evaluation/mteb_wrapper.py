@@ -165,15 +165,8 @@ class MTEBEncoder:
         """
         Embeddings of all rows of a loader, in its order; mteb calls this.
 
-        Args:
-            inputs (`torch.utils.data.DataLoader`): batches, dictionaries with `text`, `image` or both.
-            task_metadata: metadata of the task; its name is part of the error messages.
-            hf_split (`str`): split of the task, for error messages.
-            hf_subset (`str`): subset of the task, for error messages.
-            prompt_type (*optional*): query or document; both are encoded alike.
-            batch_size (`int`, defaults to 32): texts per forward pass; images keep the batches of the loader.
-            show_progress_bar (`bool`, defaults to `True`): show progress bars.
-            precision (`str`, *optional*): `"float32"`; there is no other.
+        `inputs` is a `DataLoader` of dictionaries with `text`, `image` or both. Task, split and subset are for error
+        messages; queries and documents are encoded alike. `batch_size` counts texts, images keep the loader's batches.
 
         Returns:
             `torch.Tensor` of shape `(rows, projection_dim)`, float32, L2-normalized, on the CPU.
@@ -201,29 +194,11 @@ class MTEBEncoder:
         return parts[0] if len(parts) == 1 else normalize(parts[0] + parts[1])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """
-        Cosine of each row of one with each row of the other.
-
-        Args:
-            embeddings1 (`torch.Tensor` or array of shape `(N, D)`): embeddings.
-            embeddings2 (`torch.Tensor` or array of shape `(M, D)`): embeddings.
-
-        Returns:
-            `torch.Tensor` of shape `(N, M)`, -1 to 1.
-        """
+        """Cosine, `(N, M)`, of each row of one, `(N, D)`, with each row of the other, `(M, D)`."""
         return _mteb("similarity_functions").cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """
-        Cosine of each row of one with the same row of the other.
-
-        Args:
-            embeddings1 (`torch.Tensor` or array of shape `(N, D)`): embeddings.
-            embeddings2 (`torch.Tensor` or array of shape `(N, D)`): embeddings.
-
-        Returns:
-            `torch.Tensor` of shape `(N,)`, -1 to 1.
-        """
+        """Cosine, `(N,)`, of each row of one with the same row of the other."""
         return _mteb("similarity_functions").pairwise_cos_sim(embeddings1, embeddings2)
 
     @functools.cached_property
@@ -342,26 +317,23 @@ def _mteb(module: str) -> Any:
 
 def _read_batches(inputs: Any, batches: Any, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Batches with the position of their first row. Images are read here, so an error names the image."""
-    start, iterator = 0, iter(batches)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except _READ_ERRORS as error:
-            raise _find_unreadable(inputs, start, where, error) from error
-        yield start, batch
-        start += len(next(iter(batch.values())))
+    start = 0
+    try:
+        for batch in batches:
+            yield start, batch
+            start += len(next(iter(batch.values())))
+    except _READ_ERRORS as error:
+        raise _find_unreadable(inputs, start, where, error) from error
 
 
 def _find_unreadable(inputs: Any, start: int, where: str, error: Exception) -> ValueError:
-    size = inputs.batch_size or 1
-    for row in range(start, min(start + size, len(inputs.dataset))):
+    stop = min(start + (inputs.batch_size or 1), len(inputs.dataset))
+    for row in range(start, stop):
         try:
             inputs.dataset[row]
         except _READ_ERRORS as own:
             return _unreadable(row, where, own)
-    return ValueError(f"Rows {start} to {start + size - 1} of {where} cannot be read: {error}. Repair the data set.")
+    return ValueError(f"Rows {start} to {stop - 1} of {where} cannot be read: {error}. Repair the data set.")
 
 
 def _unreadable(row: int, where: str, error: BaseException) -> ValueError:

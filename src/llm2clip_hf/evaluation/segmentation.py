@@ -19,7 +19,7 @@ from ..data.images import ImageSource, decode_image, load_image, undecoded
 from ..distributed import all_reduce_sum
 from .dense_features import dense_image_features, tower_sizes
 from .encoding import check_batching, encode_batches
-from .zero_shot import SINGLE_TEMPLATE, build_zero_shot_classifier, check_classes
+from .zero_shot import SINGLE_TEMPLATE, check_classes, given_or_built
 
 
 __all__ = ["evaluate_zero_shot_segmentation", "segment_image"]
@@ -101,21 +101,17 @@ def evaluate_zero_shot_segmentation(
     images = undecoded(images)
     num_classes = len(class_names)
     # Step (1)
-    if classifier is None:
-        classifier = build_zero_shot_classifier(
-            model,
-            class_names,
-            templates,
-            processor=processor,
-            batch_size=batch_size,
-            max_length=max_length,
-            device=device,
-            show_progress=show_progress,
-        )
-    elif classifier.ndim != 2 or len(classifier) != num_classes:
-        raise ValueError(
-            f"`classifier` must have one row per class ({num_classes}), got shape {tuple(classifier.shape)}."
-        )
+    weight = given_or_built(
+        classifier,
+        model,
+        class_names,
+        templates,
+        processor=processor,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+        show_progress=show_progress,
+    )
     # Masks by predictions, and at the end the pixels that are ignored.
     counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64)
 
@@ -124,11 +120,9 @@ def evaluate_zero_shot_segmentation(
         image = load_image(images, row)
         labels = _load_mask(masks, row, (image.height, image.width), num_classes, ignore_index)
         options: dict[str, Any] = {"short_side": short_side, "window": window, "stride": stride}
-        predicted = segment_image(
-            model, image, classifier, processor=processor, batch_size=batch_size, **options
-        ).flatten()
+        predicted = segment_image(model, image, weight, processor=processor, batch_size=batch_size, **options)
         counted = labels != ignore_index
-        pairs = labels[counted] * num_classes + predicted[counted]
+        pairs = labels[counted] * num_classes + predicted.flatten()[counted]
         counts[:-1] += torch.bincount(pairs, minlength=num_classes**2)
         counts[-1] += len(labels) - len(pairs)
         return torch.zeros(1, 1)

@@ -14,7 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from .encoding import batches_by_length, check_texts, encode_batches, encode_texts, evaluation_mode, longest_text
+from .encoding import (
+    batches_by_length,
+    check_texts,
+    distinct,
+    encode_batches,
+    encode_texts,
+    evaluation_mode,
+    longest_text,
+)
 
 
 __all__ = ["Pooling", "embed_texts", "embed_with_sentence_transformer"]
@@ -99,7 +107,7 @@ def embed_with_sentence_transformer(
     device: str | torch.device | None = None,
 ) -> torch.Tensor:
     """Embeddings of a `SentenceTransformer`, without any prompt; equal texts once, so that they tie exactly."""
-    unique = list(dict.fromkeys(texts))
+    unique, rows = distinct(texts)
     # A multimodal model opens a string that looks like the URL or path of an image; the dictionary says it is text.
     # Text-only modules take strings alone.
     is_multimodal = any(modality != "text" for modality in model.modalities)
@@ -110,8 +118,7 @@ def embed_with_sentence_transformer(
         encoded = model.encode(
             inputs, prompt="", batch_size=batch_size, convert_to_tensor=True, show_progress_bar=show_progress
         )
-    row = {text: position for position, text in enumerate(unique)}
-    return torch.as_tensor(encoded)[[row[text] for text in texts]].float().cpu()
+    return torch.as_tensor(encoded)[rows].float().cpu()
 
 
 def _load(name: str, processor: Any, pooling: Pooling | None) -> tuple[Any, Any]:
@@ -173,7 +180,7 @@ def _embed_with_llm(
     llm = model.base_model  # without the head that predicts tokens
     if pooling is None and getattr(llm.config, "text_pooling", None) in ("eos", "last"):
         pooling = "last"  # as stage 1 trained it
-    unique = list(dict.fromkeys(texts))
+    unique, rows_of_texts = distinct(texts)
     length = options["max_length"] or longest_text(llm, tokenizer)
     prefix = 0 if pooling == "last" else text_prefix_length(tokenizer)
 
@@ -194,9 +201,7 @@ def _embed_with_llm(
     description = "Encoding texts" if options["show_progress"] else None
     with _attention(llm, is_causal):
         batches = batches_by_length(unique, options["batch_size"])
-        encoded = encode_batches(llm, encode, batches, options["device"], description, gather_across_devices=True)
-    position = {text: row for row, text in enumerate(unique)}
-    return encoded[[position[text] for text in texts]]
+        return encode_batches(llm, encode, batches, options["device"], description, True)[rows_of_texts]
 
 
 @contextlib.contextmanager

@@ -156,22 +156,23 @@ def evaluate_zero_shot_classification(
     check_classes(class_names, templates, allow_duplicates)
     targets = check_labels(labels, len(images), len(class_names))
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
+    own: dict[str, Any] = {"max_length": max_length, "allow_duplicates": allow_duplicates}
+    weight = given_or_built(classifier, model, class_names, templates, processor=processor, **own, **options)
+    logits = encode_images(model, images, processor=processor, **options) @ weight.T
+    return classification_metrics(logits, targets, "zero_shot")
+
+
+def given_or_built(
+    classifier: torch.Tensor | None, model: Any, class_names: Sequence[str], templates: Sequence[str], **options: Any
+) -> torch.Tensor:
+    """The classifier that a user gave, checked, or that of `build_zero_shot_classifier`."""
     if classifier is None:
-        classifier = build_zero_shot_classifier(
-            model,
-            class_names,
-            templates,
-            processor=processor,
-            max_length=max_length,
-            allow_duplicates=allow_duplicates,
-            **options,
-        )
-    elif classifier.ndim != 2 or len(classifier) != len(class_names):
+        return build_zero_shot_classifier(model, class_names, templates, **options)
+    if classifier.ndim != 2 or len(classifier) != len(class_names):
         raise ValueError(
             f"`classifier` must have one row per class ({len(class_names)}), got shape {tuple(classifier.shape)}."
         )
-    logits = encode_images(model, images, processor=processor, **options) @ classifier.T
-    return classification_metrics(logits, targets, "zero_shot")
+    return classifier
 
 
 def check_labels(labels: Sequence[int] | torch.Tensor, num_images: int, num_classes: int) -> torch.Tensor:

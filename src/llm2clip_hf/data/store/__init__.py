@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-""""""
+"""The caption-embedding store: reader, writer, embedding, text encoders and fingerprint."""

@@ -14,7 +14,6 @@ import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +33,7 @@ from .mapped_files import keys_digest, write_keys
 
 if sys.platform != "win32":
     import fcntl
+logger = logging.getLogger(__name__)
 STATUS_FILES = "process-*.json"
 _SECONDS_BETWEEN_SIGNS = 5.0
 _LONGEST_PAUSE = 1.0
@@ -60,7 +60,6 @@ class StoreProcesses:
         self._folder, self._timeout = folder, timeout
         self._captions_done = 0
         self._next_sign = 0.0
-        self._identity = {"host": platform.node(), "pid": os.getpid(), "run": uuid.uuid4().hex}
         # Statuses that were there before this run, by rank; an error in them is an old one.
         self._old: dict[int, str] = {}
 
@@ -96,17 +95,12 @@ class StoreProcesses:
         if self.size > 1 and time.monotonic() >= self._next_sign:
             self._write_status(None)
 
-    def check(self) -> None:
-        """"""
-        self._check(self._statuses())
-
     def wait_for(self, is_done: Callable[[], bool], missing: Callable[[], str]) -> None:
         """Wait until `is_done()`; the others are taken for dead after `timeout` seconds without a sign of life."""
         pause, last_sign = 0.01, time.monotonic()
         before: tuple[dict[int, str], str] | None = None
         while not is_done():
-            statuses = self._statuses()
-            self._check(statuses)
+            statuses = self.check()
             signs = (statuses, missing())
             if signs != before:
                 before, last_sign = signs, time.monotonic()
@@ -136,7 +130,9 @@ class StoreProcesses:
             self._old = self._statuses()
         self._write_status(None)
 
-    def _check(self, statuses: dict[int, str]) -> None:
+    def check(self) -> dict[int, str]:
+        """The statuses of the watched processes; an error if one of them failed."""
+        statuses = self._statuses()
         for rank, text in statuses.items():
             failure = json.loads(text)["failure"]
             if failure is not None and text != self._old.get(rank):
@@ -145,13 +141,13 @@ class StoreProcesses:
                     f"Of the {self.size} processes that fill `{self._folder}`, one failed: {failure} [The output of "
                     "that process has more. Finished shards stay; start all processes again to resume.]",
                 )
+        return statuses
 
     def _timeout_message(self, statuses: dict[int, str], missing: str) -> str:
-        known = [(rank, json.loads(text)) for rank, text in statuses.items()]
-        signs = [
-            f"{rank} on {status['host']} ({status['failure'] or str(status['captions']) + ' captions'})"
-            for rank, status in known
-        ]
+        signs = []
+        for rank, text in statuses.items():
+            status = json.loads(text)
+            signs.append(f"{rank} on {status['host']} ({status['failure'] or str(status['captions']) + ' captions'})")
         return (
             f"Process {self.rank} of {self.size} waited {self._timeout:.0f} s for {missing} in `{self._folder}` "
             f"without a sign of life. Last known processes: {', '.join(signs) or 'none'}. Check that every process "
@@ -163,12 +159,12 @@ class StoreProcesses:
 
     def _write_status(self, failure: str | None) -> None:
         self._next_sign = time.monotonic() + _SECONDS_BETWEEN_SIGNS
-        status = {**self._identity, "time": time.time(), "captions": self._captions_done, "failure": failure}
+        status = {"host": platform.node(), "pid": os.getpid(), "time": time.time(), "captions": self._captions_done}
         file = self._status_file(self.rank)
         # Whole or not at all, but not flushed to disk: it means nothing after a crash of the machine.
         temporary = file.with_name(f".{file.name}.tmp")
         try:
-            temporary.write_text(json.dumps(status), encoding="utf-8")
+            temporary.write_text(json.dumps(status | {"failure": failure}), encoding="utf-8")
             os.replace(temporary, file)
         except OSError:
             # An error in telling an error would hide it; a missing sign of life is what the timeout is for.
@@ -179,10 +175,8 @@ class StoreProcesses:
         statuses = {}
         # With hundreds of processes, all watching all would be too much for a shared folder.
         for rank in range(1, self.size) if self.is_first else [0]:
-            try:
+            with suppress(OSError):
                 statuses[rank] = self._status_file(rank).read_text(encoding="utf-8")
-            except OSError:
-                continue
         return statuses
 
 
@@ -233,7 +227,6 @@ def _placement() -> tuple[int, int]:
     return rank, size
 
 
-logger = logging.getLogger(__name__)
 _LOCK_FILE = ".build.lock"
 # What killed and finished runs of any number of processes leave behind.
 _LEFTOVERS = (
@@ -342,18 +335,16 @@ class StoreBuild:
 
     def open(self, keys: Sequence[str] | None) -> CaptionEmbeddingStore:
         """Open the finished store."""
-        index_file = self._folder / INDEX_FILE
-        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = self._index()
         self._refuse_differences({key: index.get(key) for key in self._plan})
         if keys is not None and "keys" not in index:
             if self._processes.is_first:
                 with held(self._folder / _LOCK_FILE):
-                    write_json_atomically(index_file, index | {"keys": write_keys(self._folder, keys)})
+                    index |= {"keys": write_keys(self._folder, keys)}
+                    write_json_atomically(self._folder / INDEX_FILE, index)
             else:
-                self._processes.wait_for(
-                    lambda: "keys" in json.loads(index_file.read_text(encoding="utf-8")), lambda: "keys of process 0"
-                )
-            index = json.loads(index_file.read_text(encoding="utf-8"))
+                self._processes.wait_for(lambda: "keys" in self._index(), lambda: "keys of process 0")
+                index = self._index()
         if keys is not None and index["keys"]["keys_sha256"] != keys_digest(keys):
             raise ValueError(
                 f"The store in `{self._folder}` has other keys than `keys`, or the same in another order. "
@@ -362,6 +353,10 @@ class StoreBuild:
         if self._processes.is_first:
             self._remove_leftovers()
         return CaptionEmbeddingStore.open(self._folder)
+
+    def _index(self) -> dict[str, Any]:
+        index: dict[str, Any] = json.loads((self._folder / INDEX_FILE).read_text(encoding="utf-8"))
+        return index
 
     def _start(self) -> None:
         plan_file = self._folder / PLAN_FILE

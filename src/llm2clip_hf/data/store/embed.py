@@ -170,7 +170,6 @@ class _Progress:
         return max(time.perf_counter() - self._start, 1e-9)
 
     def update(self, captions: int, tokens: int, paid_tokens: int) -> None:
-        """"""
         self.captions, self.tokens = self.captions + captions, self.tokens + tokens
         self.paid_tokens += paid_tokens
         self.bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)

@@ -6,7 +6,7 @@ A store is a folder:
 
     index.json                  format version, sizes, dtype, source names, fingerprint, and a digest per file
     layout.safetensors          `offsets` (num_images + 1,) and `source_ids` (num_captions,)
-    keys.safetensors            a string key per image, if keys were given; see `store_keys`
+    keys.safetensors            a string key per image, if keys were given; see `mapped_files`
     embeddings-00000.safetensors, ...   `embeddings` (rows, dim); every shard but the last has `rows_per_shard` rows
 
 Captions are flat rows, image by image. Files are memory-mapped: opening reads `index.json` only, and an access touches

@@ -58,7 +58,6 @@ KEYS_FILE = "keys.safetensors"
 
 
 def check_keys(keys: Sequence[str], num_images: int) -> None:
-    """"""
     if isinstance(keys, str) or len(keys) != num_images:
         raise ValueError(f"`keys` has {len(keys)} entries for {num_images} images. Give one key per image.")
     seen: dict[str, int] = {}

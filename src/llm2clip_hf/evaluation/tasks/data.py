@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-lingual tasks: images with texts in many languages, as parallel lists, as rows, or as splits on the Hub."""
+"""What the data of each kind of task are, and the loaders of classes and of texts in many languages."""
 
 import hashlib
 import json
@@ -19,8 +19,17 @@ from ..zero_shot import SINGLE_TEMPLATE
 from .definitions import TASKS, TaskDefinition
 
 
+@dataclass(kw_only=True)
+class TaskData:
+    """What the data of all kinds of tasks have: how many there are, what they are known by, and what was left out."""
+
+    counts: dict[str, int]
+    fingerprint: dict[str, str]
+    skipped: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
-class RetrievalData:
+class RetrievalData(TaskData):
     """
     Images with captions, one `CaptionTable` row per image.
 
@@ -28,29 +37,23 @@ class RetrievalData:
     """
 
     images: ImageSource
-    captions: CaptionTable
     keys: list[str]
-    counts: dict[str, int]
-    fingerprint: dict[str, str]
+    captions: CaptionTable
     all_captions: CaptionTable
     rows: np.ndarray
-    skipped: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class CrossLingualData:
+class CrossLingualData(TaskData):
     """Images, and per language texts with the image each belongs to."""
 
     images: ImageSource
     keys: list[str]
     texts: dict[str, list[tuple[int, str]]]
-    counts: dict[str, int]
-    fingerprint: dict[str, str]
-    skipped: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class ClassificationData:
+class ClassificationData(TaskData):
     """Images with classes."""
 
     images: ImageSource
@@ -58,22 +61,13 @@ class ClassificationData:
     labels: list[int]
     class_names: list[str]
     templates: list[str]
-    counts: dict[str, int]
-    fingerprint: dict[str, str]
-    skipped: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class CaptionData:
+class CaptionData(TaskData):
     """Captions of images, without the images."""
 
     captions: list[list[str]]
-    counts: dict[str, int]
-    fingerprint: dict[str, str]
-    skipped: dict[str, Any] = field(default_factory=dict)
-
-
-TaskData = RetrievalData | CrossLingualData | ClassificationData | CaptionData
 
 
 @dataclass(frozen=True)
@@ -129,10 +123,6 @@ def check_counts(task: TaskDefinition, counts: Mapping[str, int], *names: str) -
             )
 
 
-def digest_of_lines(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def source_digest(location: Location) -> dict[str, str]:
     """Digest of the annotation file, where there is one without images in it."""
     path = Path(location.source)
@@ -149,13 +139,33 @@ _MAX_NAMED = 5
 _Texts = dict[str, list[tuple[int, str]]]
 
 
+class _Collected:
+    """Texts by language, each with its image; a text that is none is an error, or counted."""
+
+    def __init__(self, policy: str) -> None:
+        self.policy, self.texts, self.count, self.examples = policy, _Texts(), 0, list[str]()
+
+    def add(self, language: str, image: int, key: str, entry: Any) -> None:
+        for text in entry if isinstance(entry, (list, tuple)) else [entry]:
+            if isinstance(text, str) and text.strip():
+                self.texts.setdefault(language, []).append((image, text))
+                continue
+            place = f"Image `{key}`, language `{language}`,"
+            if self.policy == "error":
+                raise ValueError(
+                    f'{place} has the text {text!r}. Mend it, or pass `on_bad_row="skip"` to leave it out.'
+                )
+            self.count += 1
+            self.examples = [*self.examples, f"{place}: {text!r}"][:_MAX_NAMED]
+
+
 def load_cross_lingual(location: Location, on_bad_row: str, max_images: int | None) -> CrossLingualData:
+    """Parallel lists of languages and texts, one row per image and language, or one split per language on the Hub."""
     task = location.definition
     hub = TASKS[task.name].hub if location.revision is not None and task.name in TASKS else None
-    texts: _Texts = {}
-    bad = _BadTexts(on_bad_row)
+    found = _Collected(on_bad_row)
     if hub is not None and hub.language_splits:
-        images, keys = _read_language_splits(location, texts, bad)
+        images, keys = _read_language_splits(location, found)
     else:
         table = open_table(location)
         column = task.language_column or next((name for name in _LANGUAGE_COLUMNS if name in table.columns), None)
@@ -165,40 +175,29 @@ def load_cross_lingual(location: Location, on_bad_row: str, max_images: int | No
                 f"{table.columns}. Name it as `language_column`."
             )
         languages = table.column(column)
-        if any(isinstance(value, (list, tuple)) for value in languages):
-            images, keys = _read_parallel_lists(table, task, languages, texts, bad)
-        else:
-            images, keys = _read_language_rows(table, task, languages, texts, bad)
-    texts, skipped = _choose_languages(task, texts)
-    skipped |= bad.record()
-    counts = {"images": len(keys), "captions": sum(map(len, texts.values())), "languages": len(texts)}
-    check_counts(task, counts, "images", "captions", "languages")
+        is_parallel = any(isinstance(value, (list, tuple)) for value in languages)
+        images, keys = (_read_parallel_lists if is_parallel else _read_language_rows)(table, task, languages, found)
+    texts, skipped = _choose_languages(task, found.texts)
+    if found.count:
+        skipped |= {"texts": found.count, "examples": found.examples}
+
+    def count() -> dict[str, int]:
+        return {"images": len(keys), "captions": sum(map(len, texts.values())), "languages": len(texts)}
+
+    check_counts(task, count(), "images", "captions", "languages")
     if max_images is not None:
         texts = {name: [(image, text) for image, text in rows if image < max_images] for name, rows in texts.items()}
         texts = {name: rows for name, rows in texts.items() if rows}
         images, keys = head(images, max_images), keys[:max_images]
-        counts = {"images": len(keys), "captions": sum(map(len, texts.values())), "languages": len(texts)}
     digest = digest_of([[name, [[keys[image], text] for image, text in rows]] for name, rows in sorted(texts.items())])
-    return CrossLingualData(images, keys, texts, counts, {"texts_sha256": digest, **source_digest(location)}, skipped)
-
-
-class _BadTexts:
-    """Texts that are none: an error, or counted."""
-
-    def __init__(self, policy: str) -> None:
-        self.policy, self.count, self.examples = policy, 0, list[str]()
-
-    def refuses(self, text: Any, place: str) -> bool:
-        if isinstance(text, str) and text.strip():
-            return False
-        if self.policy == "error":
-            raise ValueError(f'{place} has the text {text!r}. Mend it, or pass `on_bad_row="skip"` to leave it out.')
-        self.count += 1
-        self.examples = [*self.examples, f"{place}: {text!r}"][:_MAX_NAMED]
-        return True
-
-    def record(self) -> dict[str, Any]:
-        return {"texts": self.count, "examples": self.examples} if self.count else {}
+    return CrossLingualData(
+        images=images,
+        keys=keys,
+        texts=texts,
+        counts=count(),
+        fingerprint={"texts_sha256": digest, **source_digest(location)},
+        skipped=skipped,
+    )
 
 
 def _text_column(table: ImageTable, task: TaskDefinition) -> str:
@@ -208,39 +207,25 @@ def _text_column(table: ImageTable, task: TaskDefinition) -> str:
     return column
 
 
-def _add(texts: _Texts, language: str, image: int, entry: Any, place: str, bad: _BadTexts) -> None:
-    for text in entry if isinstance(entry, (list, tuple)) else [entry]:
-        if not bad.refuses(text, f"{place}, language `{language}`,"):
-            texts.setdefault(language, []).append((image, text))
-
-
 def _read_parallel_lists(
-    table: ImageTable,
-    task: TaskDefinition,
-    languages: list[Any],
-    texts: _Texts,
-    bad: _BadTexts,
+    table: ImageTable, task: TaskDefinition, languages: list[Any], found: _Collected
 ) -> tuple[ImageSource, list[str]]:
     column = _text_column(table, task)
     keys = image_keys(table, task)
     for row, (names, entries) in enumerate(zip(languages, table.column(column))):
         if names is None or entries is None or len(names) != len(entries):
-            found = [None if value is None else len(value) for value in (names, entries)]
+            lengths = [None if value is None else len(value) for value in (names, entries)]
             raise ValueError(
-                f"Image `{keys[row]}` has {found[0]} languages and {found[1]} texts in column `{column}`. The lists "
-                "must be parallel."
+                f"Image `{keys[row]}` has {lengths[0]} languages and {lengths[1]} texts in column `{column}`. The "
+                "lists must be parallel."
             )
         for name, entry in zip(names, entries):
-            _add(texts, str(name), row, entry, f"Image `{keys[row]}`", bad)
+            found.add(str(name), row, keys[row], entry)
     return table.images, keys
 
 
 def _read_language_rows(
-    table: ImageTable,
-    task: TaskDefinition,
-    languages: list[Any],
-    texts: _Texts,
-    bad: _BadTexts,
+    table: ImageTable, task: TaskDefinition, languages: list[Any], found: _Collected
 ) -> tuple[ImageSource, list[str]]:
     keys = image_keys(table, task, unique=False)
     if keys[0] == "row 0":
@@ -261,11 +246,11 @@ def _read_language_rows(
         if key not in numbers:
             numbers[key] = len(numbers)
             first_rows.append(row)
-        _add(texts, str(language), numbers[key], entry, f"Image `{key}`", bad)
+        found.add(str(language), numbers[key], key, entry)
     return table.select(first_rows).images, list(numbers)
 
 
-def _read_language_splits(location: Location, texts: _Texts, bad: _BadTexts) -> tuple[ImageSource, list[str]]:
+def _read_language_splits(location: Location, found: _Collected) -> tuple[ImageSource, list[str]]:
     task = location.definition
     images: ImageSource = []
     numbers: dict[str, int] = {}
@@ -277,7 +262,7 @@ def _read_language_splits(location: Location, texts: _Texts, bad: _BadTexts) -> 
         for key, entry in zip(keys, table.column(_text_column(table, task))):
             if key not in numbers:
                 raise ValueError(f"Image `{key}` of the language `{language}` is not among those of the first one.")
-            _add(texts, language, numbers[key], entry, f"Image `{key}`", bad)
+            found.add(language, numbers[key], key, entry)
     return images, list(numbers)
 
 
@@ -322,26 +307,36 @@ def load_classification(location: Location, on_bad_row: str, max_images: int | N
     templates = _lines(task.templates, "templates") or list(SINGLE_TEMPLATE)
     counts = {"images": len(table), "classes": len(names), "templates": len(templates)}
     check_counts(task, counts, "images", "classes", "templates")
+    named = {"class_names": names, "templates": templates}
     fingerprint = {
         "labels_sha256": digest_of(labels),
-        "class_names_sha256": digest_of_lines(names),
-        "templates_sha256": digest_of_lines(templates),
+        **{f"{name}_sha256": _digest_of_lines(lines) for name, lines in named.items()},
     }
-    for key, expected in (
-        ("class_names_sha256", task.class_names_sha256),
-        ("templates_sha256", task.templates_sha256),
-    ):
-        if expected is not None and fingerprint[key] != expected:
+    for name in named:
+        expected, actual = getattr(task, f"{name}_sha256"), fingerprint[f"{name}_sha256"]
+        if expected not in (None, actual):
             raise ValueError(
-                f"The {key.removesuffix('_sha256').replace('_', ' ')} are not OpenAI's (sha256 {fingerprint[key]}, "
-                f"expected {expected}), so the result would not compare. To use others, run the data as "
-                "`zero-shot:PATH?class_names=FILE`."
+                f"The {name.replace('_', ' ')} are not OpenAI's (sha256 {actual}, expected {expected}), so the result "
+                "would not compare. To use others, run the data as `zero-shot:PATH?class_names=FILE`."
             )
     images = table.images
     if max_images is not None:
         images, keys, labels = head(images, max_images), keys[:max_images], labels[:max_images]
         counts["images"] = len(labels)
-    return ClassificationData(images, keys, labels, names, templates, counts, fingerprint, skipped)
+    return ClassificationData(
+        images=images,
+        keys=keys,
+        labels=labels,
+        class_names=names,
+        templates=templates,
+        counts=counts,
+        fingerprint=fingerprint,
+        skipped=skipped,
+    )
+
+
+def _digest_of_lines(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _as_numbers(values: list[Any], names: list[str], keys: list[str], column: str) -> list[int]:

@@ -5,7 +5,7 @@ The data of a task, checked: opened from a local copy or the Hub, counted, and g
 A count that differs from the definition is an error, because the numbers would not compare with anybody's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def _with_files_beside(task: TaskDefinition, place: Path) -> TaskDefinition:
 def _load_retrieval(location: Location, on_bad_row: str, max_images: int | None) -> RetrievalData:
     task = location.definition
     images, table, keys, skipped = _open_captioned(location, on_bad_row)
-    captions = [_first(table[row], task.first_captions) for row in range(len(table))]
+    captions = [list(table[row])[: task.first_captions] for row in range(len(table))]
     counts = {"images": len(captions), "captions": sum(map(len, captions))}
     check_counts(task, counts, "images", "captions")
     if task.captions_per_image is not None:
@@ -126,7 +126,16 @@ def _load_retrieval(location: Location, on_bad_row: str, max_images: int | None)
     fingerprint = {"captions_sha256": kept.sha256, **source_digest(location)}
     starts = table.offsets[: len(captions)].tolist()
     rows = np.array([start + place for start, texts in zip(starts, captions) for place in range(len(texts))])
-    return RetrievalData(images, kept, keys, counts, fingerprint, table, rows, skipped)
+    return RetrievalData(
+        images=images,
+        keys=keys,
+        captions=kept,
+        all_captions=table,
+        rows=rows,
+        counts=counts,
+        fingerprint=fingerprint,
+        skipped=skipped,
+    )
 
 
 def _open_captioned(
@@ -160,10 +169,6 @@ def _open_captioned(
     return loaded.images, loaded.captions, keys, skipped if report.num_bad else {}
 
 
-def _first(captions: Sequence[str], count: int | None) -> list[str]:
-    return list(captions if count is None else captions[:count])
-
-
 def _load_caption_data(location: Location, on_bad_row: str, max_images: int | None) -> CaptionData:
     task = location.definition
     columns = None if task.caption_columns is None else list(task.caption_columns)
@@ -191,7 +196,7 @@ def _load_caption_data(location: Location, on_bad_row: str, max_images: int | No
     if report is not None and report.num_bad:
         skipped = {"rows": report.bad_rows, "texts": report.bad_texts, "examples": report.examples}
     fingerprint = {"captions_sha256": CaptionTable(captions).sha256, **source_digest(location)}
-    return CaptionData(captions, counts, fingerprint, skipped)
+    return CaptionData(captions=captions, counts=counts, fingerprint=fingerprint, skipped=skipped)
 
 
 __all__ = [
