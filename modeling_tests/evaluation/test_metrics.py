@@ -175,19 +175,6 @@ def ranks_of(images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor, ch
     return expected_rank(counts.image), expected_rank(counts.text)
 
 
-def test_ranks_are_those_that_the_metrics_summarise():
-    images, owners = torch.randn(17, 4), torch.arange(40) % 17
-    texts = images[owners] + torch.randn(40, 4)
-    ranks = ranks_of(images, texts, owners, chunk_size=6)
-    metrics = retrieval_metrics(images, texts, owners, ks=(3,))
-    for direction, rank in zip(("image_to_text", "text_to_image"), ranks):
-        assert metrics[f"{direction}_mean_rank"] == pytest.approx(rank.mean().item())
-        assert metrics[f"{direction}_recall@3"] == pytest.approx((rank <= 3).double().mean().item())
-    similarity = cosines(texts, images)
-    own = similarity.gather(1, owners[:, None])
-    assert torch.equal(ranks[1], 1 + (similarity > own).sum(1).double())
-
-
 def test_rows_after_the_first_block_are_checked_and_named():
     images = torch.ones(9000, 2)
     images[8500] = math.nan

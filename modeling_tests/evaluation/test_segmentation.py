@@ -20,7 +20,7 @@ from llm2clip_hf.evaluation import (
     evaluate_zero_shot_segmentation,
     segmentation,
 )
-from llm2clip_hf.evaluation.segmentation import segment_image, segmentation_metrics
+from llm2clip_hf.evaluation.segmentation import segment_image
 
 
 PATCH = 6
@@ -495,8 +495,3 @@ def test_an_image_processor_of_fixed_size_is_refused():
     fixed = SimpleNamespace(image_processor=lambda **kwargs: {"pixel_values": torch.zeros(1, 3, 30, 30)})
     with pytest.raises(ValueError, match="gave pixel values of shape \\(1, 3, 30, 30\\) where 30 x 48"):
         segment_image(ColourModel(), scene(0, 5, 8)[0], torch.zeros(3, 20), processor=fixed, short_side=30)
-
-
-def test_metrics_refuse_an_empty_matrix():
-    with pytest.raises(ValueError, match="All pixels of all masks are ignored"):
-        segmentation_metrics(torch.zeros(2, 2, dtype=torch.int64), ["a", "b"])

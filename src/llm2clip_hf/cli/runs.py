@@ -2,7 +2,6 @@
 """What the training verbs share: which run a folder holds, where to resume, what not to overwrite, the results."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ _TRAINING = (
     *("data_seed", "label_smoothing_factor", "neftune_noise_alpha"),
 )
 _SPEED = ("mini_batch_size", "mini_batch_tokens", "encoder_chunk_size")
-_BLOCK, _BLOCKS = 1 << 16, 256
 
 
 def logs_to_stderr() -> contextlib.AbstractContextManager[Any]:
@@ -99,7 +97,9 @@ def table_identity(table: Any) -> dict[str, Any]:
         return {}
     found = {"data": table.captions.sha256, "images": len(table)}
     if table.keys is not None:
-        found["keys"] = hashlib.sha256("\0".join(table.keys).encode()).hexdigest()
+        from ..data.store.fingerprint import lines_digest
+
+        found["keys"] = lines_digest(table.keys, "\0")
     return found
 
 
@@ -141,25 +141,14 @@ def claim_run(verb: str, options: Any, args: Any, data: Mapping[str, Any], resum
     return claim_folder(args, run_identity(verb, options, args, data), resume, write=not options.check)
 
 
-def digest_of_files(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 of the names, sizes and contents of files; of more than 16 MiB, of 256 blocks spread over the file."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
-
-
 def _model_identity(name: str) -> dict[str, Any]:
     folder = Path(name)
     if folder.is_dir():
+        from ..data.store.fingerprint import files_digest
+
         kinds = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "[0-9]_*/config.json")
         files = {file for kind in kinds for file in folder.glob(kind)}
-        return {"name": name, "sha256": digest_of_files(files - {folder / RESULTS_FILE, folder / RUN_FILE}, folder)}
+        return {"name": name, "sha256": files_digest(files - {folder / RESULTS_FILE, folder / RUN_FILE}, folder)}
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from .options import parse_options
 from .runs import (
     claim_run,
-    digest_of_files,
     is_main_process,
     last_checkpoint,
     logs_to_stderr,
@@ -303,6 +302,7 @@ def data_identity(
 ) -> dict[str, Any]:
     """What is trained on, by digests, and how many pairs a batch has."""
     from ..data import CaptionPairDataset
+    from ..data.store.fingerprint import files_digest
 
     found: dict[str, Any] = {
         "pairs_per_batch": args.per_device_train_batch_size * args.world_size,
@@ -315,7 +315,7 @@ def data_identity(
         else:
             settings = {key: value for key, value in entry.items() if key not in ("path", "on_bad_row")}
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            settings |= {"rows": len(source), "sha256": digest_of_files(files, path.parent) if files else str(path)}
+            settings |= {"rows": len(source), "sha256": files_digest(files, path.parent) if files else str(path)}
         found[f"source {name}"] = {key: value for key, value in settings.items() if value not in (None, False)}
     return found
 

@@ -6,7 +6,6 @@ Any model of CLIP's interface as an encoder of the `mteb` package, for its image
 """
 
 import functools
-import hashlib
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.images import decode_image
-from ..data.store.fingerprint import model_digest, tokenizer_digest
+from ..data.store.fingerprint import digest_of, model_digest, tokenizer_digest
 from .encoding import encode_batches, encode_images, encode_texts, longest_text, normalize, tokenize
 from .model_loading import load_model_and_processor
 
@@ -111,20 +110,9 @@ class MTEBEncoder:
         """
         Load a model with its processor and wrap them.
 
-        A repository gives its name and commit to the results, and a folder `"local/FOLDER"` and a digest.
-
-        Args:
-            name (`str`): folder or repository of the model.
-            revision (`str`, *optional*): revision of the repository.
-            processor (`str`, *optional*): folder or repository of the processor; that of the model by default.
-            text_model (`str`, *optional*): LLM of an LLM2CLIP model, instead of the one its config names.
-            dtype (`str`, *optional*): type of the weights, e.g. `"bfloat16"`; float32 by default.
-            trust_remote_code (`bool`, defaults to `False`): run code that the repository brings.
-            languages (sequence of `str`, *optional*): see the class.
-            device (*optional*): device of the model; by default a GPU if there is one.
-
-        Returns:
-            `MTEBEncoder`
+        A repository gives its name and commit to the results, and a folder `"local/FOLDER"` and a digest. `processor`
+        and `text_model` name another processor and LLM than the model's own, `dtype` the type of the weights (float32
+        by default). The device is a GPU if there is one.
 
         Raises:
             ValueError: if the model has no joint space of images and texts, or there is no processor.
@@ -297,12 +285,11 @@ class MTEBEncoder:
         return normalize(encode_batches(self.model, encode, [[0]], None, None, False))
 
     def _digest(self) -> str:
-        digest = hashlib.sha256(model_digest(self.model).encode())
-        digest.update(self.processor.image_processor.to_json_string().encode())
+        parts = [model_digest(self.model), self.processor.image_processor.to_json_string()]
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is not None:
-            digest.update(f"{tokenizer_digest(tokenizer)}|{tokenizer.model_max_length}".encode())
-        return f"sha256-{digest.hexdigest()[:40]}"
+            parts += [tokenizer_digest(tokenizer), tokenizer.model_max_length]
+        return f"sha256-{digest_of(parts)[:40]}"
 
 
 def _mteb(module: str) -> Any:

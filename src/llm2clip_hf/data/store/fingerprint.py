@@ -9,7 +9,7 @@ fingerprint travels with the store, and `CaptionEmbeddingStore.open` compares it
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ FingerprintValue = str | int | float | bool | None
 Fingerprint = Mapping[str, FingerprintValue]
 # An LLM as a module, as a state dict, or as a folder or file of safetensors.
 Weights = torch.nn.Module | Mapping[str, torch.Tensor] | str | Path
+_BLOCK, _BLOCKS = 1 << 16, 256
 # What a config says about where it came from, not about the model.
 _ORIGIN = ("_name_or_path", "transformers_version", "text_base_revision")
 _ROUNDED = (torch.float16, torch.float32, torch.float64)
@@ -126,6 +127,24 @@ def digest_of(content: Any) -> str:
     """SHA-256 of plain content as JSON."""
     text = json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lines_digest(lines: Sequence[str], separator: str = "\n") -> str:
+    """SHA-256 of strings in their order."""
+    return hashlib.sha256(separator.join(lines).encode()).hexdigest()
+
+
+def files_digest(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 of the names, sizes and contents of files; of more than 16 MiB, of 256 blocks spread over the file."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def model_digest(model: torch.nn.Module) -> str:
@@ -364,7 +383,9 @@ __all__ = [
     "build_differences",
     "digest_of",
     "embedding_fingerprint",
+    "files_digest",
     "fingerprint_differences",
+    "lines_digest",
     "model_digest",
     "model_fingerprint",
     "model_settings",

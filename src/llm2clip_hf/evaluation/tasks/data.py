@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the data of each kind of task are, and the loaders of classes and of texts in many languages."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 from ...data import CaptionTable
 from ...data.images import ImageSource
 from ...data.sources import ImageTable, open_image_table
-from ...data.store.fingerprint import digest_of
+from ...data.store.fingerprint import digest_of, lines_digest
 from ...files import sha256_of_file
 from ..zero_shot import SINGLE_TEMPLATE
 from .definitions import TASKS, TaskDefinition
@@ -310,7 +309,7 @@ def load_classification(location: Location, on_bad_row: str, max_images: int | N
     named = {"class_names": names, "templates": templates}
     fingerprint = {
         "labels_sha256": digest_of(labels),
-        **{f"{name}_sha256": _digest_of_lines(lines) for name, lines in named.items()},
+        **{f"{name}_sha256": lines_digest(lines) for name, lines in named.items()},
     }
     for name in named:
         expected, actual = getattr(task, f"{name}_sha256"), fingerprint[f"{name}_sha256"]
@@ -333,10 +332,6 @@ def load_classification(location: Location, on_bad_row: str, max_images: int | N
         fingerprint=fingerprint,
         skipped=skipped,
     )
-
-
-def _digest_of_lines(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _as_numbers(values: list[Any], names: list[str], keys: list[str], column: str) -> list[int]:
