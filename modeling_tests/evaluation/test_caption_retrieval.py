@@ -32,8 +32,8 @@ from llm2clip_hf.evaluation import (
     embed_texts,
     encode_texts,
     evaluate_caption_retrieval,
-    first_two_captions,
 )
+from llm2clip_hf.evaluation.caption_accuracy import first_two_captions
 
 
 CAPTIONS = [

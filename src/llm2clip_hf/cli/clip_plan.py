@@ -12,7 +12,7 @@ from .runs import is_main_process
 
 if TYPE_CHECKING:
     from ..data import CaptionEmbeddingStore, ImageTextTable
-    from ..evaluation.tasks.loading import ClassificationData
+    from ..evaluation.tasks.data import ClassificationData
 
 
 # Fields of LLM2CLIPConfig that come from the parts, or have options of another name.

@@ -3,10 +3,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .caption_accuracy import evaluate_caption_retrieval, first_two_captions
+from .caption_accuracy import evaluate_caption_retrieval
 from .dense_features import dense_image_features
 from .encoding import encode_images, encode_texts
-from .linear_probe import encode_vision_features, evaluate_linear_probe
+from .linear_probe import evaluate_linear_probe
 from .metrics import caption_retrieval_accuracy, mean_per_class_recall, retrieval_metrics, top_k_accuracy
 from .mteb_wrapper import MTEBEncoder
 from .retrieval import evaluate_retrieval
@@ -31,14 +31,12 @@ __all__ = [
     "embed_texts",
     "encode_images",
     "encode_texts",
-    "encode_vision_features",
     "evaluate_caption_retrieval",
     "evaluate_linear_probe",
     "evaluate_retrieval",
     "evaluate_tasks",
     "evaluate_zero_shot_classification",
     "evaluate_zero_shot_segmentation",
-    "first_two_captions",
     "format_report",
     "mean_per_class_recall",
     "resolve_tasks",

@@ -11,7 +11,7 @@ from .metrics import caption_retrieval_accuracy
 from .text_towers import Pooling, embed_texts
 
 
-__all__ = ["evaluate_caption_retrieval", "first_two_captions"]
+__all__ = ["evaluate_caption_retrieval"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,23 +94,7 @@ def caption_retrieval_metrics(embeds: torch.Tensor, num_skipped: int, ks: Sequen
 def first_two_captions(
     captions: Sequence[Sequence[str]], on_too_few: OnTooFew = "error"
 ) -> tuple[list[str], list[str], int]:
-    """
-    The first two distinct captions of each image.
-
-    Args:
-        captions (sequence of sequences of `str`): captions of each image.
-        on_too_few (`str`, defaults to `"error"`): `"error"`, or `"skip"` for images without two distinct captions.
-
-    Returns:
-        `tuple[list[str], list[str], int]`: first captions, second captions, and how many images were skipped.
-
-    Raises:
-        ValueError: as for `evaluate_caption_retrieval`.
-
-    Example:
-    >>> first_two_captions([["a cat", "a cat", "a grey cat"], ["a dog"]], on_too_few="skip")
-    (['a cat'], ['a grey cat'], 1)
-    """
+    """The first two distinct captions of each image, and how many images were skipped for having fewer."""
     if on_too_few not in ("error", "skip"):
         raise ValueError(f"`on_too_few` must be 'error' or 'skip', got {on_too_few!r}.")
     first, second = [], []

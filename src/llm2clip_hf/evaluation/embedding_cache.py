@@ -6,7 +6,6 @@ The name of a file is a digest of all that decides its content: weights, config 
 the libraries, preprocessing, and the data themselves. So another model or changed data never meet an old file.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -125,7 +124,10 @@ def cached_images(
     **options: Any,
 ) -> torch.Tensor:
     """`encode_images` with a cache."""
-    encode = functools.partial(encode_images, model, images, processor=processor, transform=transform, **options)
+
+    def encode() -> torch.Tensor:
+        return encode_images(model, images, processor=processor, transform=transform, **options)
+
     if cache is None or (processor is None and transform is None):  # without either, encoding says what is missing
         return encode()
     return cache.get("images", images_digest(images, processor, transform), len(images), encode)
@@ -142,7 +144,10 @@ def cached_texts(
 ) -> torch.Tensor:
     """`encode_texts` with a cache."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    encode = functools.partial(encode_texts, model, texts, processor=tokenizer, max_length=max_length, **options)
+
+    def encode() -> torch.Tensor:
+        return encode_texts(model, texts, processor=tokenizer, max_length=max_length, **options)
+
     if cache is None:
         return encode()
     length = longest_text(model, tokenizer) if max_length is None else max_length
@@ -157,7 +162,10 @@ def cached_llm_embeds(
     **options: Any,
 ) -> torch.Tensor:
     """`encode_llm_embeds` with a cache."""
-    encode = functools.partial(encode_llm_embeds, model, read, num_rows, **options)
+
+    def encode() -> torch.Tensor:
+        return encode_llm_embeds(model, read, num_rows, **options)
+
     return encode() if cache is None else cache.get("texts", rows_digest(read, num_rows), num_rows, encode)
 
 

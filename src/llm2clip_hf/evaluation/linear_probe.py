@@ -3,7 +3,7 @@
 Linear probe: how well a linear classifier does on the frozen features of the vision tower.
 
 (1) Every image is encoded once. Features are the tower's pooled output before the projection to the joint space, as in
-    the linear probes of the CLIP paper (its appendix A.3), not normalised and not standardised.
+    the linear probes of the CLIP paper (its appendix A.3), not normalized and not standardized.
 (2) A linear classifier is fitted, by SGD with the paper's recipe or as a logistic regression of scikit-learn.
 (3) It is measured on the test images.
 """
@@ -20,7 +20,7 @@ from .encoding import check_batching, encode_batches, split_batches
 from .zero_shot import check_labels, classification_metrics
 
 
-__all__ = ["encode_vision_features", "evaluate_linear_probe"]
+__all__ = ["evaluate_linear_probe"]
 
 # The paper's recipe (section 4.1): SGD, batch 1024, learning rate 0.1, momentum 0.9, no weight decay, 50 epochs.
 BATCH_SIZE, LEARNING_RATE, MOMENTUM, EPOCHS = 1024, 0.1, 0.9, 50
@@ -35,7 +35,6 @@ def evaluate_linear_probe(
     *,
     processor: Any,
     method: Literal["sgd", "logistic_regression"] = "sgd",
-    use_projection: bool = False,
     epochs: int = EPOCHS,
     learning_rate: float = LEARNING_RATE,
     inverse_regularization: float = 0.316,
@@ -58,7 +57,6 @@ def evaluate_linear_probe(
             `"sgd"`: the paper's recipe (section 4.1), cross-entropy, batches of 1024, momentum 0.9, no weight decay,
             from zero weights; the learning rate falls to 0 along a cosine, which the paper does not say.
             `"logistic_regression"`: scikit-learn's, L-BFGS, at most 1000 iterations, as in the CLIP paper.
-        use_projection (`bool`, defaults to `False`): take the un-normalised vectors of the joint space as features.
         epochs (`int`, defaults to 50): passes over the training features; SGD only.
         learning_rate (`float`, defaults to 0.1): highest learning rate; SGD only.
         inverse_regularization (`float`, defaults to 0.316):
@@ -94,8 +92,8 @@ def evaluate_linear_probe(
     train_targets, test_targets = _checked_targets(train_labels, len(train_images), test_labels, len(test_images))
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
     # Step (1)
-    train = encode_vision_features(model, train_images, processor=processor, use_projection=use_projection, **options)
-    test = encode_vision_features(model, test_images, processor=processor, use_projection=use_projection, **options)
+    train = encode_vision_features(model, train_images, processor=processor, **options)
+    test = encode_vision_features(model, test_images, processor=processor, **options)
     # Step (2)
     if method == "sgd":
         target = next(model.parameters()).device
@@ -114,37 +112,14 @@ def encode_vision_features(
     images: ImageSource,
     *,
     processor: Any,
-    use_projection: bool = False,
     batch_size: int = 64,
     device: str | torch.device | None = None,
     show_progress: bool = False,
 ) -> torch.Tensor:
-    """
-    Features of the vision tower, in the given order, not normalised.
-
-    Args:
-        model: a model of CLIP's interface; its train or eval mode is restored afterwards.
-        images: sequence of PIL images or paths, or an image column of a `datasets.Dataset`.
-        processor: processor or image processor of the model.
-        use_projection (`bool`, defaults to `False`):
-            Take the vectors after the projection to the joint space. Without a projection (SigLIP) both are the same.
-        batch_size (`int`, defaults to 64): images per forward pass.
-        device (*optional*): device to move the model to first; by default the model stays where it is.
-        show_progress (`bool`, defaults to `False`): show a progress bar.
-
-    Returns:
-        `torch.Tensor` of shape `(len(images), D)`, float32, on the CPU.
-
-    Raises:
-        ValueError: if there is no image, or an image cannot be read.
-
-    Example:
-    >>> encode_vision_features(model, ["boat.jpg"], processor=processor).shape  # doctest: +SKIP
-    torch.Size([1, 1024])
-    """
+    """Pooled outputs `(len(images), D)` of the vision tower, before projection and norm, float32, on the CPU."""
     image_processor = getattr(processor, "image_processor", processor)
     check_batching(len(images), batch_size, "images")
-    projection = None if use_projection else getattr(model, "visual_projection", None)
+    projection = getattr(model, "visual_projection", None)
     seen: list[torch.Tensor] = []
 
     def encode(rows: list[int], target: torch.device) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..data.store.text_encoders import encode_as_text
 from .encoding import (
     batches_by_length,
     check_texts,
@@ -108,16 +109,10 @@ def embed_with_sentence_transformer(
 ) -> torch.Tensor:
     """Embeddings of a `SentenceTransformer`, without any prompt; equal texts once, so that they tie exactly."""
     unique, rows = distinct(texts)
-    # A multimodal model opens a string that looks like the URL or path of an image; the dictionary says it is text.
-    # Text-only modules take strings alone.
-    is_multimodal = any(modality != "text" for modality in model.modalities)
-    inputs: list[Any] = [{"text": text} for text in unique] if is_multimodal else unique
     if device is not None:
         model.to(device)
     with evaluation_mode(model):
-        encoded = model.encode(
-            inputs, prompt="", batch_size=batch_size, convert_to_tensor=True, show_progress_bar=show_progress
-        )
+        encoded = encode_as_text(model, unique, batch_size, show_progress)
     return torch.as_tensor(encoded)[rows].float().cpu()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One face for everything that turns captions into LLM embeddings: a function, an object with `encode`, the model."""
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def as_text_encoder(encoder: Any, tokenizer: Any, max_length: int) -> TextEncode
         )
     if hasattr(encoder, "encode"):
         module = encoder if isinstance(encoder, torch.nn.Module) else None
-        return _FunctionEncoder(_encode_method(encoder), module)
+        return _FunctionEncoder(functools.partial(encode_as_text, encoder), module)
     if callable(encoder) and not isinstance(encoder, torch.nn.Module):
         return _FunctionEncoder(encoder)
     raise ValueError(
@@ -181,18 +182,21 @@ def _pool_packed(
     return torch.stack([text.float().mean(0) for text in own])
 
 
-def _encode_method(encoder: Any) -> Callable[[list[str]], torch.Tensor]:
-    # A multimodal sentence-transformers model would open a caption that looks like the URL or path of an image.
+def encode_as_text(
+    encoder: Any, texts: list[str], batch_size: int | None = None, show_progress: bool = False
+) -> torch.Tensor:
+    """Embeddings of a `SentenceTransformer` or the like, without any prompt, of texts alone."""
+    # A multimodal sentence-transformers model would open a text that looks like the URL or path of an image.
     is_multimodal = any(modality != "text" for modality in getattr(encoder, "modalities", ["text"]))
+    inputs = [{"text": text} for text in texts] if is_multimodal else texts
+    # The empty prompt keeps a default prompt of the encoder away.
+    return encoder.encode(
+        inputs,
+        prompt="",
+        batch_size=batch_size or len(texts),
+        convert_to_tensor=True,
+        show_progress_bar=show_progress,
+    )
 
-    def encode(texts: list[str]) -> torch.Tensor:
-        inputs = [{"text": text} for text in texts] if is_multimodal else texts
-        # The empty prompt keeps a default prompt of the encoder away from the captions.
-        return encoder.encode(
-            inputs, prompt="", batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
-        )
 
-    return encode
-
-
-__all__ = ["TextEncoder", "as_text_encoder"]
+__all__ = ["TextEncoder", "as_text_encoder", "encode_as_text"]

@@ -28,35 +28,37 @@ class TaskData:
 
 
 @dataclass
-class RetrievalData(TaskData):
+class ImageData(TaskData):
+    """Images, with what messages call them."""
+
+    images: ImageSource
+    keys: list[str]
+
+
+@dataclass
+class RetrievalData(ImageData):
     """
     Images with captions, one `CaptionTable` row per image.
 
     `captions` are what the task measures. They are the rows `rows` of `all_captions`, all that the data hold.
     """
 
-    images: ImageSource
-    keys: list[str]
     captions: CaptionTable
     all_captions: CaptionTable
     rows: np.ndarray
 
 
 @dataclass
-class CrossLingualData(TaskData):
+class CrossLingualData(ImageData):
     """Images, and per language texts with the image each belongs to."""
 
-    images: ImageSource
-    keys: list[str]
     texts: dict[str, list[tuple[int, str]]]
 
 
 @dataclass
-class ClassificationData(TaskData):
+class ClassificationData(ImageData):
     """Images with classes."""
 
-    images: ImageSource
-    keys: list[str]
     labels: list[int]
     class_names: list[str]
     templates: list[str]

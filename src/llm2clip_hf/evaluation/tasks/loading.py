@@ -17,8 +17,6 @@ from ...data.images import ImageSource
 from ...data.sources import holds_image_paths, open_text_source
 from .data import (
     CaptionData,
-    ClassificationData,
-    CrossLingualData,
     Location,
     RetrievalData,
     TaskData,
@@ -199,12 +197,4 @@ def _load_caption_data(location: Location, on_bad_row: str, max_images: int | No
     return CaptionData(captions=captions, counts=counts, fingerprint=fingerprint, skipped=skipped)
 
 
-__all__ = [
-    "CaptionData",
-    "ClassificationData",
-    "CrossLingualData",
-    "RetrievalData",
-    "TaskData",
-    "load_task_data",
-    "locate",
-]
+__all__ = ["load_task_data", "locate"]

@@ -25,9 +25,9 @@ from ..embedding_cache import EmbeddingCache, cached_images, cached_llm_embeds, 
 from ..metrics import retrieval_metrics
 from ..retrieval import check_store
 from ..zero_shot import build_zero_shot_classifier, classification_metrics
-from .data import RetrievalData
+from .data import CaptionData, ClassificationData, CrossLingualData, ImageData, RetrievalData, TaskData
 from .definitions import TaskDefinition, resolve_tasks
-from .loading import CaptionData, ClassificationData, CrossLingualData, TaskData, load_task_data
+from .loading import load_task_data
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def evaluate_tasks(
             "partial": max_images is not None,
             "seconds": round(time.perf_counter() - start, 2),
         }
-        if gallery and not isinstance(own, CaptionData):
+        if isinstance(own, ImageData):
             outcome.galleries[task.name] = (own.images, gallery)
     return outcome
 
@@ -230,6 +230,7 @@ class _Runner:
             return self._cross_lingual(data)
         if isinstance(data, ClassificationData):
             return self._classification(data)
+        assert isinstance(data, CaptionData)
         metrics = evaluate_caption_retrieval(
             self.model, data.captions, processor=self.processor, max_length=self.max_length, **self.options
         )
