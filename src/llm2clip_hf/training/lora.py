@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedCo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..modeling.loading_llm2clip import load_text_config
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, find_adapters, find_file, load_text_config
 
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,13 @@ def lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
         return LoraConfig(**{**fields, **lora})
     except TypeError as error:
         raise ValueError(f"`lora` is {dict(lora)!r}, but {error}. Name fields of `peft.LoraConfig`.") from error
+
+
+def stored_lora(config_file: Path) -> LoraConfig:
+    """The config of saved adapters, to train them on."""
+    config = LoraConfig.from_pretrained(str(config_file.parent))
+    config.inference_mode = False
+    return config
 
 
 def has_adapters(model: nn.Module | None) -> bool:
@@ -340,14 +347,12 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 
 def find_model(name_or_path: str, option: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model whose weights are there; they are neither loaded nor fetched."""
-    from .captions.adapter_folder import find_adapter  # which imports this module
-
     given = f"`--{option} {name_or_path}`"
     try:
         if not Path(name_or_path).is_dir() and (name_or_path[:1] in "/.~" or name_or_path.count("/") > 1):
             raise OSError("there is no such folder.")
-        adapter = find_adapter(name_or_path)
-        name = name_or_path if adapter is None else adapter.settings["base_model"]
+        adapter = find_adapters(name_or_path)
+        name = name_or_path if adapter is None else adapter["base_model"]
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{given} is no model that can be read: {' '.join(str(error).split())}") from error
@@ -406,17 +411,15 @@ def describe_llm(
     name_or_path: str, *, lora_rank: int | None, dtype: str | None = None, quantization: str | None = None
 ) -> str:
     """Size of an LLM, of its LoRA adapters on all linear layers, and the memory of both with AdamW."""
-    from .captions.adapter_folder import find_adapter  # which imports this module
-
     config = load_text_config(name_or_path).get_text_config()
     with torch.device("meta"):
         llm = AutoModel.from_config(config)
     total = sum(parameter.numel() for parameter in llm.parameters())
     trained, lora = total if lora_rank == 0 else 0, ""
     if lora_rank:
-        adapter = find_adapter(name_or_path)
+        stored = None if find_adapters(name_or_path) is None else find_file(name_or_path, ADAPTER_CONFIG)
         with torch.device("meta"):
-            add_lora(llm, lora_config({"r": lora_rank}) if adapter is None else adapter.lora())
+            add_lora(llm, lora_config({"r": lora_rank}) if stored is None else stored_lora(stored))
         trained = sum(parameter.numel() for parameter in llm.parameters() if parameter.requires_grad)
         lora = f"; LoRA {describe_lora(llm)}"
     weights = quantization or dtype or _name(config.dtype)

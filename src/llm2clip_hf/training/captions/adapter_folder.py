@@ -26,7 +26,7 @@ from ...modeling.loading_llm2clip import (
     is_quantized,
     weights_digest,
 )
-from ..lora import add_lora, base_state, has_adapters, load_adapter_weights
+from ..lora import add_lora, base_state, has_adapters, load_adapter_weights, stored_lora
 from . import caption_pooling
 from .caption_pooling import CaptionPooling
 
@@ -43,16 +43,10 @@ class AdapterFolder:
     config_file: Path
     weights_file: Path
 
-    def lora(self) -> LoraConfig:
-        """The config of the adapters, to train them on."""
-        config = LoraConfig.from_pretrained(str(self.config_file.parent))
-        config.inference_mode = False
-        return config
-
     def check_options(self, bidirectional: bool, lora: Any) -> None:
         """Refuses arguments of `build_caption_encoder` that ask for other adapters."""
         folder = self.config_file.parent
-        own = self.lora()
+        own = stored_lora(self.config_file)
         given = dict(lora) if isinstance(lora, Mapping) else {}
         others = {name: value for name, value in given.items() if value != getattr(own, name, None)}
         if others or isinstance(lora, LoraConfig):
@@ -67,7 +61,7 @@ class AdapterFolder:
     def attach(self, llm: PreTrainedModel) -> None:
         """Puts the adapters into their LLM, trainable."""
         check_adapter_base(llm, self.settings, self.config_file.parent)
-        add_lora(llm, self.lora())
+        add_lora(llm, stored_lora(self.config_file))
         load_adapter_weights(llm, self.weights_file)
 
 
