@@ -254,9 +254,6 @@ def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
     return merged.eval()
 
 
-LORA_FILE = "lora.safetensors"
-
-
 def attach_lora(part: Any, config: LoraConfig) -> None:
     """Adds trainable LoRA layers to a tower and freezes everything else of it."""
     for name, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none")):

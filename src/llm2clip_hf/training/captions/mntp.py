@@ -29,12 +29,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ...modeling import assert_bidirectional
 from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, find_adapters
 from ..base_trainer import (
-    AtomicCheckpointTrainer,
+    BaseTrainer,
     EpochCallback,
     check_float32_weights,
     check_metric_options,
     check_whole_weights,
-    describe_divergence,
     refuse_arguments,
     seed_run,
 )
@@ -141,7 +140,7 @@ UNUSED_OPTIONS = {
 }
 
 
-class MNTPTrainer(AtomicCheckpointTrainer):
+class MNTPTrainer(BaseTrainer):
     r"""
     Trains an LLM to predict masked tokens with attention in both directions.
 
@@ -263,17 +262,6 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            cause = describe_divergence(self.accelerator.unwrap_model(model)) or "Lower `learning_rate`."
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. The weights are those of step "
-                f"{self.state.global_step}. {cause}"
-            )
-        return loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         llm: Any = self.accelerator.unwrap_model(self.model)

@@ -2,7 +2,6 @@
 """Pushing of trained models: what loads elsewhere and a card that says how it was made, and no pickles."""
 
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from ...hub.card_facts import run_options
 from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS
 from ..base_trainer import (
     UNUSED_ARGUMENTS,
-    AtomicCheckpointTrainer,
+    BaseTrainer,
     EpochCallback,
     check_float32_weights,
     check_one_device,
@@ -28,7 +27,6 @@ from ..base_trainer import (
     refuse_arguments,
 )
 from ..lora import has_adapters, load_adapter_weights
-from ..publishing import PublishingTrainer
 from .adapter_folder import ADAPTER_FOLDER
 from .arguments import CaptionContrastiveTrainingArguments
 from .encoder import CaptionEncoder
@@ -46,7 +44,7 @@ from .sources import (
 )
 
 
-class PublishingEncoderTrainer(PublishingTrainer):
+class PublishingEncoderTrainer(BaseTrainer):
     """Pushing for stage 1: the finished encoder, as `CaptionEncoder.push_to_hub` does; never a checkpoint."""
 
     def push_to_hub(
@@ -76,7 +74,7 @@ class PublishingEncoderTrainer(PublishingTrainer):
         )
         return push() if blocking else HfApi().run_as_future(push)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, checkpoint: Path) -> None:
         """Pushes nothing: a checkpoint holds adapters, which do not load by themselves."""
 
 
@@ -91,7 +89,7 @@ _NO_METRICS = "The evaluation gives the loss. Give an `evaluator` for metrics"
 _UNUSED_ARGUMENTS = {**UNUSED_ARGUMENTS, "compute_metrics": _NO_METRICS, "preprocess_logits_for_metrics": _NO_METRICS}
 
 
-class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTrainer, SentenceTransformerTrainer):
+class CaptionContrastiveTrainer(PublishingEncoderTrainer, SentenceTransformerTrainer):
     r"""
     Trains a caption encoder so that captions of the same image are close and captions of other images are not.
 
@@ -369,7 +367,7 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             return super().compute_loss(model, inputs, *args, **kwargs)
         except FloatingPointError as error:
             where = f"Step {self.state.global_step + 1}" if model.training else "Evaluation"
-            raise FloatingPointError(f"{where}: {error} {self._advice()}") from error
+            raise FloatingPointError(f"{where}: {error} {self.nonfinite_advice()}") from error
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
         """
@@ -394,25 +392,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             )
         return features, labels
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. {self._advice()}"
-            )
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
-        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. {self._advice()}"
-            )
-        return grad_norm
-
-    def _advice(self) -> str:
+    def nonfinite_advice(self) -> str:
+        """See `BaseTrainer`."""
         advice = "checkpoints are intact. Lower `learning_rate`, or check the captions of this batch."
         return (
             f"The weights are those of step {self.state.global_step}; {describe_divergence(self._encoder()) or advice}"
