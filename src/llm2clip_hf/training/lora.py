@@ -28,13 +28,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..modeling.loading_llm2clip import ADAPTER_CONFIG, find_adapters, find_file, load_text_config
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapters, find_file, load_text_config
 
 
 logger = logging.getLogger(__name__)
+# Where a checkpoint keeps adapters: beside a tokenizer or config, `AutoModel` would load the causal LLM with them.
+ADAPTER_FOLDER = "adapter"
 # What layers of experts, dense or shared ones beside them, and routers are called; PEFT takes some of these names for
 # the experts themselves, whatever they are in the LLM.
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "router"} | {
@@ -200,6 +203,20 @@ def load_adapter_weights(llm: PreTrainedModel, file: Path) -> None:
             "configuration, that it was trained on."
         )
     set_peft_model_state_dict(llm, state, name)
+
+
+def save_adapter_checkpoint(llm: PreTrainedModel, folder: str | Path, args: Any) -> None:
+    """Puts adapters and training arguments into a checkpoint."""
+    llm.save_pretrained(Path(folder) / ADAPTER_FOLDER)
+    torch.save(args, Path(folder) / TRAINING_ARGS_NAME)
+
+
+def load_adapter_checkpoint(llm: PreTrainedModel, checkpoint: str) -> None:
+    """Loads the adapters of a checkpoint into those that a model has."""
+    file = Path(checkpoint) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{checkpoint} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run.")
+    load_adapter_weights(llm, file)
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

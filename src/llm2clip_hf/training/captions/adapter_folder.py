@@ -116,10 +116,6 @@ def base_digests(llm: PreTrainedModel) -> dict[str, str | None]:
     return {"base_sha256": whole, "base_embeddings_sha256": weights_digest({"weight": embeddings.weight})}
 
 
-# Where a checkpoint keeps adapters: beside a tokenizer, `AutoModel` would load the causal LLM with them.
-ADAPTER_FOLDER = "adapter"
-
-
 @contextmanager
 def written_folder(target: Path, last: str) -> Iterator[Path]:
     """A temporary folder whose files are moved into `target` when the block ends without an error."""

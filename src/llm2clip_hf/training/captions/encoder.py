@@ -28,6 +28,7 @@ from ...modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectiona
 from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, ENCODER_SETTINGS, load_pretrained_tokenizer, load_text_config
 from ...modeling.processing_llm2clip import record_text_settings, text_end_token
 from ..lora import (
+    ADAPTER_FOLDER,
     add_lora,
     has_adapters,
     load_adapter_weights,
@@ -38,7 +39,6 @@ from ..lora import (
 )
 from ..publishing import PublishedEncoder
 from .adapter_folder import (
-    ADAPTER_FOLDER,
     AdapterCheckpoint,
     find_adapter,
     point_to_local_code,

@@ -24,10 +24,9 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...modeling import assert_bidirectional
-from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, find_adapters
+from ...modeling.loading_llm2clip import find_adapters
 from ..base_trainer import (
     BaseTrainer,
     EpochCallback,
@@ -37,8 +36,15 @@ from ..base_trainer import (
     refuse_arguments,
     seed_run,
 )
-from ..lora import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
-from .adapter_folder import ADAPTER_FOLDER, written_folder
+from ..lora import (
+    add_lora,
+    has_adapters,
+    load_adapter_checkpoint,
+    lora_config,
+    merged_llm,
+    save_adapter_checkpoint,
+)
+from .adapter_folder import written_folder
 from .arguments import MNTPTrainingArguments
 from .card import mntp_card
 
@@ -270,9 +276,7 @@ class MNTPTrainer(BaseTrainer):
         if self._is_checkpoint and not has_adapters(llm):
             super()._save(output_dir, state_dict)
         elif self._is_checkpoint:
-            # In a folder of its own: beside it, `AutoModel` would load the causal LLM with these adapters.
-            llm.save_pretrained(folder / ADAPTER_FOLDER)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            save_adapter_checkpoint(llm, folder, self.args)
         else:
             with written_folder(folder, last="config.json") as temporary:
                 merged_llm(llm).save_pretrained(temporary)
@@ -285,12 +289,7 @@ class MNTPTrainer(BaseTrainer):
         if not has_adapters(llm):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        file = Path(resume_from_checkpoint) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
-        if not file.is_file():
-            raise ValueError(
-                f"{resume_from_checkpoint} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run."
-            )
-        load_adapter_weights(llm, file)
+        load_adapter_checkpoint(llm, resume_from_checkpoint)
 
 
 @contextmanager
