@@ -2,7 +2,9 @@
 """An encoder saved as adapters only embeds like the merged one, on the LLM it was trained on and on no other."""
 
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
 from llm2clip_hf.evaluation.model_loading import load_model_and_processor
 from llm2clip_hf.evaluation.text_towers import embed_texts
+from llm2clip_hf.files import written_into
 from llm2clip_hf.modeling.loading_llm2clip import load_pretrained_text, load_text_config
 from llm2clip_hf.training import build_caption_encoder
-from llm2clip_hf.training import lora as quantization
+from llm2clip_hf.training import model_checks as quantization
 from llm2clip_hf.training.captions.encoder import CaptionEncoder
-from llm2clip_hf.training.lora import describe_llm
+from llm2clip_hf.training.model_checks import describe_llm
 
 
 TEXTS = ["a red boat", "  two dogs run over the grass  ", "", "a photo. " * 20]
@@ -279,6 +282,29 @@ def test_merged_save_replaces_adapters_in_the_folder(llm_dir, tmp_path):
     torch.testing.assert_close(
         vectors(build_caption_encoder(str(tmp_path / "out"), lora=None)), vectors(encoder), atol=1e-5, rtol=0
     )
+
+
+def test_folder_that_is_half_replaced_does_not_pass_for_finished(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if target.name == "model.safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    names = ("config.json", "model.safetensors", "vocab.txt")
+    for attempt in ("old", "new"):
+        with (
+            pytest.raises(KeyboardInterrupt) if attempt == "new" else nullcontext(),
+            written_into(tmp_path / "out", "config.json", ["model*.safetensors"]) as folder,
+        ):
+            for name in names:
+                (folder / name).write_text(attempt)
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+        if attempt == "old":
+            assert {file.name for file in (tmp_path / "out").iterdir()} == set(names)
+            monkeypatch.setattr(os, "replace", stop)
+    assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {"vocab.txt": "old"}
 
 
 # --------------------------------------------------------------------------------------------------------- quantising

@@ -21,7 +21,7 @@ from llm2clip_hf.modeling import apply_text_template, pool_text
 from llm2clip_hf.modeling.processing_llm2clip import text_end_token
 from llm2clip_hf.training import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments, build_caption_encoder
 from llm2clip_hf.training.captions.caption_pooling import CaptionPooling
-from llm2clip_hf.training.lora import describe_llm
+from llm2clip_hf.training.model_checks import describe_llm
 
 
 TEXTS = ["a red boat", "http://example.com/cat.jpg", "  two dogs run over the grass  ", "x", "", "a photo. " * 20]

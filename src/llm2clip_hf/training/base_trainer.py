@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
+from ..distributed import world_size
 from ..files import _REPLACED, UNFINISHED, publish_folder, write_json_atomically
 from ..hub.cards import ARGUMENTS_FILE, CARD_FILE, STATE_FILE
 from ..modeling.publishing_llm2clip import create_repository, existing_card, hub_errors, stated_license
@@ -189,7 +190,12 @@ def check_data_parallel(trainer: Any) -> None:
 
 
 def check_one_device(args: Any) -> None:
-    """Checks that a process trains on one device."""
+    """Checks that a process trains on one device, and that processes that were started together train together."""
+    if world_size() != args.world_size:
+        raise ValueError(
+            f"{world_size()} processes were started, but on this machine each of them would train by itself and write "
+            "the same files. Set `use_cpu=True` (`--use_cpu True`) to train on the CPU, or start one process."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ...files import written_into
 from ...modeling import assert_bidirectional
 from ...modeling.loading_llm2clip import find_adapters
 from ..base_trainer import (
@@ -32,11 +33,13 @@ from ..base_trainer import (
     EpochCallback,
     check_float32_weights,
     check_metric_options,
+    check_one_device,
     check_whole_weights,
     refuse_arguments,
     seed_run,
 )
 from ..lora import (
+    REPLACED_FILES,
     add_lora,
     has_adapters,
     load_adapter_checkpoint,
@@ -44,7 +47,6 @@ from ..lora import (
     merged_llm,
     save_adapter_checkpoint,
 )
-from .adapter_folder import written_folder
 from .arguments import MNTPTrainingArguments
 from .card import mntp_card
 
@@ -201,10 +203,7 @@ class MNTPTrainer(BaseTrainer):
         refuse_arguments(kwargs)
         args = args or MNTPTrainingArguments("mntp")
         check_metric_options(args, kwargs.get("compute_metrics"))
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `accelerate launch`."
-            )
+        check_one_device(args)
         if processing_class is None:
             if not isinstance(model, str):
                 raise ValueError("`processing_class` is missing. Pass the tokenizer of the model.")
@@ -278,7 +277,7 @@ class MNTPTrainer(BaseTrainer):
         elif self._is_checkpoint:
             save_adapter_checkpoint(llm, folder, self.args)
         else:
-            with written_folder(folder, last="config.json") as temporary:
+            with written_into(folder, "config.json", REPLACED_FILES) as temporary:
                 merged_llm(llm).save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
                 card = mntp_card(folder.name, str(llm.config._name_or_path))
