@@ -16,7 +16,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from modeling_tests.training.captions.test_contrastive import CAPTIONS
-from modeling_tests.training.captions.test_single_source import Stream, Texts
+from modeling_tests.training.captions.test_sources import Stream, Texts
 from modeling_tests.training.clip.test_distributed import COMMON, in_two_processes
 from tiny_data import write_training_files
 from transformers import AutoModel

@@ -197,37 +197,23 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         if (Path(path) / "config.json").exists():
             raise ValueError(f"`{path}` holds a model, which the adapters would be loaded into. Give another folder.")
-        name, revision = self._base()
-        settings = {
-            "base_model": name,
-            "base_revision": revision,
-            "is_causal": self.embedding_settings["is_causal"],
-            "template": self._template(),
-            "pooling": self.pooling,
-            "max_length": self.embedding_settings["max_length"],
-            "normalize": self._normalizes(),
-        }
+        own = self.embedding_settings
+        settings = self._saved_settings() | {name: own[name] for name in ("is_causal", "pooling", "max_length")}
         with written_into(Path(path), ENCODER_SETTINGS, REPLACED_FILES) as folder:
             write_adapter(folder, self.llm, settings)
             self.tokenizer.save_pretrained(folder)
             self._create_model_card(folder, model_name or Path(path).resolve().name, train_datasets, adapter_only=True)
 
-    def _base(self) -> tuple[str, str | None]:
-        """The LLM that was loaded: repository and commit, or folder."""
-        config = self.llm.config
-        name = str(config._name_or_path)
-        # A folder is found again from anywhere.
-        name = str(Path(name).resolve()) if Path(name).is_dir() else name
-        return name, getattr(config, "_commit_hash", None)
-
-    def _template(self) -> str:
-        """The template in the tokenizer, `{text}` for the text."""
-        ids = self.tokenizer("")["input_ids"]
+    def _saved_settings(self) -> dict[str, Any]:
+        """Where the LLM was loaded from, the template (`{text}` for the text), and whether vectors are normalized."""
+        name, ids = str(self.llm.config._name_or_path), self.tokenizer("")["input_ids"]
         header, ending = ids[: self.text_prefix_length], ids[self.text_prefix_length :]
-        return f"{self.tokenizer.decode(header)}{{text}}{self.tokenizer.decode(ending)}"
-
-    def _normalizes(self) -> bool:
-        return any(isinstance(module, Normalize) for module in self)
+        return {
+            "base_model": str(Path(name).resolve()) if Path(name).is_dir() else name,  # found again from anywhere
+            "base_revision": getattr(self.llm.config, "_commit_hash", None),
+            "template": f"{self.tokenizer.decode(header)}{{text}}{self.tokenizer.decode(ending)}",
+            "normalize": any(isinstance(module, Normalize) for module in self),
+        }
 
     def _create_model_card(
         self,
@@ -237,15 +223,11 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         adapter_only: bool = False,
     ) -> None:
         """Writes `README.md` into a folder; what sentence-transformers calls for its own, longer card."""
+        settings = self.embedding_settings | self._saved_settings() | {"dimension": self.get_embedding_dimension()}
         card = EncoderCard(
             name=model_name or Path(path).resolve().name,
-            base_model=self._base()[0],
-            settings={
-                **self.embedding_settings,
-                "template": self._template(),
-                "normalize": self._normalizes(),
-                "dimension": self.get_embedding_dimension(),
-            },
+            base_model=settings["base_model"],
+            settings=settings,
             adapter_only=adapter_only,
             training_data=stored_training_data(self.model_card_data, train_datasets),
             training_options=self.training_options,
@@ -356,7 +338,9 @@ def build_caption_encoder(
     if stored is not None:
         attach_stored_lora(llm, name_or_path, stored, revision)
         if lora is None:
-            transformer.model = _frozen_or_merged(llm)
+            # Beside quantised weights adapters stay as they are.
+            merged: Any = llm.requires_grad_(False) if quantization_label(llm) else merged_llm(llm)
+            transformer.model = merged.to(llm.device) if merged is not llm else llm
     elif lora is not None:
         if has_adapters(llm):
             raise ValueError(
@@ -444,14 +428,6 @@ def _load_transformer(
         transformer.model.config.is_causal = False
         assert_bidirectional(transformer.model)
     return transformer
-
-
-def _frozen_or_merged(llm: PreTrainedModel) -> PreTrainedModel:
-    """Adapters for inference: merged, or beside quantised weights, which they cannot be merged into."""
-    if quantization_label(llm):
-        return llm.requires_grad_(False)
-    merged: Any = merged_llm(llm)
-    return merged.to(llm.device)
 
 
 def _prompt_overhead(tokenizer: Any) -> int:

@@ -12,9 +12,9 @@ later recipe does without (section 4.1).
 
 import copy
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,11 +59,9 @@ _MASKED, _RANDOM = 0.8, 0.1
 
 class MaskedTexts(Dataset):
     """
-    Texts as token ids with some of them masked, and the masked tokens as labels.
+    Texts as token ids, some masked, and the masked tokens as labels: a function of seed, epoch and row alone.
 
-    Which tokens are masked depends on seed, epoch and row alone, so that a resumed run sees what the first one would
-    have seen. Special tokens, template tokens and the first token of a row, which no earlier state predicts, are never
-    masked.
+    Special tokens, template tokens and the first token, which no earlier state predicts, are never masked.
     """
 
     def __init__(
@@ -122,30 +120,12 @@ class MaskedTexts(Dataset):
         return text
 
 
-class MaskedTextCollator:
-    """Pads the rows of `MaskedTexts` to the longest of a batch, on the side of the tokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, each of shape `(batch, length)`, int64."""
-        batch = self.tokenizer.pad(
-            {"input_ids": [row["input_ids"] for row in rows]}, padding=True, return_tensors="pt"
-        )
-        labels = torch.full_like(batch["input_ids"], IGNORED)
-        labels[batch["attention_mask"].bool()] = torch.tensor([label for row in rows for label in row["labels"]])
-        return {**batch, "labels": labels}
-
-
-logger = logging.getLogger(__name__)
-# Options of `TrainingArguments` that have no effect here, and why.
-UNUSED_OPTIONS = {
-    "label_names": "the masked tokens are the labels",
-    "use_cache": "nothing is generated",
-    "length_column_name": "the texts have no columns",
-    "remove_unused_columns": "the texts have no columns",
-}
+def collate_masked(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Rows of `MaskedTexts` padded to the longest, on the side of the tokenizer; int64 of shape `(batch, length)`."""
+    batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, padding=True, return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    labels[batch["attention_mask"].bool()] = torch.tensor([label for row in rows for label in row["labels"]])
+    return {**batch, "labels": labels}
 
 
 class MNTPTrainer(BaseTrainer):
@@ -224,7 +204,7 @@ class MNTPTrainer(BaseTrainer):
         super().__init__(
             model=llm,
             args=args,
-            data_collator=MaskedTextCollator(tokenizer),
+            data_collator=partial(collate_masked, tokenizer),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,

@@ -25,6 +25,7 @@ from ..base_trainer import (
     refuse_arguments,
 )
 from ..lora import has_adapters, load_adapter_checkpoint, save_adapter_checkpoint
+from ..streams import loader_options
 from .arguments import CaptionContrastiveTrainingArguments
 from .encoder import CaptionEncoder
 from .loss import CaptionContrastiveLoss
@@ -56,7 +57,7 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
     r"""
     Trains a caption encoder so that captions of the same image are close and captions of other images are not.
 
-    The loss is [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]: each anchor picks its positive among the
+    The loss is [`~llm2clip_hf.training.captions.loss.CaptionContrastiveLoss`]: each anchor picks its positive among the
     positives and hard negatives of all devices, with captions that are known to be right as well left out.
 
     The training set is one of
@@ -136,7 +137,7 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
             model.model_card_data.train_datasets = sets
 
     def get_default_loss(self, model: Any) -> nn.Module:
-        """In-batch InfoNCE over all devices, see [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]."""
+        """In-batch InfoNCE over all devices, see [`~llm2clip_hf.training.captions.loss.CaptionContrastiveLoss`]."""
         return CaptionContrastiveLoss(
             model,
             scale=self.args.scale,
@@ -157,7 +158,7 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The loader of the training set; refuses one that yields no batch."""
-        options = _loader_options(self.args, self.data_collator)
+        options = loader_options(self.args, self.data_collator)
         # Not that of the arguments, which `auto_find_batch_size` leaves as it is.
         processes, size = self.accelerator.num_processes, self._train_batch_size
         if self._stream is not None:
@@ -194,7 +195,7 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
         sampler = EvaluationBatchSampler(
             len(dataset), self.args.eval_batch_size, processes, process, _data_seed(self.args)
         )
-        options = _loader_options(self.args, self.data_collator)
+        options = loader_options(self.args, self.data_collator)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **options)
         # Told that it is alone: the sampler has dealt with the other processes, without repeating or leaving out rows.
         loader = prepare_data_loader(loader, num_processes=1, process_index=0)
@@ -349,15 +350,3 @@ def _check_batches(args: Any, *, is_stream: bool) -> None:
 
 def _data_seed(args: Any) -> int:
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def _loader_options(args: Any, collator: Any) -> dict[str, Any]:
-    return {
-        "collate_fn": collator,
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
-        "in_order": getattr(args, "dataloader_in_order", True),
-    }

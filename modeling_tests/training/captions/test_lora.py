@@ -44,27 +44,14 @@ from llm2clip_hf.training.model_checks import describe_llm
 TEXTS = ["a red boat", "  two dogs run over the grass  ", "", "a photo. " * 20]
 
 
-def save_llm(folder: Path, seed: int = 5, **changes: int) -> str:
-    torch.manual_seed(seed)
-    config = tiny_models.text_config("llama")
-    config.update(changes)
-    AutoModel.from_config(config).save_pretrained(folder)
-    tiny_models.llama3_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def llm_dir(tmp_path: Path) -> str:
-    return save_llm(tmp_path / "llm")
+    return tiny_models.save_llm(tmp_path / "llm")
 
 
 def trained(llm_dir: str, **kwargs: object):
     torch.manual_seed(0)
-    encoder = build_caption_encoder(llm_dir, **kwargs)
-    for name, parameter in encoder.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return encoder.eval()
+    return tiny_models.draw_lora(build_caption_encoder(llm_dir, **kwargs)).eval()
 
 
 def vectors(encoder: SentenceTransformer) -> torch.Tensor:
@@ -135,10 +122,10 @@ def test_moved_base_is_found_and_another_is_refused(llm_dir, tmp_path):
         half = build_caption_encoder(adapter, base_model=str(tmp_path / "moved"), dtype=dtype)
         assert half.llm.get_input_embeddings().weight.dtype == dtype
 
-    other = save_llm(tmp_path / "other", seed=6)
+    other = tiny_models.save_llm(tmp_path / "other", seed=6)
     with pytest.raises(ValueError, match="is not the base .*its weights are not those.*Give the right LLM as `base_m"):
         build_caption_encoder(adapter, base_model=other)
-    wide = save_llm(tmp_path / "wide", hidden_size=48)
+    wide = tiny_models.save_llm(tmp_path / "wide", hidden_size=48)
     with pytest.raises(ValueError, match="its width is 48, not 32"):
         build_caption_encoder(adapter, base_model=wide)
     with pytest.raises(ValueError, match="`base_model` is for an adapter-only encoder"):
@@ -222,7 +209,7 @@ def test_adapters_of_another_base_or_of_none_are_refused_everywhere(llm_dir, tmp
     for read in (build_caption_encoder, load_text_config, lambda name: load_pretrained_text(name, None, None)):
         with pytest.raises(OSError, match="The LLM .*llm' of the adapters in .* cannot be read"):
             read(adapter)
-    save_llm(tmp_path / "llm", seed=6)
+    tiny_models.save_llm(tmp_path / "llm", seed=6)
     for read in (build_caption_encoder, lambda name: load_pretrained_text(name, None, None)):
         with pytest.raises(ValueError, match="its weights are not those that the adapters were trained on"):
             read(adapter)
@@ -389,7 +376,7 @@ def test_quantised_encoder_is_saved_as_adapters_and_merged_in_full_precision(llm
     assert "quantization_config" not in config
     with pytest.raises(ValueError, match="its weights are not those"):
         build_caption_encoder(
-            str(tmp_path / "adapter"), base_model=save_llm(tmp_path / "other", 6), quantization=rounded
+            str(tmp_path / "adapter"), base_model=tiny_models.save_llm(tmp_path / "other", 6), quantization=rounded
         )
 
 
