@@ -8,9 +8,10 @@ import tiny_models
 import torch
 from process_groups import run_ranks
 
+from llm2clip_hf.data.sampling import length_groups
 from llm2clip_hf.training import build_caption_encoder
 from llm2clip_hf.training.captions import batches as caption_batches
-from llm2clip_hf.training.captions.batches import embed_columns, length_groups, mini_batches
+from llm2clip_hf.training.captions.batches import embed_columns, mini_batches
 from llm2clip_hf.training.captions.loss import CaptionContrastiveLoss
 
 

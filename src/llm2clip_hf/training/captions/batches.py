@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import distributed
-from ...data.sampling import token_budget_batches
+from ...data.sampling import length_groups, token_budget_batches
 from ..gradcache import exchanged_forward
 
 
 Features = dict[str, Any]
-# Padded tokens that one more pass through the LLM is worth: its launches, and matrices too small to fill a device.
-_TOKENS_PER_PASS = 1024
 # What FlashAttention is told about a batch of rows laid end to end; rebuilt for every mini-batch.
 _BOUNDARY_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -141,29 +139,6 @@ def _cut_into(parts: "list[_Part]", count: int) -> None:
             _Part(group, rows[:half], numbers[:half]),
             _Part(group, rows[half:], numbers[half:]),
         ]
-
-
-def length_groups(lengths: Sequence[int], tokens_per_pass: int = _TOKENS_PER_PASS) -> list[list[int]]:
-    """
-    The partition of rows into passes with the lowest cost: padded tokens, and a constant for each pass.
-
-    Exact, by dynamic programming over the distinct lengths: some best partition is a cut of the sorted rows, since
-    sorting the rows into passes of the same sizes makes no pass longer.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    distinct, counts = np.unique(np.asarray(lengths), return_counts=True)
-    distinct, ends = distinct[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
-    cost = np.zeros(len(ends))
-    first = np.zeros(len(ends), dtype=np.int64)  # where the last pass of the best partition of a prefix begins
-    for end in range(1, len(ends)):
-        options = cost[:end] + (ends[end] - ends[:end]) * distinct[:end] + tokens_per_pass
-        first[end] = options.argmin()
-        cost[end] = options[first[end]]
-    groups, end = [], len(ends) - 1
-    while end > 0:
-        groups.append(order[ends[first[end]] : ends[end]])
-        end = int(first[end])
-    return groups[::-1]
 
 
 # ----------------------------------------------------------------------------------------------------- rows of columns

@@ -57,7 +57,7 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
     r"""
     Trains a caption encoder so that captions of the same image are close and captions of other images are not.
 
-    The loss is [`~llm2clip_hf.training.captions.loss.CaptionContrastiveLoss`]: each anchor picks its positive among the
+    The loss is [`CaptionContrastiveLoss`]: each anchor picks its positive among the
     positives and hard negatives of all devices, with captions that are known to be right as well left out.
 
     The training set is one of
@@ -137,7 +137,7 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
             model.model_card_data.train_datasets = sets
 
     def get_default_loss(self, model: Any) -> nn.Module:
-        """In-batch InfoNCE over all devices, see [`~llm2clip_hf.training.captions.loss.CaptionContrastiveLoss`]."""
+        """In-batch InfoNCE over all devices, see [`CaptionContrastiveLoss`]."""
         return CaptionContrastiveLoss(
             model,
             scale=self.args.scale,
