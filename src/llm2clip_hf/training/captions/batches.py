@@ -73,26 +73,14 @@ def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
         return forward(dict(batch))["sentence_embedding"]
 
     def forward_all(batch: dict[str, list[Features]]) -> dict[str, Tensor]:
-        if recompute:
-            parts = [_checkpointed(embed, each) for each in batch["mini_batches"]]
-        else:
-            parts = [embed(each) for each in batch["mini_batches"]]
+        parts = [
+            checkpoint(embed, each, use_reentrant=False) if recompute else embed(each)
+            for each in batch["mini_batches"]
+        ]
         return {"sentence_embedding": torch.cat(parts)}
 
     with exchanged_forward(model, forward_all):
         yield
-
-
-def _checkpointed(embed: Callable[[Features], Tensor], batch: Features) -> Tensor:
-    # Tensors go in as arguments of their own: checkpoint() finds the devices whose random state it keeps in them.
-    names = [name for name, value in batch.items() if isinstance(value, Tensor)]
-    rest = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
-
-    def run(*tensors: Tensor) -> Tensor:
-        return embed(dict(zip(names, tensors)) | rest)
-
-    embeddings: Tensor = checkpoint(run, *(batch[name] for name in names), use_reentrant=False)
-    return embeddings
 
 
 # ------------------------------------------------------------------------------------------------- cutting into passes
