@@ -376,7 +376,9 @@ def test_quantised_encoder_is_saved_as_adapters_and_merged_in_full_precision(llm
     assert "quantization_config" not in config
     with pytest.raises(ValueError, match="its weights are not those"):
         build_caption_encoder(
-            str(tmp_path / "adapter"), base_model=tiny_models.save_llm(tmp_path / "other", 6), quantization=rounded
+            str(tmp_path / "adapter"),
+            base_model=tiny_models.save_llm(tmp_path / "other", seed=6),
+            quantization=rounded,
         )
 
 
