@@ -202,7 +202,6 @@ def test_callbacks_hear_of_an_evaluation_once_with_all_metrics(tmp_path):
         assert trainer.state.epoch == 3  # the first is the best, and two are waited for
         assert len(heard) == 3
         assert all(names <= metrics for metrics in heard)
-    assert "on_evaluate" not in vars(trainer.callback_handler)
 
 
 def test_best_model_is_that_of_an_evaluator_on_a_set_with_several_captions(tmp_path):

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -338,6 +338,9 @@ class BaseTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
+    def save_position(self, folder: Path) -> None:
+        """Writes into a checkpoint what a trainer needs, beyond the step, to read its data on from there."""
+
     def _write_checkpoint(self, target: Path, staging: Path) -> None:
         """Everything that `Trainer` puts into a checkpoint, in its order, the state of the Trainer last."""
         self.save_model(str(staging), _internal_call=True)
@@ -345,6 +348,7 @@ class BaseTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
+            self.save_position(staging)
         if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step:
             best = target.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best == target or best.is_dir():
@@ -428,4 +432,4 @@ class BaseTrainer(Trainer):
         if busy:
             self.push_in_progress.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])
+            self.push_in_progress = PushInProgress(cast(Any, [job]))

@@ -12,19 +12,61 @@ which is why their rows can be negatives of one another.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .clip.parameters import is_llm2clip
+from .clip import clip_text
+from .clip.arguments import LLM2CLIPTrainingArguments
+from .clip.parameters import has_llm, is_llm2clip
 
 
 _IMAGE_NAMES = ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes")
 _TEXT_NAMES = ("input_ids", "attention_mask", "position_ids", "llm_embeds")
 CLIP_TEXT_NAMES = ("clip_input_ids", "clip_attention_mask")
+
+
+def embed_batches(
+    model: nn.Module,
+    core: Any,
+    batches: list[dict[str, Any]],
+    args: LLM2CLIPTrainingArguments,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, torch.Tensor]:
+    """Embeddings of all rows of some batches by one forward pass of `model`, which wraps `core`."""
+    chunks = []
+    for features in batches:
+        rows = len(features["pixel_values"])
+        size = min(args.encoder_chunk_size or rows, rows)
+        if "input_ids" in features and has_llm(core) and args.train_text != "lora":
+            features = _with_llm_embeds(core, features, size)
+        chunks.extend(split_rows(features, size))
+    if len(chunks) == 1 and args.torch_compile and not hasattr(core, clip_text.NAME):
+        outputs = model(**chunks[0])  # the forward pass that was compiled
+        return {name: outputs[name] for name in ("image_embeds", "text_embeds")}
+    embed_clip_text = None
+    if CLIP_TEXT_NAMES[0] in chunks[0]:
+
+        def embed_clip_text(*inputs: Any) -> dict[str, torch.Tensor]:
+            # Only the model's own `forward` was given autocast.
+            with autocast():
+                return clip_text.embed_clip_text(core, *inputs)
+
+    with chunked_forward(core, embed_clip_text):
+        outputs = model(chunks=chunks)
+    return {name: value for name, value in outputs.items() if name.endswith("_embeds")}
+
+
+def _with_llm_embeds(model: Any, features: dict[str, Any], chunk_size: int) -> dict[str, Any]:
+    """Runs the frozen LLM once, outside the graph: in its own dtype, as for stored embeddings."""
+    text = {n: value for n, value in features.items() if n in ("input_ids", "attention_mask", "position_ids")}
+    with torch.no_grad():
+        chunks = [model.get_llm_embeds(**rows) for rows in split_rows(text, chunk_size)]
+    rest = {name: value for name, value in features.items() if name not in text}
+    return rest | {"llm_embeds": torch.cat(chunks)}
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What FSDP2 needs to know of a CLIP-like model, whose parameters it spreads over processes."""
+"""Saving and loading of a model in training: FSDP2, adapters, the LLM and what is attached."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial
-from transformers.modeling_utils import load_state_dict as load_weights
 
-from ..base_trainer import BaseTrainer
-from ..lora import has_adapters, lora_layers, lora_state, merged_state
+from ...hub.cards import LLM2CLIPModelCardData
+from ...modeling.card_llm2clip import is_repository
+from ..lora import has_adapters, lora_layers, lora_state
 from ..publishing import LORA_FILE
 from . import clip_text
 from .parameters import has_llm, is_llm2clip
@@ -72,81 +71,40 @@ def unsharded_class(model: Any) -> type:
 _TOWERS = ("vision_model", "text_model")
 
 
-class ClipCheckpointTrainer(BaseTrainer):
-    """A `Trainer` that saves and loads models as the module says."""
-
-    processor: Any = None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        core: Any = self.accelerator.unwrap_model(self.model)
-        adapted, with_clip_text = has_adapters(core), hasattr(core, clip_text.NAME)
-        adapters: dict[str, Any] = {}
-        attached: dict[str, Any] = {}
-        if (adapted or with_clip_text) and self.args.should_save:
-            state_dict = core.state_dict() if state_dict is None else state_dict
-            adapters = lora_state(core, state_dict)
-            state_dict, attached = clip_text.split_state(merged_state(core, state_dict))
-        with _as_plain_model(core):
-            super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        if adapters:
-            save_file({key: tensor.contiguous().cpu() for key, tensor in adapters.items()}, folder / LORA_FILE)
-        if with_clip_text:
-            clip_text.save_attached(folder, core, attached)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        core: Any = self.accelerator.unwrap_model(self.model if model is None else model)
-        if self.is_fsdp_enabled or not (has_adapters(core) or hasattr(core, clip_text.NAME)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._load_parts(Path(resume_from_checkpoint), core)
-
-    def _load_best_model(self) -> None:
-        core: Any = self.accelerator.unwrap_model(self.model)
-        has_parts = has_adapters(core) or hasattr(core, clip_text.NAME)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_parts:
-            super()._load_best_model()
-        else:
-            self._load_parts(Path(str(self.state.best_model_checkpoint)), core)
-
-    def _load_parts(self, folder: Path, core: Any) -> None:
-        """Loads a checkpoint of a model with LoRA: towers with LoRA keep their own weights, and get the adapters."""
-        adapted = tuple(f"{name}." for name in _TOWERS if has_adapters(getattr(core, name, None)))
-        for file in (folder / "model.safetensors", *([folder / LORA_FILE] if adapted else [])):
-            if not file.is_file():
-                raise ValueError(
-                    f"`{file}` does not exist. Resume from a checkpoint that was saved with the same "
-                    "`train_vision` and `train_text`."
-                )
-        state = load_weights(str(folder / "model.safetensors"))
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(adapted or ("\0",))}
-        state |= clip_text.load_attached_state(folder, core)
-        if adapted:
-            state |= load_file(folder / LORA_FILE)
-        self._issue_warnings_after_load(core.load_state_dict(state, strict=False))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        elsewhere = ["text_model."] if has_llm(model) and not has_adapters(model.text_model) else []
-        for name in _TOWERS:
-            part: Any = getattr(model, name, None)
-            if has_adapters(part):
-                adapters = set(lora_state(part))
-                elsewhere += [f"{name}.{key}" for key in part.state_dict() if key not in adapters]
-        missing = [key for key in load_result.missing_keys if not key.startswith(tuple(elsewhere))]
-        if missing or load_result.unexpected_keys:
+def load_checkpoint(model: Any, folder: Path) -> None:
+    """Loads the weights of a checkpoint; towers with LoRA keep their own weights, and get the adapters."""
+    adapted = tuple(f"{name}." for name in _TOWERS if has_adapters(getattr(model, name, None)))
+    files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
+    for file in (*files, *([folder / LORA_FILE] if adapted else [])):
+        if not file.is_file():
             raise ValueError(
-                f"The checkpoint does not fit the model: missing {missing[:3]}, unexpected "
-                f"{load_result.unexpected_keys[:3]}. Resume with the model and options that the run was started with."
+                f"`{file}` does not exist. Resume from a checkpoint that was saved with the same `train_vision` and "
+                "`train_text`."
             )
+    state = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(adapted or ("\0",))}
+    state |= clip_text.load_attached_state(folder, model)
+    if adapted:
+        state |= load_file(folder / LORA_FILE)
+    found = model.load_state_dict(state, strict=False)
+    elsewhere = ["text_model."] if has_llm(model) and not has_adapters(model.text_model) else []
+    for name in _TOWERS:
+        if f"{name}." in adapted:
+            part = getattr(model, name)
+            adapters = set(lora_state(part))
+            elsewhere += [f"{name}.{key}" for key in part.state_dict() if key not in adapters]
+    missing = [key for key in found.missing_keys if not key.startswith(tuple(elsewhere))]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"The checkpoint does not fit the model: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}. "
+            "Resume with the model and options that the run was started with."
+        )
 
 
 def saved_text_weights(model: Any) -> str:
     """Where the LLM that an LLM2CLIP model holds will be: with it if it was trained or exchanged, else where it is."""
+    if not has_llm(model):
+        return str(model.config.text_weights)
     if lora_layers(model.text_model):
         return "bundled"
     if not model.config.text_base_model:
@@ -156,7 +114,7 @@ def saved_text_weights(model: Any) -> str:
 
 
 @contextmanager
-def _as_plain_model(model: Any) -> Iterator[None]:
+def plain_model(model: Any) -> Iterator[None]:
     """
     Makes `save_pretrained` name a frozen LLM instead of writing it, bundle one that was trained, take towers with LoRA
     for plain ones, whose merged weights it is given, and a model under FSDP2 for one of its own class, whose code is
@@ -186,3 +144,31 @@ def _as_plain_model(model: Any) -> Iterator[None]:
             model._weight_conversions = conversions
         if has_llm(model):
             config.text_weights = text_weights
+
+
+def save_card(
+    trainer: Any,
+    config: Any,
+    name: str | None,
+    license: str | None,
+    language: Any,
+    tags: Any,
+    start: str | None,
+    datasets: Any,
+    training_data: Any,
+) -> None:
+    """Writes the card of a model that was saved into `args.output_dir`."""
+    folder = Path(str(trainer.args.output_dir))
+    config = type(config).from_pretrained(folder)  # as it was saved: it says where the LLM is
+    sources = [start, config.text_base_model] if start else []
+    fields: dict[str, Any] = {
+        "name": name or trainer.hub_model_id or folder.absolute().name,
+        "license": license,
+        "language": language,
+        "tags": tags,
+        "base_model": [source for source in sources if is_repository(source)],
+        "datasets": datasets,
+    }
+    if training_data:
+        fields["training_data"] = training_data
+    LLM2CLIPModelCardData.from_trainer(trainer, config, **fields).save(folder)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...data import CaptionEmbeddingStore
 from ...data.store.fingerprint import require_identity, require_text_encoder
-from ..base_trainer import check_float32_weights, check_metric_options, check_one_device, seed_run
+from ..base_trainer import check_float32_weights, check_metric_options, check_one_device, largest_weight, seed_run
 from ..gradcache import CLIP_TEXT_NAMES, has_batch_statistics
 from ..streams import shards_itself
 from . import clip_text
@@ -219,3 +219,47 @@ def _refuse_extra_entries(model: Any, batch: dict[str, Any], args: LLM2CLIPTrain
             f"Entries {plain} of the batch are no tensors with a row per pair, e.g. `{plain[0]}` is "
             f"{type(batch[plain[0]]).__name__}. Leave them out in the data collator, or make tensors of them."
         )
+
+
+def describe_rows(
+    core: nn.Module, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]], world_size: int
+) -> str:
+    """Why the loss is not finite although all weights are: rows are named where their own features are why."""
+    names = _row_names(batches)
+    broken = [name for name, is_finite in zip(names, _finite_inputs(batches)) if not is_finite]
+    if broken:
+        return f"The images or stored embeddings of rows {broken} are not finite: repair or remove them."
+    finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
+    broken = [name for name, is_finite in zip(names, finite) if not is_finite]
+    if not broken:
+        elsewhere = "another process says more" if world_size > 1 else "the logit scale or bias overflows"
+        return f"All embeddings of its rows {names} are finite: {elsewhere}."
+    if len(broken) < len(names):
+        return (
+            f"The embeddings of rows {broken} are not finite, though what they were made of is: look at these "
+            "images and captions, or compute in a type of wider range than float16."
+        )
+    return (
+        "No embedding is finite, though inputs and weights are: the weights have grown too large, up to "
+        f"{largest_weight(core)}, so the run has diverged. Lower `learning_rate`."
+    )
+
+
+def _finite_inputs(batches: list[dict[str, Any]]) -> list[bool]:
+    """Whether the numbers that each row of some batches begins with, pixels or stored embeddings, are finite."""
+    rows: list[bool] = []
+    for batch in batches:
+        numbers = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        rows += torch.stack([value.isfinite().flatten(1).all(dim=1) for value in numbers]).all(dim=0).tolist()
+    return rows
+
+
+def _row_names(batches: list[dict[str, Any]]) -> list[Any]:
+    """Names of the rows of some batches: their `key` or `index`, else their position."""
+    names: list[Any] = []
+    for batch in batches:
+        given: Any = next((batch[name] for name in ROW_NAMES if name in batch), None)
+        if given is None:
+            given = range(len(names), len(names) + len(batch["pixel_values"]))
+        names.extend(given.tolist() if isinstance(given, torch.Tensor) else list(given))
+    return names

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushing of trained models: what loads elsewhere and a card that says how it was made, and no pickles."""
+"""The trainer of stage 2: contrastive learning of images against texts that an LLM embeds."""
 
-import logging
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers.trainer_utils import has_length
 
 from ...data import ImageTextCollator
-from ...hub.cards import LLM2CLIPModelCardData
+from ...files import write_json_atomically
 from ...losses import ContrastiveLoss
-from ...modeling.card_llm2clip import is_repository
 from ...modeling.publishing_llm2clip import (
     hub_errors,
     pin_text_model,
@@ -23,95 +23,42 @@ from ..base_trainer import (
     EpochCallback,
     check_data_parallel,
     describe_divergence,
-    largest_weight,
     refuse_arguments,
 )
-from ..gradcache import CLIP_TEXT_NAMES, chunked_forward, split_rows
-from ..streams import shards_itself
+from ..gradcache import embed_batches
+from ..lora import has_adapters, lora_state, merged_state
+from ..publishing import LORA_FILE
+from ..streams import resume_stream, shards_itself, stream_loader, stream_state
 from . import clip_text
 from .arguments import LLM2CLIPTrainingArguments
 from .checkpoints import (
-    ClipCheckpointTrainer,
+    load_checkpoint,
+    plain_model,
     ready_for_fsdp2,
     register_feature_methods,
+    save_card,
     saved_text_weights,
     whole_parameter,
 )
-from .checks import ROW_NAMES, check_batch, check_stores, prepare_training, resolve_loss_type
-from .evaluation import held_back_announcement, retrieval_of_pairs, run_evaluators
-from .loading import ClipLoadingTrainer
-from .parameters import LogitScaleClamp, build_optimizer_groups, frozen_towers, has_llm
+from .checks import (
+    ROW_NAMES,
+    check_batch,
+    check_contrastive_batch,
+    check_stores,
+    describe_rows,
+    prepare_training,
+    resolve_loss_type,
+)
+from .evaluation import evaluate_pairs, retrieval_of_pairs, run_evaluators
+from .loading import STREAM_FILE, CountedLoader, check_batches, every_row
+from .parameters import LogitScaleClamp, build_optimizer_groups, frozen_towers
 
 
-class PublishingClipTrainer(BaseTrainer):
-    """Pushing for stage 2: the LLM is named with its commit, and the card says how the model was trained."""
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository, before training starts, if what will be pushed can be loaded by others."""
-        core: Any = self.accelerator.unwrap_model(self.model)
-        if getattr(getattr(core, "config", None), "model_type", "") == "llm2clip":
-            token = token if token is not None else self.args.hub_token
-            with hub_errors(str(self.args.hub_model_id or self.args.output_dir), token):
-                pin_text_model(core.config, core.text_model, self._saved_text_weights(core), token)
-        super().init_hf_repo(token, private)
-
-    @staticmethod
-    def _saved_text_weights(core: Any) -> str:
-        """Where the LLM will be: with the model if it was trained, else in its own repository."""
-        if not has_llm(core):
-            return str(core.config.text_weights)
-        return saved_text_weights(core)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """
-        Writes the card of the model, and its facts, into `args.output_dir`.
-
-        A card there that somebody wrote or edited keeps its text; missing metadata are added.
-        """
-        core: Any = self.accelerator.unwrap_model(self.model)
-        if getattr(getattr(core, "config", None), "model_type", "") != "llm2clip":
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
-            return
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        # As it was saved: it says where the LLM is.
-        config = type(core.config).from_pretrained(folder)
-        start = [finetuned_from, config.text_base_model] if finetuned_from else []
-        fields: dict[str, Any] = {
-            "name": model_name or self.hub_model_id or folder.absolute().name,
-            "license": license,
-            "language": language,
-            "tags": [tags] if isinstance(tags, str) else tags,
-            "base_model": [name for name in start if is_repository(name)],
-            "datasets": dataset_tags,
-        }
-        named = [dataset] if isinstance(dataset, str) else dataset
-        if named:
-            fields["training_data"] = named
-        LLM2CLIPModelCardData.from_trainer(self, config, **fields).save(folder)
-
-
-logger = logging.getLogger(__name__)
 DEFAULT_MAX_LOGIT_SCALE = 100.0  # CLIP's, for models whose config names none
-MICRO_BATCHES = "micro_batches"  # entry of an input that holds all batches of one optimizer step
 Evaluator = Callable[[Any, Any], Mapping[str, float]]
 
 
-class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointTrainer):
+class LLM2CLIPTrainer(BaseTrainer):
     r"""
     Trains the vision tower, the projections, the text adaptor and the logit scale; the LLM stays frozen. What else can
     be trained, and what left out, is said by `train_vision` and `train_text` of the arguments.
@@ -214,11 +161,7 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
     # ------------------------------------------------------------------------------------------------------- the loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """
         The contrastive loss of a batch.
@@ -237,7 +180,7 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             FloatingPointError: if the loss is NaN or infinite; says whether weights or which rows are why.
             ValueError: if the batch has no `pixel_values`, entries that nothing takes, or, in training, one row.
         """
-        batches = inputs.get(MICRO_BATCHES, [inputs])
+        batches = [*self._held_batches, inputs] if torch.is_grad_enabled() else [inputs]
         embeds = self._embed(model, batches)
         if torch.is_grad_enabled() and self._is_one_row(embeds):
             raise ValueError(
@@ -259,42 +202,11 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             check_batch(core, batch, self.args)
         for tower in frozen_towers(core):
             tower.eval()  # after `model.train()`, which is called for every step
-        chunks = []
-        for batch in batches:
-            features = {name: value for name, value in batch.items() if name not in ROW_NAMES}
-            rows = len(features["pixel_values"])
-            size = min(self.args.encoder_chunk_size or rows, rows)
-            if "input_ids" in features and has_llm(core) and self.args.train_text != "lora":
-                features = self._with_llm_embeds(core, features, size)
-            chunks.extend(split_rows(features, size))
-        if len(chunks) == 1 and self.args.torch_compile and not hasattr(core, clip_text.NAME):
-            outputs = model(**chunks[0])  # the forward pass that was compiled
-            return {name: outputs[name] for name in ("image_embeds", "text_embeds")}
-        embed_clip_text = None
-        if CLIP_TEXT_NAMES[0] in chunks[0]:
-
-            def embed_clip_text(*inputs: Any) -> dict[str, torch.Tensor]:
-                # Only the model's own `forward` was given autocast.
-                with self.accelerator.autocast():
-                    return clip_text.embed_clip_text(core, *inputs)
-
-        with chunked_forward(core, embed_clip_text):
-            outputs = model(chunks=chunks)
-        return {name: value for name, value in outputs.items() if name.endswith("_embeds")}
+        features = [{name: value for name, value in batch.items() if name not in ROW_NAMES} for batch in batches]
+        return embed_batches(model, core, features, self.args, self.accelerator.autocast)
 
     def _is_one_row(self, embeds: dict[str, torch.Tensor]) -> bool:
         return len(embeds["image_embeds"]) * self.args.world_size == 1
-
-    @staticmethod
-    def _with_llm_embeds(model: Any, features: dict[str, Any], chunk_size: int) -> dict[str, Any]:
-        """Runs the frozen LLM once, outside the graph: in its own dtype, as for stored embeddings."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        text = {name: value for name, value in features.items() if name in names}
-        with torch.no_grad():
-            chunks = [model.get_llm_embeds(**rows) for rows in split_rows(text, chunk_size)]
-        return {name: value for name, value in features.items() if name not in text} | {
-            "llm_embeds": torch.cat(chunks)
-        }
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of the next optimizer step."""
@@ -317,52 +229,31 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
         """
         if self.args.gradient_accumulation_steps == 1 or not self.args.accumulate_negatives:
             return super().training_step(model, inputs, num_items_in_batch)
-        self._held_batches.append(inputs)
         if not self.accelerator.sync_gradients:
+            self._held_batches.append(self._prepare_inputs(inputs))
             return torch.zeros((), device=self.args.device)
-        batches, self._held_batches = self._held_batches, []
         self.current_gradient_accumulation_steps = 1  # one loss, not a mean of several
-        return super().training_step(model, {MICRO_BATCHES: batches}, num_items_in_batch)
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._held_batches = []
 
     def _stop_at_nonfinite_loss(
         self, loss: torch.Tensor, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]
     ) -> None:
         core = self.accelerator.unwrap_model(self.model)
-        cause = describe_divergence(core) or self._describe_rows(core, embeds, batches)
+        cause = describe_divergence(core) or describe_rows(core, embeds, batches, self.args.world_size)
         where = f"at step {self.state.global_step + 1}" if torch.is_grad_enabled() else "in evaluation"
         raise FloatingPointError(
             f"The loss is {loss.item()} {where} (epoch {self.state.epoch or 0:.2f}). {cause} The weights are those of "
             f"step {self.state.global_step}."
         )
 
-    def _describe_rows(self, core: nn.Module, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]) -> str:
-        """Why the loss is not finite although all weights are: rows are named where their own features are why."""
-        names = row_names(batches)
-        broken = [name for name, is_finite in zip(names, finite_inputs(batches)) if not is_finite]
-        if broken:
-            return f"The images or stored embeddings of rows {broken} are not finite: repair or remove them."
-        finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
-        broken = [name for name, is_finite in zip(names, finite) if not is_finite]
-        if not broken:
-            elsewhere = (
-                "another process says more" if self.args.world_size > 1 else "the logit scale or bias overflows"
-            )
-            return f"All embeddings of its rows {names} are finite: {elsewhere}."
-        if len(broken) < len(names):
-            return (
-                f"The embeddings of rows {broken} are not finite, though what they were made of is: look at these "
-                "images and captions, or compute in a type of wider range than float16."
-            )
-        return (
-            "No embedding is finite, though inputs and weights are: the weights have grown too large, up to "
-            f"{largest_weight(core)}, so the run has diverged. Lower `learning_rate`."
-        )
-
     # -------------------------------------------------------------------------------------------- optimizer and data
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """
-        The optimizer, with the groups of [`~llm2clip_hf.training.optimizer_groups.build_optimizer_groups`].
+        The optimizer, with the groups of [`~llm2clip_hf.training.clip.parameters.build_optimizer_groups`].
 
         Raises:
             ValueError: for an optimizer of `args.optim` that makes groups of its own.
@@ -385,6 +276,55 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """The loader of the training set; refuses one that yields no batch."""
+        check_contrastive_batch(self.args, self._train_batch_size)
+        if shards_itself(self.train_dataset):
+            loader = stream_loader(self.train_dataset, self.data_collator, self.args, self._train_batch_size)
+        else:
+            loader = super().get_train_dataloader()
+        check_batches(loader, self.train_dataset, self.args, self._train_batch_size)
+        return loader
+
+    def set_initial_training_values(self, args: Any, dataloader: Any, *others: Any) -> Any:
+        """Numbers of steps; where the last, smaller batch is left out, so is the last, smaller group of batches."""
+        if has_length(dataloader) and args.dataloader_drop_last and args.accumulate_negatives:
+            whole = len(dataloader) // args.gradient_accumulation_steps * args.gradient_accumulation_steps
+            dataloader = CountedLoader(dataloader, whole or len(dataloader))
+        return super().set_initial_training_values(args, dataloader, *others)
+
+    def save_position(self, folder: Path) -> None:
+        """See `BaseTrainer`."""
+        if self.args.should_save and shards_itself(self.train_dataset):
+            state = stream_state(self.train_dataset, self.args, self._train_batch_size)
+            write_json_atomically(folder / STREAM_FILE, state)
+
+    # Overridden because only here the position and the checkpoint are known before the loader is read: without it a
+    # resumed stream would decode, or repeat, what the run has seen.
+    def _init_training_state(
+        self, max_steps: int, num_update_steps: int, num_epochs: int, resume_from_checkpoint: Any, *others: Any
+    ) -> tuple[int, int]:
+        """Where a resumed run goes on; a stream is told, and refuses what would change its order."""
+        position: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps, num_epochs, resume_from_checkpoint, *others
+        )
+        if resume_from_checkpoint is not None and shards_itself(self.train_dataset) and not self.args.ignore_data_skip:
+            file = Path(str(resume_from_checkpoint)) / STREAM_FILE
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            state = stream_state(self.train_dataset, self.args, self._train_batch_size)
+            resume_stream(self.train_dataset, saved, state, position)
+        return position
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """The loader of the evaluation set, of every row also where training leaves out the last batch."""
+        with every_row(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """The loader for `predict`, of every row."""
+        with every_row(self.args):
+            return super().get_test_dataloader(test_dataset)
+
     # --------------------------------------------------------------------------------------------- evaluation and logs
 
     def evaluate(
@@ -406,20 +346,24 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             ValueError: for a stream that shards itself, or an evaluator that returns something else than numbers.
         """
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        if shards_itself(chosen):
+        named = chosen if isinstance(chosen, dict) else {"": chosen}
+        if any(shards_itself(dataset) for dataset in named.values()):
             raise ValueError("A stream that shards itself cannot be evaluated on. Use a map-style data set.")
-        with held_back_announcement(self.callback_handler) as announce:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            if eval_dataset is None and self.evaluators:
-                found = {
-                    f"{metric_key_prefix}_{evaluator}_{name}": value
-                    for evaluator, numbers in run_evaluators(self, self.evaluators).items()
-                    for name, value in numbers.items()
-                }
-                self.log(dict(found))
-                metrics = {**metrics, **found}
+        metrics: dict[str, float] = {}
+        for name, dataset in named.items():
+            # A name, so that a loader with persistent workers is found again.
+            given = dataset if eval_dataset is not None else name or None
+            metrics |= evaluate_pairs(self, given, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        if eval_dataset is None and self.evaluators:
+            found = {
+                f"{metric_key_prefix}_{evaluator}_{name}": value
+                for evaluator, numbers in run_evaluators(self, self.evaluators).items()
+                for name, value in numbers.items()
+            }
+            self.log(dict(found))
+            metrics |= found
         # Once, with all metrics: early stopping counts these calls, and looks for the metric of an evaluator too.
-        self.control = announce(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def prediction_step(
@@ -439,11 +383,13 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with the logit scale beside the training loss."""
         if "loss" in logs:
-            logs = logs | {
-                "logit_scale": whole_parameter(self.accelerator.unwrap_model(self.model).logit_scale).exp().item()
-            }
+            core: Any = self.accelerator.unwrap_model(self.model)
+            logs = logs | {"logit_scale": whole_parameter(core.logit_scale).exp().item()}
         super().log(logs, start_time)
 
+    # ---------------------------------------------------------------------------------------------- saving and pushing
+
+    # Overridden because accelerate shards by what a model says of itself, which ours has to mend for that moment.
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -452,22 +398,75 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
         register_feature_methods(self.model)
         return prepared
 
+    # Overridden because `Trainer` would write the frozen LLM, unmerged adapters, and tokens into the config.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        core: Any = self.accelerator.unwrap_model(self.model)
+        adapted, with_clip_text = has_adapters(core), hasattr(core, clip_text.NAME)
+        adapters: dict[str, Any] = {}
+        attached: dict[str, Any] = {}
+        if (adapted or with_clip_text) and self.args.should_save:
+            state_dict = core.state_dict() if state_dict is None else state_dict
+            adapters = lora_state(core, state_dict)
+            state_dict, attached = clip_text.split_state(merged_state(core, state_dict))
+        with plain_model(core):
+            super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        if adapters:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in adapters.items()}, folder / LORA_FILE)
+        if with_clip_text:
+            clip_text.save_attached(folder, core, attached)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
-def finite_inputs(batches: list[dict[str, Any]]) -> list[bool]:
-    """Whether the numbers that each row of some batches begins with, pixels or stored embeddings, are finite."""
-    rows: list[bool] = []
-    for batch in batches:
-        numbers = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        rows += torch.stack([value.isfinite().flatten(1).all(dim=1) for value in numbers]).all(dim=0).tolist()
-    return rows
+    # Overridden because `Trainer` only warns of weights that are missing, and knows none of the parts beside a model.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_checkpoint(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
+    # Overridden because `Trainer` loads the best model by other code than a resume, with the same two faults.
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-def row_names(batches: list[dict[str, Any]]) -> list[Any]:
-    """Names of the rows of some batches: their `key` or `index`, else their position."""
-    names: list[Any] = []
-    for batch in batches:
-        given: Any = next((batch[name] for name in ROW_NAMES if name in batch), None)
-        if given is None:
-            given = range(len(names), len(names) + len(batch["pixel_values"]))
-        names.extend(given.tolist() if isinstance(given, torch.Tensor) else list(given))
-    return names
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository, before training starts, if what will be pushed can be loaded by others."""
+        core: Any = self.accelerator.unwrap_model(self.model)
+        if getattr(getattr(core, "config", None), "model_type", "") == "llm2clip":
+            token = token if token is not None else self.args.hub_token
+            with hub_errors(str(self.args.hub_model_id or self.args.output_dir), token):
+                pin_text_model(core.config, core.text_model, saved_text_weights(core), token)
+        super().init_hf_repo(token, private)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the card of the model, and its facts, into `args.output_dir`.
+
+        A card there that somebody wrote or edited keeps its text; missing metadata are added.
+        """
+        core: Any = self.accelerator.unwrap_model(self.model)
+        if getattr(getattr(core, "config", None), "model_type", "") != "llm2clip":
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+            return
+        if self.is_world_process_zero():
+            names = [dataset] if isinstance(dataset, str) else dataset
+            labels = [tags] if isinstance(tags, str) else tags
+            save_card(self, core.config, model_name, license, language, labels, finetuned_from, dataset_tags, names)
