@@ -28,14 +28,13 @@ from llm2clip_hf.training import (
 )
 from llm2clip_hf.training.base_trainer import UNUSED_ARGUMENTS
 from llm2clip_hf.training.captions import arguments as caption_training_args
-from llm2clip_hf.training.captions import mntp
 from llm2clip_hf.training.clip import arguments as clip_training_args
 from llm2clip_hf.training.clip.checks import check_batch
 
 
 STAGES = {
-    "captions": (CaptionContrastiveTrainingArguments, caption_training_args.UNUSED_OPTIONS),
-    "mntp": (MNTPTrainingArguments, mntp.UNUSED_OPTIONS),
+    "captions": (CaptionContrastiveTrainingArguments, caption_training_args._UNUSED_IN_STAGE_1),
+    "mntp": (MNTPTrainingArguments, caption_training_args._UNUSED_IN_MNTP),
     "clip": (LLM2CLIPTrainingArguments, clip_training_args.UNUSED_OPTIONS),
 }
 TRAINERS = {"captions": CaptionContrastiveTrainer, "mntp": MNTPTrainer, "clip": LLM2CLIPTrainer}
