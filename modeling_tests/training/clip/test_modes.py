@@ -241,7 +241,8 @@ def test_text_lora_in_chunks_and_accumulated_equals_one_batch(tmp_path):
             if "lora_" in name:
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        trainer.compute_loss(model.eval(), {"micro_batches": micro_batches}).backward()
+        *trainer._held_batches, last = micro_batches
+        trainer.compute_loss(model.eval(), last).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert any("text_model" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
@@ -285,7 +286,7 @@ def test_every_accumulated_batch_is_whole(tmp_path, strategy):
 
     class Noting(LLM2CLIPTrainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *others: Any, **kwargs: Any) -> Any:
-            sizes.append(sum(len(batch["index"]) for batch in inputs.get("micro_batches", [inputs])))
+            sizes.append(sum(len(batch["index"]) for batch in [*self._held_batches, inputs]))
             return super().compute_loss(model, inputs, *others, **kwargs)
 
     args = arguments(
@@ -302,7 +303,8 @@ def test_accumulated_texts_of_different_lengths_are_not_mixed_up(tmp_path):
     model = tiny_models.model("clip")
     trainer = trainer_for(model, tmp_path)
     halves = [stack(rows[:3]), stack(rows[3:])]
-    loss, outputs = trainer.compute_loss(model, {"micro_batches": halves}, return_outputs=True)
+    *trainer._held_batches, last = halves
+    loss, outputs = trainer.compute_loss(model, last, return_outputs=True)
     parts = []
     for half in halves:
         half.pop("index")
