@@ -14,8 +14,9 @@ from PIL import Image
 
 from llm2clip_hf.hub import LLM2CLIPModelCardData
 from llm2clip_hf.hub.card_facts import metric_rows
-from llm2clip_hf.modeling.card_llm2clip import bundled_license, is_repository, is_unedited, merged_card
-from llm2clip_hf.modeling.publishing_llm2clip import publishable_files
+from llm2clip_hf.hub.card_text import bundled_license, is_unedited, merged_card
+from llm2clip_hf.hub.publishing import publishable_files
+from llm2clip_hf.modeling.configuration_llm2clip import is_repository
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -71,7 +71,7 @@ def _parser() -> VerbParser:
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..modeling.card_llm2clip import is_repository
+    from ..modeling.configuration_llm2clip import is_repository
 
     datasets = arguments.dataset or []
     fields: dict[str, Any] = {

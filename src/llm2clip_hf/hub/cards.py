@@ -16,9 +16,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..modeling import LLM2CLIPConfig
-from ..modeling.card_llm2clip import card_metadata, card_sections, merged_card, render_card
-from ..modeling.publishing_llm2clip import stated_license
 from .card_facts import check_fields, entries_of_results, metric_text, run_options, trainer_facts, trainer_state_facts
+from .card_text import card_metadata, card_sections, merged_card, render_card
+from .publishing import stated_license
 
 
 CARD_FILE = "README.md"

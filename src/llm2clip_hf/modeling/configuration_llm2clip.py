@@ -19,6 +19,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -31,10 +32,11 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
         "`pip install -U transformers`."
     )
 
+from huggingface_hub.errors import HFValidationError  # noqa: E402
+from huggingface_hub.utils import validate_repo_id  # noqa: E402
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
-from .card_llm2clip import is_repository  # noqa: E402
 from .configuration_eva02 import Eva02VisionConfig  # noqa: E402
 
 
@@ -85,6 +87,17 @@ def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
 def _check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def is_repository(name: Any) -> bool:
+    """Whether a name is that of a repository on the Hub, `owner/name`, and not of a folder here."""
+    if not isinstance(name, str) or name.count("/") != 1 or Path(name).is_dir():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def without_local_names(fields: dict[str, Any]) -> dict[str, Any]:

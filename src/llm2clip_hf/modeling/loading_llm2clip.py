@@ -16,19 +16,30 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_llm2clip import config_fields, unknown_keyword
+from .configuration_llm2clip import config_fields, is_repository, unknown_keyword
 
 
 logger = logging.get_logger(__name__)
@@ -488,6 +499,190 @@ def forget_shards(config: Any) -> None:
         config.__class__ = type(config).__mro__[1]
 
 
+# What may be pushed: no pickles (`.bin`, `.pt`, `.pth`), hence no optimizers and no training arguments either.
+_PUSHED = [f"*.{end}" for end in ("json", "safetensors", "py", "md", "jinja", "txt", "model", "png", "jpg")]
+# Weights that would be loaded instead of, or beside, the new ones.
+_OLD_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "training_args.bin"]
+
+
+@contextmanager
+def hub_errors(repo_id: str, token: Any = None) -> Iterator[None]:
+    """Turns what the Hub and the network answer into errors that say what to do."""
+    if token in (None, True) and get_token() is None:
+        raise PermissionError(
+            f"No token to push to {repo_id!r} with. Run `hf auth login`, set HF_TOKEN, or pass `token=`; it needs the "
+            "right to write."
+        )
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            raise  # says what is wrong already
+        cause: BaseException | None = error
+        while cause is not None:
+            if (readable := _readable(cause, repo_id)) is not None:
+                raise readable from error
+            cause = cause.__cause__
+        raise
+
+
+def _readable(cause: BaseException, repo_id: str) -> OSError | None:
+    if isinstance(cause, OfflineModeIsEnabled):
+        return ConnectionError(f"Offline mode is on, so nothing can be pushed to {repo_id!r}. Unset HF_HUB_OFFLINE.")
+    status = getattr(cause.response, "status_code", None) if isinstance(cause, HfHubHTTPError) else None
+    if status == 401:
+        return PermissionError(
+            f"The Hub does not accept the token for {repo_id!r} (401). Make a new one with the right to write at "
+            "https://huggingface.co/settings/tokens."
+        )
+    if status == 403:
+        return PermissionError(
+            f"The token may not write to {repo_id!r} (403). Push to a repository of your own or of an organisation "
+            "that you may write for, or propose the change with `create_pr=True`."
+        )
+    if type(cause).__module__.startswith(("httpx", "httpcore")):
+        return ConnectionError(
+            f"The connection broke while pushing to {repo_id!r} ({cause}). A push is one commit at its end: the "
+            "repository holds all of it or nothing. Push again; files that arrived are not sent twice."
+        )
+    return None
+
+
+def pin_text_model(config: Any, text_model: Any = None, text_weights: str | None = None, token: Any = None) -> None:
+    """
+    Makes a config name its external LLM so that everybody gets the same one: repository and commit.
+
+    The commit is that of the LLM in memory, where the Hub gave it, else the one that `text_base_revision` stands for.
+    """
+    name, revision = config.text_base_model, config.text_base_revision
+    pinned = isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision)
+    if (text_weights or config.text_weights) != "external" or (is_repository(name) and pinned):
+        return
+    if not is_repository(name):
+        raise ValueError(
+            f"The LLM is external, and `config.text_base_model` is {name!r}, which is no repository on the Hub: "
+            "nobody else could load this model. Push the LLM first and set `config.text_base_model` to its "
+            "repository, or push with `text_weights='bundled'`, or with `'none'` for a model of stored embeddings."
+        )
+    loaded = getattr(text_model, "config", None)
+    commit = getattr(loaded, "_commit_hash", None) if getattr(loaded, "_name_or_path", None) == name else None
+    if commit is None:
+        try:
+            commit = HfApi().model_info(name, revision=revision, token=token).sha
+        except Exception as error:
+            # Not found, not allowed or not reached: in any case the name stays without a commit.
+            raise ValueError(
+                f"The commit of the external LLM {name!r} at revision {revision or 'main'!r} cannot be found out: "
+                f"{' '.join(str(error).split())} Set `config.text_base_revision` to its commit hash."
+            ) from error
+    config.text_base_revision = commit
+
+
+def create_repository(
+    repo_id: str, private: bool | None = None, token: Any = None, revision: str | None = None, exist_ok: bool = True
+) -> str:
+    """Creates a repository, and a branch in it, unless they are there; returns the full name."""
+    api = HfApi(token=token)
+    full_name = str(api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(full_name, branch=revision, exist_ok=True)
+    return full_name
+
+
+def push_folder(
+    folder: str, repo_id: str, message: str | None, description: str | None, token: Any, revision: Any, create_pr: bool
+) -> Any:
+    """Pushes a saved model or processor in one commit, which also removes weights that the new ones replace."""
+    has_weights = any(file.endswith(".safetensors") for file in os.listdir(folder))
+    return HfApi(token=token).upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=_PUSHED,
+        delete_patterns=_OLD_WEIGHTS if has_weights else None,
+        commit_message=message,
+        commit_description=description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def existing_card(repo_id: str, revision: str | None = None, token: Any = None) -> str | None:
+    """The card of a repository, or `None` if it has none."""
+    try:
+        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+    except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+        return None
+    return Path(path).read_text(encoding="utf-8")
+
+
+def read_card(text: str, where: str) -> ModelCard:
+    """A card with its metadata; a `ValueError` that names the card if they are not valid."""
+    try:
+        return ModelCard(text)
+    except Exception as error:
+        # What a parser of YAML raises is its own; whatever it is, the metadata cannot be read.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"The metadata of {where} cannot be read: {reason}. Repair its first lines, or have the card replaced."
+        ) from error
+
+
+def short_card(config: Any, repo_id: str, license: str | None = None, tags: Collection[str] = ()) -> str:
+    """The card of a repository that has none: what the config tells, and how to load the model."""
+    base = config.text_base_model if is_repository(config.text_base_model) else None
+    task = "image-feature-extraction" if config.text_weights == "none" else "zero-shot-image-classification"
+    tags = ["llm2clip", *tags]
+    fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags, "license": license}
+    revision = f" at revision `{config.text_base_revision}`" if config.text_base_revision else ""
+    where = {"bundled": "in this repository", "external": f"fetched from `{base}`{revision}", "none": "not needed"}
+    return f"""---
+{ModelCardData(**fields, base_model=[base] if base else None).to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+A CLIP-like model whose texts are read by a large language model ([LLM2CLIP](https://arxiv.org/abs/2411.04997)). The
+language model is {where[config.text_weights]}; its licence applies to its weights.
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+"""
+
+
+def completed_card(existing: str, new: str, where: str) -> str:
+    """A card of somebody's, word for word, with the metadata of a new one that it lacks."""
+    card, other = read_card(existing, where), ModelCard(new)
+    for key, value in other.data.to_dict().items():
+        if key == "tags":
+            card.data[key] = list(dict.fromkeys([*card.data.to_dict().get(key, []), *value]))
+        elif card.data.get(key) is None:
+            card.data[key] = value
+    if not card.text.strip():  # metadata only, as the Hub makes them for a new repository
+        card.text = other.text
+    return str(card)
+
+
+def take_push_options(kwargs: dict[str, Any], folder: Any, push_to_hub: Callable[..., Any]) -> dict[str, Any] | None:
+    """Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments."""
+    if not kwargs.pop("push_to_hub", False):
+        return None
+    names = inspect.signature(push_to_hub).parameters
+    for name in ("license", "model_card", "overwrite_card", "tags"):
+        if name in kwargs and name not in names:
+            raise ValueError(
+                f"`{name}` is for the card of a repository, which a model brings with it, not a processor. Pass it to "
+                "`push_to_hub` of the model."
+            )
+    options = {name: kwargs[name] for name in names if name in kwargs}
+    for name in options.keys() - {"token", "max_shard_size"}:
+        del kwargs[name]
+    return {"repo_id": Path(folder).resolve().name, **options}
+
+
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
@@ -498,10 +693,14 @@ __all__ = [
     "check_complete",
     "check_loading_info",
     "choose_shards",
+    "completed_card",
+    "create_repository",
+    "existing_card",
     "external_text_kwargs",
     "find_adapters",
     "find_file",
     "forget_shards",
+    "hub_errors",
     "is_quantized",
     "load_adapters",
     "load_pretrained_text",
@@ -512,10 +711,15 @@ __all__ = [
     "part_config",
     "part_device_map",
     "pin_revision",
+    "pin_text_model",
+    "push_folder",
+    "read_card",
     "route_keywords",
+    "short_card",
     "source_keywords",
     "source_of_parts",
     "stored_text_weights",
+    "take_push_options",
     "text_keywords",
     "weights_digest",
 ]

@@ -17,6 +17,7 @@
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,23 +29,30 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .card_llm2clip import is_repository
-from .configuration_llm2clip import LLM2CLIPConfig, config_fields
+from .configuration_llm2clip import LLM2CLIPConfig, config_fields, is_repository
 from .inputs_llm2clip import assert_bidirectional
 from .loading_llm2clip import (
     base_keywords,
     check_loading_info,
     choose_shards,
+    completed_card,
+    create_repository,
+    existing_card,
     external_text_kwargs,
     find_adapters,
     forget_shards,
+    hub_errors,
     load_adapters,
     load_pretrained_text,
     load_pretrained_tokenizer,
     pin_revision,
+    pin_text_model,
+    push_folder,
     route_keywords,
+    short_card,
     source_keywords,
     stored_text_weights,
+    take_push_options,
     text_keywords,
 )
 from .modules_llm2clip import (
@@ -55,7 +63,6 @@ from .modules_llm2clip import (
     sampled_weights_digest,
 )
 from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
-from .publishing_llm2clip import PushedModel, take_push_options
 from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
 
 
@@ -87,7 +94,7 @@ SENTENCE_FILES: dict[str, Any] = {
 }
 
 
-class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[misc]
+class LLM2CLIPPreTrainedModel(PreTrainedModel):
     """Base class: what transformers reads from the class, initialisation, loading and saving."""
 
     config: LLM2CLIPConfig
@@ -313,6 +320,58 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
             write_sentence_files(Path(save_directory))
             if push is not None:
                 self.push_to_hub(**push, text_weights=text_weights)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        processor: Any = None,
+        license: str | None = None,
+        model_card: Any = None,
+        overwrite_card: bool = False,
+        text_weights: str | None = None,
+        commit_message: str | None = "Upload LLM2CLIP model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """
+        Pushes config, weights (safetensors), code and, where there is none, a short model card, in one commit.
+
+        The repository loads with `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` where only transformers
+        is installed. An external LLM is named with its commit, which also becomes `config.text_base_revision`. The
+        text of a card that is there stays, unless `overwrite_card`; missing metadata are added.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The model carries adapters of `add_adapter`, and a repository gets whole models. Merge them, with "
+                "`llm2clip_hf.training.merge_lora(model)`, or save them and upload that folder with `huggingface_hub`."
+            )
+        config = self.config
+        with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
+            # Whatever can fail here fails before anything is made on the Hub.
+            pin_text_model(config, self.text_model, text_weights, token)
+            restore = config.text_weights, config.text_base_model
+            config.text_weights = text_weights or config.text_weights
+            if not is_repository(config.text_base_model):
+                config.text_base_model = None  # not where it lies on this machine
+            try:
+                if processor is not None:
+                    processor.save_pretrained(folder)
+                self.save_pretrained(folder, text_weights=text_weights, max_shard_size=max_shard_size)
+                repo_id = create_repository(repo_id, private, token, None if create_pr else revision)
+                card = str(model_card or short_card(config, repo_id, license, tags or ()))
+            finally:
+                config.text_weights, config.text_base_model = restore
+            old = None if overwrite_card else existing_card(repo_id, revision, token)
+            if old is not None:
+                card = completed_card(old, card, f"`README.md` in {repo_id!r}")
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            return push_folder(folder, repo_id, commit_message, commit_description, token, revision, create_pr)
 
     def text_model_is_named(self) -> bool:
         """

@@ -18,18 +18,25 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import warnings
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .inputs_llm2clip import check_images, check_text
-from .loading_llm2clip import load_pretrained_tokenizer, source_of_parts
-from .publishing_llm2clip import PushedProcessor, take_push_options
+from .loading_llm2clip import (
+    create_repository,
+    hub_errors,
+    load_pretrained_tokenizer,
+    push_folder,
+    source_of_parts,
+    take_push_options,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -271,7 +278,7 @@ def record_text_settings(config: Any, tokenizer: Any, pooling: str) -> None:
     vars(config).update(fields, text_template_sha256=template_digest(tokenizer))
 
 
-class LLM2CLIPProcessor(PushedProcessor):
+class LLM2CLIPProcessor(ProcessorMixin):  # type: ignore[misc]
     r"""
     Images to `pixel_values`, texts to `input_ids` and `attention_mask`, as an [`LLM2CLIPModel`] takes them.
 
@@ -324,6 +331,23 @@ class LLM2CLIPProcessor(PushedProcessor):
         if push is not None:
             self.push_to_hub(**push)
         return saved
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = "Upload LLM2CLIP processor",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Pushes image processor, tokenizer and code to the Hub, in one commit; the card stays as it is."""
+        with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = create_repository(repo_id, private, token, None if create_pr else revision)
+            return push_folder(folder, repo_id, commit_message, commit_description, token, revision, create_pr)
 
     @classmethod
     def _get_arguments_from_pretrained(

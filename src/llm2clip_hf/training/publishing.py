@@ -14,16 +14,10 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from ..hub.card_text import merged_card
 from ..hub.cards import CARD_FILE
-from ..modeling.card_llm2clip import merged_card, read_card
-from ..modeling.publishing_llm2clip import (
-    commit_files,
-    create_repository,
-    existing_card,
-    hub_errors,
-    publishable_files,
-    stated_license,
-)
+from ..hub.publishing import commit_files, publishable_files, stated_license
+from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors, read_card
 from .lora import LORA_FILE
 
 

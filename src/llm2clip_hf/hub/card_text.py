@@ -1,27 +1,14 @@
-# Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """The model card: what a config alone can say, and how a new card meets one that is there already."""
 
 import hashlib
 import re
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+
+from ..modeling.configuration_llm2clip import is_repository
+from ..modeling.loading_llm2clip import read_card
 
 
 PAPER = "https://arxiv.org/abs/2411.04997"
@@ -83,17 +70,6 @@ _CITATION = """\
   year={2024}
 }
 ```"""
-
-
-def is_repository(name: Any) -> bool:
-    """Whether a name is that of a repository on the Hub, `owner/name`, and not of a folder here."""
-    if not isinstance(name, str) or name.count("/") != 1 or Path(name).is_dir():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def bundled_license(config: Any) -> str | None:
@@ -223,15 +199,3 @@ def merged_card(existing: str, rendered: str, where: str) -> str:
     body = _MARKER.sub("", new.text.lstrip("\n"), count=1)
     front = f"---\n{new.data.to_yaml()}\n---\n\n"
     return front + _MARKER_TEXT.format(digest=_digest(front + body)) + body
-
-
-def read_card(text: str, where: str) -> ModelCard:
-    """A card with its metadata; a `ValueError` that names the card if they are not valid."""
-    try:
-        return ModelCard(text)
-    except Exception as error:
-        # What a parser of YAML raises is its own; whatever it is, the metadata cannot be read.
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The metadata of {where} cannot be read: {reason}. Repair its first lines, or have the card replaced."
-        ) from error
