@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, SiglipModel
 
 from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_hf.modeling import LLM2CLIPVisionModel
-from llm2clip_hf.modeling.inputs_llm2clip import measure_vision_tower
+from llm2clip_hf.modeling.vision_llm2clip import measure_vision_tower
 
 
 SIZES: dict[str, Any] = {

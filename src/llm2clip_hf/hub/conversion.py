@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..files import temporary_folder
 from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, text_prefix_length
-from ..modeling.pretrained_llm2clip import load_pretrained_text
+from ..modeling.loading_llm2clip import load_pretrained_text
 from .checkpoint_files import Checkpoint, Source, find_source, read_checkpoint, read_image_processor
 from .conversion_card import MARKER, ConversionFacts, render_conversion_card
 from .eva_keys import eva_tower, is_eva

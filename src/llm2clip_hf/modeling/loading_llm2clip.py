@@ -1,32 +1,18 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Loading of the parts: a vision tower, and an LLM, whole or as adapters, that a model names or is built from."""
 
-import copy
-import hashlib
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
@@ -34,12 +20,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_llm2clip import config_fields, is_repository, unknown_keyword
+from .configuration_llm2clip import config_fields, unknown_keyword
+from .text_llm2clip import check_adapter_base, is_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -120,20 +107,30 @@ def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs if commit is None else {**kwargs, "revision": commit}
 
 
-def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
-    """Keywords for loading an external LLM: those of the model that hold for it too, unless it has its own."""
-    given = dict(given or {})
+def part_keywords(part: str, kwargs: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for loading one part: those of the whole model that hold for it too, unless it has its own."""
     found = {name: kwargs[name] for name in (*HUB_KEYWORDS, "max_memory", "offload_buffers") if name in kwargs}
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    if not isinstance(dtype, dict) and "torch_dtype" not in given:
-        found["dtype"] = dtype
-    found["attn_implementation"] = _attention(kwargs.get("attn_implementation"), kwargs.get("config"))
+    attention, config = kwargs.get("attn_implementation"), kwargs.get("config")
+    if attention is None and isinstance(config, PreTrainedConfig):
+        # Auto classes put the attention that was asked for into the config before they call the model's class.
+        own = getattr(config, f"{part}_config", None)
+        attention = (config if own is None else own)._attn_implementation
+    found["attn_implementation"] = (
+        attention.get(f"{part}_config", attention.get("")) if isinstance(attention, dict) else attention
+    )
     if kwargs.get("device_map") is not None and "device_map" not in given:
-        found["device_map"] = part_device_map(kwargs["device_map"], "text_model")
+        found["device_map"] = part_device_map(kwargs["device_map"], f"{part}_model")
     if kwargs.get("offload_folder") is not None:
         # A folder of its own: the index of a folder names the weights of one model.
-        found["offload_folder"] = os.path.join(kwargs["offload_folder"], "text_model")
+        found["offload_folder"] = os.path.join(kwargs["offload_folder"], f"{part}_model")
     return {name: value for name, value in found.items() if value is not None} | given
+
+
+def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    """Keywords for loading an external LLM; of the dtypes of a whole model, only a single one holds for it."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    known = dtype is not None and not isinstance(dtype, dict) and "torch_dtype" not in (given or {})
+    return part_keywords("text", kwargs, {**({"dtype": dtype} if known else {}), **(given or {})})
 
 
 def stored_text_weights(name: Any, kwargs: dict[str, Any]) -> str:
@@ -171,16 +168,6 @@ def text_keywords(text_weights: str, kwargs: dict[str, Any], given: dict[str, An
             "`from_pretrained` itself, where they hold for all parts."
         )
     return None
-
-
-def _attention(requested: Any, config: Any) -> Any:
-    """The attention that was asked for; Auto classes put it into the config before they call the model's class."""
-    if requested is None and isinstance(config, PreTrainedConfig):
-        text_config = getattr(config, "text_config", None)
-        requested = (config if text_config is None else text_config)._attn_implementation
-    if isinstance(requested, dict):
-        requested = requested.get("text_config", requested.get(""))
-    return requested
 
 
 def part_device_map(device_map: Any, part: str) -> Any:
@@ -291,48 +278,6 @@ def base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, 
     kept = {key: value for key, value in kwargs.items() if key not in ("revision", "code_revision", "subfolder")}
     revision = adapter["base_revision"]
     return kept if revision is None else {**kept, "revision": revision}
-
-
-def check_adapter_base(llm: PreTrainedModel, settings: dict[str, Any], name: Any) -> None:
-    """Checks that an LLM, without adapters, is the one that adapters were trained on."""
-    width = settings["hidden_size"]
-    problem = ""
-    if width is not None and llm.config.hidden_size != width:
-        problem = f"its width is {llm.config.hidden_size}, not {width}"
-    else:
-        # float16 holds other values than bfloat16.
-        dtypes = {str(llm.dtype), settings.get("base_dtype")}
-        comparable = len(dtypes) == 1 or "torch.float16" not in dtypes
-        embeddings: Any = llm.get_input_embeddings()
-        states = {"base_embeddings_sha256": {"weight": embeddings.weight}}
-        if not is_quantized(llm):
-            states["base_sha256"] = llm.state_dict()
-        # The digest of all weights is missing where the LLM was quantised.
-        known = {key: state for key, state in states.items() if comparable and settings.get(key)}
-        if any(weights_digest(state) != settings[key] for key, state in known.items()):
-            problem = "its weights are not those that the adapters were trained on"
-    if problem:
-        raise ValueError(
-            f"The LLM in `{llm.config._name_or_path}` is not the base {settings['base_model']!r} of the adapters in "
-            f"`{name}`: {problem}. Give the right LLM as `base_model`."
-        )
-
-
-@torch.no_grad()
-def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of weights rounded to bfloat16, since an LLM may be trained in one precision and used in another."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
-        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def is_quantized(llm: Any) -> bool:
-    config = getattr(getattr(llm, "config", None), "quantization_config", None)
-    return config is not None and bool(getattr(llm, "is_quantized", False))
 
 
 @torch.no_grad()
@@ -462,47 +407,18 @@ def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str,
     return AutoTokenizer.from_pretrained(name, **source, **options)
 
 
-def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
-    """Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for."""
-    source = source_keywords(kwargs)
-    options = {key: source[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if source.get(key) is not None}
-    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    single = os.path.isfile(os.path.join(name, options.get("subfolder", ""), SAFE_WEIGHTS_NAME))
-    if single or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
-        return kwargs
-    index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, **missing_is_none, **options)
-    if index is None:
-        return kwargs
-    with open(index, encoding="utf-8") as file:
-        shards: dict[str, str] = json.load(file)["weight_map"]
-    needed = sorted({shard for key, shard in shards.items() if not key.startswith(unused)})
-    can_be_named = len(needed) == 1 or hasattr(PreTrainedConfig, "extra_files")
-    if len(needed) == len(set(shards.values())) or not can_be_named:
-        return kwargs
-    config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        fields = {*config_fields(), *vars(PreTrainedConfig())} - {"dtype"}
-        given = {key: value for key, value in kwargs.items() if key in fields}
-        kwargs = {key: value for key, value in kwargs.items() if key not in fields}
-        config = config_class.from_pretrained(config or name, **source, **given)
-    # The two places where transformers lets a config say which files hold the weights.
-    config = copy.copy(config)
-    config.transformers_weights = needed[0]
-    base = type(config)
-    config.__class__ = type(base.__name__, (base,), {"extra_files": tuple(needed[1:]), "__module__": base.__module__})
-    return {**kwargs, "config": config}
-
-
-def forget_shards(config: Any) -> None:
-    """Takes back what [`choose_shards`] put into a config: a saved one would look for these files."""
-    if vars(config).pop("transformers_weights", None) is not None:
-        config.__class__ = type(config).__mro__[1]
-
-
 # What may be pushed: no pickles (`.bin`, `.pt`, `.pth`), hence no optimizers and no training arguments either.
 _PUSHED = [f"*.{end}" for end in ("json", "safetensors", "py", "md", "jinja", "txt", "model", "png", "jpg")]
 # Weights that would be loaded instead of, or beside, the new ones.
 _OLD_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "training_args.bin"]
+
+
+_REFUSALS = {
+    401: "The Hub does not accept the token for {repo_id!r} (401). Make a new one with the right to write at "
+    "https://huggingface.co/settings/tokens.",
+    403: "The token may not write to {repo_id!r} (403). Push to a repository of your own or of an organisation that "
+    "you may write for, or propose the change with `create_pr=True`.",
+}
 
 
 @contextmanager
@@ -520,62 +436,22 @@ def hub_errors(repo_id: str, token: Any = None) -> Iterator[None]:
             raise  # says what is wrong already
         cause: BaseException | None = error
         while cause is not None:
-            if (readable := _readable(cause, repo_id)) is not None:
-                raise readable from error
+            kind = type(cause).__module__.split(".")[0]
+            status = getattr(cause.response, "status_code", None) if isinstance(cause, HfHubHTTPError) else None
+            if isinstance(cause, OfflineModeIsEnabled):
+                raise ConnectionError(
+                    f"Offline mode is on, so nothing can be pushed to {repo_id!r}. Unset HF_HUB_OFFLINE."
+                ) from error
+            if status in _REFUSALS:
+                raise PermissionError(_REFUSALS[status].format(repo_id=repo_id)) from error
+            if kind.startswith(("httpx", "httpcore")):
+                raise ConnectionError(
+                    f"The connection broke while pushing to {repo_id!r} ({error} {cause}). A push is one commit at "
+                    "its end: the repository holds all of it or nothing. Push again; files that arrived are not sent "
+                    "twice."
+                ) from error
             cause = cause.__cause__
         raise
-
-
-def _readable(cause: BaseException, repo_id: str) -> OSError | None:
-    if isinstance(cause, OfflineModeIsEnabled):
-        return ConnectionError(f"Offline mode is on, so nothing can be pushed to {repo_id!r}. Unset HF_HUB_OFFLINE.")
-    status = getattr(cause.response, "status_code", None) if isinstance(cause, HfHubHTTPError) else None
-    if status == 401:
-        return PermissionError(
-            f"The Hub does not accept the token for {repo_id!r} (401). Make a new one with the right to write at "
-            "https://huggingface.co/settings/tokens."
-        )
-    if status == 403:
-        return PermissionError(
-            f"The token may not write to {repo_id!r} (403). Push to a repository of your own or of an organisation "
-            "that you may write for, or propose the change with `create_pr=True`."
-        )
-    if type(cause).__module__.startswith(("httpx", "httpcore")):
-        return ConnectionError(
-            f"The connection broke while pushing to {repo_id!r} ({cause}). A push is one commit at its end: the "
-            "repository holds all of it or nothing. Push again; files that arrived are not sent twice."
-        )
-    return None
-
-
-def pin_text_model(config: Any, text_model: Any = None, text_weights: str | None = None, token: Any = None) -> None:
-    """
-    Makes a config name its external LLM so that everybody gets the same one: repository and commit.
-
-    The commit is that of the LLM in memory, where the Hub gave it, else the one that `text_base_revision` stands for.
-    """
-    name, revision = config.text_base_model, config.text_base_revision
-    pinned = isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision)
-    if (text_weights or config.text_weights) != "external" or (is_repository(name) and pinned):
-        return
-    if not is_repository(name):
-        raise ValueError(
-            f"The LLM is external, and `config.text_base_model` is {name!r}, which is no repository on the Hub: "
-            "nobody else could load this model. Push the LLM first and set `config.text_base_model` to its "
-            "repository, or push with `text_weights='bundled'`, or with `'none'` for a model of stored embeddings."
-        )
-    loaded = getattr(text_model, "config", None)
-    commit = getattr(loaded, "_commit_hash", None) if getattr(loaded, "_name_or_path", None) == name else None
-    if commit is None:
-        try:
-            commit = HfApi().model_info(name, revision=revision, token=token).sha
-        except Exception as error:
-            # Not found, not allowed or not reached: in any case the name stays without a commit.
-            raise ValueError(
-                f"The commit of the external LLM {name!r} at revision {revision or 'main'!r} cannot be found out: "
-                f"{' '.join(str(error).split())} Set `config.text_base_revision` to its commit hash."
-            ) from error
-    config.text_base_revision = commit
 
 
 def create_repository(
@@ -627,32 +503,6 @@ def read_card(text: str, where: str) -> ModelCard:
         ) from error
 
 
-def short_card(config: Any, repo_id: str, license: str | None = None, tags: Collection[str] = ()) -> str:
-    """The card of a repository that has none: what the config tells, and how to load the model."""
-    base = config.text_base_model if is_repository(config.text_base_model) else None
-    task = "image-feature-extraction" if config.text_weights == "none" else "zero-shot-image-classification"
-    tags = ["llm2clip", *tags]
-    fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags, "license": license}
-    revision = f" at revision `{config.text_base_revision}`" if config.text_base_revision else ""
-    where = {"bundled": "in this repository", "external": f"fetched from `{base}`{revision}", "none": "not needed"}
-    return f"""---
-{ModelCardData(**fields, base_model=[base] if base else None).to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
-
-A CLIP-like model whose texts are read by a large language model ([LLM2CLIP](https://arxiv.org/abs/2411.04997)). The
-language model is {where[config.text_weights]}; its licence applies to its weights.
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-```
-"""
-
-
 def completed_card(existing: str, new: str, where: str) -> str:
     """A card of somebody's, word for word, with the metadata of a new one that it lacks."""
     card, other = read_card(existing, where), ModelCard(new)
@@ -681,45 +531,3 @@ def take_push_options(kwargs: dict[str, Any], folder: Any, push_to_hub: Callable
     for name in options.keys() - {"token", "max_shard_size"}:
         del kwargs[name]
     return {"repo_id": Path(folder).resolve().name, **options}
-
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "ENCODER_SETTINGS",
-    "HUB_KEYWORDS",
-    "base_keywords",
-    "check_adapter_base",
-    "check_complete",
-    "check_loading_info",
-    "choose_shards",
-    "completed_card",
-    "create_repository",
-    "existing_card",
-    "external_text_kwargs",
-    "find_adapters",
-    "find_file",
-    "forget_shards",
-    "hub_errors",
-    "is_quantized",
-    "load_adapters",
-    "load_pretrained_text",
-    "load_pretrained_tokenizer",
-    "load_text_config",
-    "load_within",
-    "merge_adapters",
-    "part_config",
-    "part_device_map",
-    "pin_revision",
-    "pin_text_model",
-    "push_folder",
-    "read_card",
-    "route_keywords",
-    "short_card",
-    "source_keywords",
-    "source_of_parts",
-    "stored_text_weights",
-    "take_push_options",
-    "text_keywords",
-    "weights_digest",
-]

@@ -1,17 +1,6 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """The EVA02 vision tower (arXiv 2303.11331), and the post-norm EVA ViT-E (arXiv 2303.15389)."""
 
 from collections.abc import Callable
@@ -339,5 +328,3 @@ Eva02VisionModel.register_for_auto_class("AutoModel")
 # For the class that the type stands for, too: it may come from another copy of the configuration file.
 for _config_class in (Eva02VisionConfig, CONFIG_MAPPING[Eva02VisionConfig.model_type]):
     AutoModel.register(_config_class, Eva02VisionModel, exist_ok=True)
-
-__all__ = ["Eva02VisionModel"]

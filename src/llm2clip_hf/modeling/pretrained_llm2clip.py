@@ -1,23 +1,11 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Loading and saving of LLM2CLIP, with its LLM bundled, named or left out."""
 
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,40 +18,37 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_llm2clip import LLM2CLIPConfig, config_fields, is_repository
-from .inputs_llm2clip import assert_bidirectional
 from .loading_llm2clip import (
     base_keywords,
     check_loading_info,
-    choose_shards,
-    completed_card,
-    create_repository,
-    existing_card,
     external_text_kwargs,
     find_adapters,
-    forget_shards,
-    hub_errors,
     load_adapters,
     load_pretrained_text,
     load_pretrained_tokenizer,
     pin_revision,
-    pin_text_model,
-    push_folder,
     route_keywords,
-    short_card,
     source_keywords,
     stored_text_weights,
     take_push_options,
     text_keywords,
 )
-from .modules_llm2clip import (
+from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
+from .text_llm2clip import (
     LLM2CLIPAdapterLinear,
+    assert_bidirectional,
     check_text_fingerprint,
     same_sampled_weights,
     sampled_weights,
     sampled_weights_digest,
 )
-from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
-from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
+from .vision_llm2clip import (
+    choose_shards,
+    forget_shards,
+    load_pretrained_vision,
+    pretrained_logit_scale,
+    vision_kwargs,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +63,7 @@ SMALL_LLM = 10**9
 # The pipeline of transformers takes the softmax over the labels, which is not what a sigmoid model means.
 SIGMOID_PIPELINES = {
     "zero-shot-image-classification": {
-        "impl": "pipeline_llm2clip.LLM2CLIPZeroShotImageClassificationPipeline",
+        "impl": "modeling_llm2clip.LLM2CLIPZeroShotImageClassificationPipeline",
         "pt": ["AutoModelForZeroShotImageClassification"],
     }
 }
@@ -321,58 +306,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             if push is not None:
                 self.push_to_hub(**push, text_weights=text_weights)
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        processor: Any = None,
-        license: str | None = None,
-        model_card: Any = None,
-        overwrite_card: bool = False,
-        text_weights: str | None = None,
-        commit_message: str | None = "Upload LLM2CLIP model",
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> Any:
-        """
-        Pushes config, weights (safetensors), code and, where there is none, a short model card, in one commit.
-
-        The repository loads with `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` where only transformers
-        is installed. An external LLM is named with its commit, which also becomes `config.text_base_revision`. The
-        text of a card that is there stays, unless `overwrite_card`; missing metadata are added.
-        """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "The model carries adapters of `add_adapter`, and a repository gets whole models. Merge them, with "
-                "`llm2clip_hf.training.merge_lora(model)`, or save them and upload that folder with `huggingface_hub`."
-            )
-        config = self.config
-        with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
-            # Whatever can fail here fails before anything is made on the Hub.
-            pin_text_model(config, self.text_model, text_weights, token)
-            restore = config.text_weights, config.text_base_model
-            config.text_weights = text_weights or config.text_weights
-            if not is_repository(config.text_base_model):
-                config.text_base_model = None  # not where it lies on this machine
-            try:
-                if processor is not None:
-                    processor.save_pretrained(folder)
-                self.save_pretrained(folder, text_weights=text_weights, max_shard_size=max_shard_size)
-                repo_id = create_repository(repo_id, private, token, None if create_pr else revision)
-                card = str(model_card or short_card(config, repo_id, license, tags or ()))
-            finally:
-                config.text_weights, config.text_base_model = restore
-            old = None if overwrite_card else existing_card(repo_id, revision, token)
-            if old is not None:
-                card = completed_card(old, card, f"`README.md` in {repo_id!r}")
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-            return push_folder(folder, repo_id, commit_message, commit_description, token, revision, create_pr)
-
     def text_model_is_named(self) -> bool:
         """
         Whether `config.text_base_model` names the LLM that the model holds, as far as sampled weights show: `False`
@@ -528,6 +461,3 @@ def write_sentence_files(folder: Path) -> None:
         partial = target.with_name(f".{name}.partial")
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, target)
-
-
-__all__ = ["ATTACH_HINT", "LLM2CLIPPreTrainedModel"]

@@ -20,12 +20,10 @@ from ...modeling.loading_llm2clip import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     ENCODER_SETTINGS,
-    check_adapter_base,
     find_adapters,
     find_file,
-    is_quantized,
-    weights_digest,
 )
+from ...modeling.text_llm2clip import check_adapter_base, is_quantized, weights_digest
 from ..lora import add_lora, base_state, has_adapters, load_adapter_weights
 from . import caption_pooling
 from .caption_pooling import CaptionPooling
