@@ -59,5 +59,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 def register_with_auto_classes() -> None:
     """Registers config, model and processor with the Auto classes, now or when they are first imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-        sys.meta_path[0].register()
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+        finder.register()

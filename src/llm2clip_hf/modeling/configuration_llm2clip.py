@@ -242,25 +242,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def from_vision_text_configs(
         cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> "LLM2CLIPConfig":
-        """
-        The config of a model of two parts.
-
-        Args:
-            vision_config (`PreTrainedConfig`): Of the vision tower.
-            text_config (`PreTrainedConfig`, *optional*): Of the decoder LLM.
-            kwargs: Further fields of this class, or of every config of transformers.
-
-        Returns:
-            [`LLM2CLIPConfig`]
-
-        Raises:
-            TypeError: for a keyword that is no field.
-            ValueError: see the class.
-        """
+        """The config of a model of two parts; `kwargs` are fields of this class or of every config, nothing else."""
         known = {*config_fields(), *vars(PreTrainedConfig())}
-        for name in kwargs:
-            if name not in known:
-                raise unknown_keyword("`LLM2CLIPConfig.from_vision_text_configs`", name, known)
+        for name in kwargs.keys() - known:
+            raise unknown_keyword("`LLM2CLIPConfig.from_vision_text_configs`", name, known)
         return cls(vision_config=vision_config, text_config=text_config, **kwargs)
 
     def _resolve_text(self) -> None:
@@ -342,15 +327,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         return without_local_names(super().to_dict())
 
     def set_vision_width(self, width: int) -> None:
-        """
-        Takes the measured width of the pooled vision vector.
-
-        Args:
-            width (`int`): Of the tower, measured when the model is built.
-
-        Raises:
-            ValueError: if another one was given, or it does not equal `projection_dim` where nothing projects.
-        """
+        """Takes the width of the pooled vision vector, measured when the model is built."""
         if self.vision_hidden_size not in (None, width, getattr(self.vision_config, "hidden_size", None)):
             raise ValueError(
                 f"`vision_hidden_size` is {self.vision_hidden_size}, but the vision tower's pooled vector is {width} "
@@ -407,18 +384,22 @@ def short_card(config: Any, repo_id: str, license: str | None = None, tags: Coll
     """The card of a repository that has none: what the config tells, and how to load the model."""
     base = config.text_base_model if is_repository(config.text_base_model) else None
     task = "image-feature-extraction" if config.text_weights == "none" else "zero-shot-image-classification"
-    tags = ["llm2clip", *tags]
-    fields = {"library_name": "transformers", "pipeline_tag": task, "tags": tags, "license": license}
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "license": license}
+    fields |= {"tags": ["llm2clip", *tags], "base_model": [base] if base else None}
     revision = f" at revision `{config.text_base_revision}`" if config.text_base_revision else ""
-    where = {"bundled": "in this repository", "external": f"fetched from `{base}`{revision}", "none": "not needed"}
+    llm = {
+        "bundled": "Its language model is in this repository, under its own licence.",
+        "external": f"Its language model is fetched from `{base}`{revision}, under its own licence.",
+        "none": "It takes stored embeddings of its language model (`llm_embeds`).",
+    }
     return f"""---
-{ModelCardData(**fields, base_model=[base] if base else None).to_yaml()}
+{ModelCardData(**fields).to_yaml()}
 ---
 
 # {repo_id.split("/")[-1]}
 
-A CLIP-like model whose texts are read by a large language model ([LLM2CLIP](https://arxiv.org/abs/2411.04997)). The
-language model is {where[config.text_weights]}; its licence applies to its weights.
+A CLIP-like model whose texts are read by a large language model ([LLM2CLIP](https://arxiv.org/abs/2411.04997)).
+{llm[config.text_weights]}
 
 ```python
 from transformers import AutoModel, AutoProcessor

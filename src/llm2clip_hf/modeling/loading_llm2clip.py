@@ -101,9 +101,8 @@ def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("revision") is not None:
             raise ValueError(f"{str(name)!r} is a folder, which has no revision {kwargs['revision']!r}. Leave it out.")
         return kwargs
-    options = {key: kwargs[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if kwargs.get(key) is not None}
-    file = cached_file(str(name), "config.json", _raise_exceptions_for_missing_entries=False, **options)
-    commit = extract_commit_hash(file, None)
+    options = {"_raise_exceptions_for_missing_entries": False, **file_keywords(kwargs)}
+    commit = extract_commit_hash(cached_file(str(name), "config.json", **options), None)
     return kwargs if commit is None else {**kwargs, "revision": commit}
 
 
@@ -201,6 +200,12 @@ def check_complete(name: Any, info: dict[str, Any]) -> None:
     check_loading_info(name, info, ignored=("unexpected_keys", "error_msgs"))
 
 
+def file_keywords(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Of keywords for loading a model, those that say where a single file of it is."""
+    names = (*HUB_KEYWORDS, "revision", "subfolder")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None} if kwargs else {}
+
+
 def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) -> dict[str, Any]:
     """Of keywords for loading a model, those that also say where its config and tokenizer are."""
     found = {name: kwargs[name] for name in _SOURCE_KEYWORDS if name in kwargs} if kwargs else {}
@@ -237,15 +242,8 @@ def find_adapters(name: str, source: dict[str, Any] | None = None) -> dict[str, 
 
 def find_file(name: str, file: str, source: dict[str, Any] | None = None) -> Path | None:
     """A file of a folder or a repository; `None` if it has none of that name."""
-    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
-    found = cached_file(
-        name,
-        file,
-        **where,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
+    found = cached_file(name, file, **file_keywords(source), **quiet)
     return None if found is None else Path(found)
 
 
@@ -283,10 +281,9 @@ def base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, 
 @torch.no_grad()
 def load_adapters(model: Any, name: str, source: dict[str, Any] | None = None) -> None:
     """Puts adapters into a model of transformers, with the float32 weights that they were trained as."""
-    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
     conversions = getattr(model, "_weight_conversions", None)
     with torch.random.fork_rng(devices=[]):  # they are drawn first, which must not change what is drawn later
-        info = model.load_adapter(name, adapter_kwargs=where)
+        info = model.load_adapter(name, adapter_kwargs=file_keywords(source))
     # Those of the adapters' names would be applied to all weights when the model is saved.
     model._weight_conversions = conversions
     check_loading_info(name, vars(info) if info is not None else {})

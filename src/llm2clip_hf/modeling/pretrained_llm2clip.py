@@ -122,7 +122,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 init.constant_(module.logit_bias, module.config.logit_bias_init_value)
 
     def attach_text_model(self, text_model: PreTrainedModel, text_weights: str | None = None) -> None:
-        """Gives the model its LLM, frozen."""
+        """Gives the model its LLM, frozen; `text_weights` says where it will be when the model is saved."""
         pooling, prefix = self.config.text_pooling, self.config.text_prefix_length
         if self.config.text_config is None:
             # The defaults of a model that was built without an LLM; what the LLM's folder says counts.
@@ -177,7 +177,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Loads a model, and its LLM where the model only names it."""
+        """
+        Loads a model, and its LLM where the model only names it, unless `load_text_model=False`.
+
+        `text_model` is an LLM to attach instead; `text_model_kwargs` are for loading it, such as
+        `quantization_config`. Weights that are missing or left over are an error, or, with `output_loading_info`,
+        returned beside the model.
+        """
         adapters, source = None, (kwargs.pop("adapter_kwargs", None) or {})
         # `AutoModel` has followed adapters to the model that they are for.
         if source.get("_adapter_model_path", pretrained_model_name_or_path) != pretrained_model_name_or_path:

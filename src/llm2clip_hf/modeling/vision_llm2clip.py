@@ -19,8 +19,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from .configuration_llm2clip import LLM2CLIPConfig, config_fields
 from .loading_llm2clip import (
-    HUB_KEYWORDS,
     check_complete,
+    file_keywords,
     load_within,
     part_config,
     part_keywords,
@@ -61,22 +61,15 @@ def build_vision_tower(config: LLM2CLIPConfig) -> Any:
     return AutoModel.from_config(config.vision_config, **pooler_options(config.vision_config, config.vision_pooling))
 
 
-def _num_patches(vision_config: Any, height: int, width: int) -> int | None:
-    patch = getattr(vision_config, "patch_size", None)
-    if patch is None:
-        return None
-    patch = getattr(vision_config, "patch_stride", None) or patch  # where patches overlap (Hiera)
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    return (height // patch_height) * (width // patch_width)
-
-
 def num_prefix_tokens(vision_config: Any, num_tokens: int, height: int, width: int) -> int:
     """How many of a tower's tokens stand before those of the image: class, register and pooled tokens."""
-    patches = _num_patches(vision_config, height, width)
-    if patches is None:
+    patch = getattr(vision_config, "patch_size", None)
+    if patch is None:
         return int(vision_config.model_type in POOLED_TOKEN_FIRST)
+    patch = getattr(vision_config, "patch_stride", None) or patch  # where patches overlap (Hiera)
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     # A tower that merges patches has fewer tokens than patches, and none before them.
-    return max(num_tokens - patches, 0)
+    return max(num_tokens - (height // patch_height) * (width // patch_width), 0)
 
 
 def pool_image(
@@ -234,7 +227,7 @@ def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size
 def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
     """Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for."""
     source = source_keywords(kwargs)
-    options = {key: source[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if source.get(key) is not None}
+    options = file_keywords(kwargs)
     missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
     single = os.path.isfile(os.path.join(name, options.get("subfolder", ""), SAFE_WEIGHTS_NAME))
     if single or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
