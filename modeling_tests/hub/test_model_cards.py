@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from llm2clip_hf import LLM2CLIPConfig
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.hub import convert_checkpoint
+from llm2clip_hf.hub.checkpoint_files import RELEASED, find_release
 from llm2clip_hf.hub.conversion_card import ConversionFacts, render_conversion_card, write_released_cards
-from llm2clip_hf.hub.released import RELEASED, find_release
 
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -34,8 +34,8 @@ def test_released_card_says_what_a_user_needs(release: object) -> None:
     command = f"llm2clip convert {release.repo_id} converted"
     assert (command if release.is_llm else f"{command} --text-model {release.llm}") in text
     for numbers in release.numbers:
-        assert numbers.source in text
-        assert all(value in text for value in numbers.values.values())
+        assert numbers["source"] in text
+        assert all(value in text for value in numbers["values"].values())
 
 
 def parameters(width: int, projection: int) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..modeling import LLM2CLIPConfig
-from .released import PAPER, RELEASED, ReleasedCheckpoint
+from .checkpoint_files import RELEASED, ReleasedCheckpoint
 
 
+PAPER = "arXiv 2411.04997"
 # In every card of a converted folder, by which a folder is known as one that may be replaced.
 MARKER = "<!-- Written by `llm2clip convert`; converting again replaces this folder. -->"
 _CITATION = f"""## Citation
@@ -80,10 +81,10 @@ def _numbers(release: ReleasedCheckpoint) -> str:
     if not release.is_llm:
         lines += ["R@1 in percent, image to text / text to image. None of them was measured with this package.", ""]
     for numbers in release.numbers:
-        names = list(numbers.values)
-        lines += [f"{numbers.source}:", ""]
+        names = list(numbers["values"])
+        lines += [f"{numbers['source']}:", ""]
         lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-        lines += [f"| {' | '.join(numbers.values.values())} |", ""]
+        lines += [f"| {' | '.join(numbers['values'].values())} |", ""]
     return "\n".join([*lines, *release.notes, ""])
 
 

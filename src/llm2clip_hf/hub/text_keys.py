@@ -21,15 +21,9 @@ from transformers.utils import logging
 from ..modeling import apply_text_template, assert_bidirectional
 from ..modeling.loading_llm2clip import load_text_config, pin_revision
 from ..modeling.processing_llm2clip import record_text_settings
-from .checkpoint_files import Source, read_weights
+from .checkpoint_files import PUBLISHED_LLMS, Checkpoint, check_keys, check_values, one_line, read_weights
 
 
-logger = logging.get_logger(__name__)
-# The published LLMs by their widths.
-PUBLISHED_LLMS = {
-    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
-    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
-}
 _LLAMA3_MARKERS = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 # Fields that name code, classes or files instead of describing the model.
 _NOT_OF_THE_MODEL = ("auto_map", "architectures", "_name_or_path", "model_type", "transformers_version")
@@ -86,10 +80,9 @@ def read_text_model(name: str | None, width: int | None) -> TextModel | None:
         config = load_text_config(name, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"The LLM {name!r} cannot be read ({reason}). Give the repository or folder of a decoder with its "
-            "tokenizer, or 'none'."
+            f"The LLM {name!r} cannot be read ({one_line(error)}). Give the repository or folder of a decoder with "
+            "its tokenizer, or 'none'."
         ) from error
     config = getattr(config, "text_config", None) or config  # of a multimodal model, the language model
     found = getattr(config, "hidden_size", None)
@@ -113,7 +106,7 @@ def is_language_model(config: dict[str, Any] | None) -> bool:
     return all(isinstance(config.get(name), int) for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
 
 
-def read_language_model(source: Source) -> LanguageModel:
+def read_language_model(source: Checkpoint) -> LanguageModel:
     """
     Reads a decoder as a plain bidirectional model of transformers, in the dtype of its checkpoint.
 
@@ -125,9 +118,8 @@ def read_language_model(source: Source) -> LanguageModel:
             AutoTokenizer.from_pretrained(source.folder, config=config, trust_remote_code=False)
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{source.name!r} has no tokenizer that can be read ({reason}). Give the whole folder."
+            f"{source.name!r} has no tokenizer that can be read ({one_line(error)}). Give the whole folder."
         ) from error
     # As in the original; the embeddings do not depend on it.
     tokenizer.padding_side = "left"
@@ -148,7 +140,7 @@ def read_language_model(source: Source) -> LanguageModel:
     return LanguageModel(model.eval(), tokenizer, dropped)
 
 
-def _language_config(source: Source) -> PreTrainedConfig:
+def _language_config(source: Checkpoint) -> PreTrainedConfig:
     fields = dict(source.config or {})
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING and "llama" in model_type.lower():
@@ -165,7 +157,7 @@ def _language_config(source: Source) -> PreTrainedConfig:
     return config
 
 
-def _language_weights(source: Source, expected: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _language_weights(source: Checkpoint, expected: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The decoder's weights by the names of transformers, and the keys that were left behind."""
     weights: dict[str, torch.Tensor] = {}
     dropped, unexpected = [], []
@@ -184,23 +176,15 @@ def _language_weights(source: Source, expected: dict[str, Any]) -> tuple[dict[st
                 unexpected.append(key)
     if any(".lora_" in key for key in unexpected):
         raise ValueError(f"{source.name!r} holds LoRA weights that are not merged. Merge them first, with PEFT.")
-    groups = {
-        "missing": [name for name in expected if name not in weights],
-        "unexpected": unexpected,
-        "of another shape": [name for name, value in weights.items() if value.shape != expected[name]],
-    }
-    problems = [f"{len(keys)} {name}: {', '.join(sorted(keys)[:8])}" for name, keys in groups.items() if keys]
-    if problems:
-        raise ValueError(
-            f"The weights of {source.name!r} do not make up the decoder of its `config.json`; {'; '.join(problems)}."
-        )
-    for name, value in weights.items():
-        if not value.is_floating_point():
-            raise ValueError(
-                f"`{name}` must be floating-point, got {value.dtype}; quantised weights cannot be converted."
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"`{name}` holds NaN or infinite values in {source.name!r}.")
+    check_keys(
+        source.name,
+        "the decoder of its `config.json`",
+        most=8,
+        missing=expected.keys() - weights.keys(),
+        unexpected=unexpected,
+        of_another_shape=[name for name, value in weights.items() if value.shape != expected[name]],
+    )
+    check_values(source.name, weights)
     return weights, sorted(dropped)
 
 
@@ -327,7 +311,6 @@ def _block(
 
 
 __all__ = [
-    "PUBLISHED_LLMS",
     "Adaptor",
     "LanguageModel",
     "TextModel",
