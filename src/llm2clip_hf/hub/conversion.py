@@ -19,16 +19,15 @@ from transformers.utils import logging
 from ..files import temporary_folder
 from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, text_prefix_length
 from ..modeling.loading_llm2clip import load_pretrained_text
+from .cards import CONVERTED, conversion_card
 from .checkpoint_files import (
     Checkpoint,
     check_keys,
     check_values,
-    find_release,
     find_source,
     read_checkpoint,
     read_image_processor,
 )
-from .conversion_card import MARKER, ConversionFacts, render_conversion_card
 from .eva_keys import eva_tower, is_eva
 from .text_keys import (
     Adaptor,
@@ -72,7 +71,7 @@ def check_output(output: Path, source: Path) -> None:
     card = output / "README.md"
     # Modules of sentence-transformers are the only folders that a conversion writes.
     foreign = sorted(each.name for each in output.iterdir() if each.is_dir() and not each.name[0].isdigit())
-    if foreign or not card.is_file() or MARKER not in card.read_text(encoding="utf-8", errors="replace"):
+    if foreign or not card.is_file() or CONVERTED not in card.read_text(encoding="utf-8", errors="replace"):
         named = f", such as {foreign[0]!r}" if foreign else ""
         raise ValueError(f"`output_dir` {str(output)!r} holds other files{named}. Give a new or empty folder.")
 
@@ -181,10 +180,15 @@ def convert_checkpoint(
         if text is not None and text_weights == "bundled":
             _bundle_text_model(model)
         # Step (4)
-        facts = ConversionFacts(
-            found.name, kind, text and text.name, text_weights, len(new_keys), model.config, find_release(found.name)
+        card = conversion_card(
+            found.name,
+            kind,
+            model.config,
+            text_model=text and text.name,
+            text_weights=text_weights,
+            new_keys=len(new_keys),
         )
-        difference = _write(model, checkpoint, text, output, render_conversion_card(facts))
+        difference = _write(model, checkpoint, text, output, card)
     logger.info("%s is %s; left behind: %s", checkpoint.name, kind, ", ".join(dropped) or "nothing")
     return ConversionReport(kind, output, model.config, dropped, new_keys, difference)
 
@@ -220,11 +224,10 @@ def _convert_language_model(source: Checkpoint, output: Path) -> ConversionRepor
     with quiet_transformers():
         language_model = read_language_model(source)
         template = language_model.tokenizer.decode(language_model.tokenizer("{text}")["input_ids"])
-        facts = ConversionFacts(source.name, kind, None, "none", 0, None, find_release(source.name), template)
         config = language_model.model.config
         with temporary_folder(output) as folder:
             difference = save_language_model(language_model, folder)
-            (folder / "README.md").write_text(render_conversion_card(facts), encoding="utf-8")
+            (folder / "README.md").write_text(conversion_card(source.name, kind, template=template), encoding="utf-8")
     return ConversionReport(kind, output, config, language_model.dropped_keys, [], difference)
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from ..files import _REPLACED, UNFINISHED, publish_folder, write_json_atomically
-from ..hub.cards import ARGUMENTS_FILE, STATE_FILE
+from ..hub.card_facts import ARGUMENTS_FILE, STATE_FILE
 
 
 def gpu_supports_bf16() -> bool:

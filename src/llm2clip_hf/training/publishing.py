@@ -14,8 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..hub.card_text import merged_card
-from ..hub.cards import CARD_FILE
+from ..hub.cards import CARD_FILE, merged_card
 from ..hub.publishing import commit_files, publishable_files, stated_license
 from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors, read_card
 from .lora import LORA_FILE

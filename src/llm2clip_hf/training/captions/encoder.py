@@ -24,6 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...data import embedding_fingerprint
+from ...hub.card_facts import encoder_facts
+from ...hub.cards import encoder_card
 from ...modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
 from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, ENCODER_SETTINGS, load_pretrained_tokenizer, load_text_config
 from ...modeling.processing_llm2clip import record_text_settings, text_end_token
@@ -46,7 +48,6 @@ from .adapter_folder import (
     written_folder,
 )
 from .caption_pooling import CaptionPooling
-from .card import EncoderCard, stored_results, stored_training_data
 
 
 logger = logging.getLogger(__name__)
@@ -232,21 +233,20 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         adapter_only: bool = False,
     ) -> None:
         """Writes `README.md` into a folder; what sentence-transformers calls for its own, longer card."""
-        card = EncoderCard(
-            name=model_name or Path(path).resolve().name,
-            base_model=self._base()[0],
-            settings={
+        card = encoder_card(
+            model_name or Path(path).resolve().name,
+            self._base()[0],
+            {
                 **self.embedding_settings,
                 "template": self._template(),
                 "normalize": self._normalizes(),
                 "dimension": self.get_embedding_dimension(),
             },
             adapter_only=adapter_only,
-            training_data=stored_training_data(self.model_card_data, train_datasets),
             training_options=self.training_options,
-            results=stored_results(self.model_card_data),
+            **encoder_facts(self.model_card_data, train_datasets),
         )
-        (Path(path) / "README.md").write_text(str(card), encoding="utf-8")
+        (Path(path) / "README.md").write_text(card, encoding="utf-8")
 
 
 def build_caption_encoder(

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ...hub.cards import mntp_card
 from ...modeling import assert_bidirectional
 from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, find_adapters
 from ..base_trainer import (
@@ -41,7 +42,6 @@ from ..base_trainer import (
 from ..lora import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
 from .adapter_folder import ADAPTER_FOLDER, written_folder
 from .arguments import MNTPTrainingArguments
-from .card import mntp_card
 
 
 # Label of a position that is no target, as everywhere in transformers.
