@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import write_atomically, write_json_atomically
+from ..files import write_json_atomically, write_text_atomically
 from ..modeling import LLM2CLIPConfig
 from ..modeling.configuration_llm2clip import is_repository
 from ..modeling.loading_llm2clip import completed_card, read_card
@@ -83,14 +83,15 @@ def merged_card(existing: str, rendered: str, where: str) -> str:
     if old.text.strip() and not unedited:
         return completed_card(existing, rendered, where)
     new, kept = ModelCard(rendered), old.data.to_dict()
+    data: Any = new.data
     if unedited:
         licence = ("license", "license_name", "license_link")
-        kept = {} if new.data.license else {key: kept[key] for key in licence if key in kept}
+        kept = {} if data.license else {key: kept[key] for key in licence if key in kept}
     if not kept:
         return rendered
     for key, value in kept.items():
-        new.data[key] = value
-    return _marked(new.data, _MARKER.sub("", new.text, count=1))
+        data[key] = value
+    return _marked(data, _MARKER.sub("", new.text, count=1))
 
 
 class LLM2CLIPModelCardData(ModelCardData):
@@ -299,7 +300,7 @@ class LLM2CLIPModelCardData(ModelCardData):
         existing = card.read_text(encoding="utf-8") if card.is_file() else None
         text = self.text_for(existing, f"`{card}`", overwrite)
         write_json_atomically(root / FACTS_FILE, self.facts())
-        write_atomically(card, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text_atomically(card, text)
         return card
 
 
@@ -338,7 +339,11 @@ def conversion_card(
     pipeline = "zero-shot-image-classification" if llm else "image-feature-extraction"
     return _render(
         "converted",
-        _front(release and release.license, bases, pipeline_tag="feature-extraction" if config is None else pipeline),
+        _front(
+            release.license if release else None,
+            bases,
+            pipeline_tag="feature-extraction" if config is None else pipeline,
+        ),
         marker=CONVERTED,
         title=release.name if release else Path(source).stem,
         source=source,
