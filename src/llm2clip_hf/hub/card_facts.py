@@ -151,6 +151,11 @@ def metric_text(value: Any) -> str:
     return str(value)
 
 
+def option_rows(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a table of options."""
+    return [(f"`{name}`", f"{value:g}" if isinstance(value, float) else str(value)) for name, value in options.items()]
+
+
 def run_options(args: Any, steps: int) -> dict[str, Any]:
     """The options of a training run that a card shows."""
     options: dict[str, Any] = {}
@@ -250,6 +255,7 @@ __all__ = [
     "entries_of_results",
     "metric_rows",
     "metric_text",
+    "option_rows",
     "run_options",
     "stored_facts",
     "trainer_facts",

@@ -27,6 +27,7 @@ from .card_facts import (
     config_fields,
     entries_of_results,
     metric_text,
+    option_rows,
     stored_facts,
     trainer_facts,
 )
@@ -253,7 +254,7 @@ class LLM2CLIPModelCardData(ModelCardData):
             base=config.text_base_model if is_repository(config.text_base_model) else None,
             license=self.license,
             training_data=facts["training_data"],
-            hyperparameters=_options(facts["hyperparameters"]),
+            hyperparameters=option_rows(facts["hyperparameters"]),
             cost=[(name, metric_text(value)) for name, value in cost.items()],
             results=[
                 (r.dataset_name or "evaluation set", r.metric_name or r.metric_type, metric_text(r.metric_value))
@@ -266,15 +267,8 @@ class LLM2CLIPModelCardData(ModelCardData):
 
     def text_for(self, existing: str | None, where: str, overwrite: bool = False) -> str:
         """
-        The card to write where there may be one already; see `push_to_hub` for what is kept of it.
-
-        Args:
-            existing (`str`, *optional*): The card that is there.
-            where (`str`): Its name, for errors.
-            overwrite (`bool`, *optional*, defaults to `False`): Whether to replace it.
-
-        Returns:
-            `str`
+        The card to write where `existing`, named `where` in errors, may be there already: what somebody wrote is kept
+        unless `overwrite`.
         """
         return str(self) if existing is None or overwrite else merged_card(existing, str(self), where)
 
@@ -306,10 +300,6 @@ class LLM2CLIPModelCardData(ModelCardData):
 
 def _listed(names: str | Iterable[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
-
-
-def _options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(f"`{name}`", f"{value:g}" if isinstance(value, float) else str(value)) for name, value in options.items()]
 
 
 def _front(license: str | None = None, base_model: Sequence[str] = (), **fields: Any) -> ModelCardData:
@@ -427,7 +417,7 @@ def encoder_card(
         settings=settings,
         adapter_only=adapter_only,
         training_data=training_data,
-        training_options=_options(training_options or {}),
+        training_options=option_rows(training_options or {}),
         results=[
             (evaluator, metric, f"{value:.4f}")
             for evaluator, values in (results or {}).items()
@@ -439,9 +429,7 @@ def encoder_card(
 def mntp_card(name: str, base_model: str) -> str:
     """The card of an LLM after masked next token prediction."""
     base, shown = _base_of(base_model)
-    data = ModelCardData(
-        base_model=base, library_name="transformers", pipeline_tag="feature-extraction", tags=["llm2clip", "mntp"]
-    )
+    data = _front(base_model=[base] if base else (), pipeline_tag="feature-extraction", tags=["llm2clip", "mntp"])
     return _render("mntp", data, name=name, shown=shown)
 
 

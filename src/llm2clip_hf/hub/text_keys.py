@@ -124,11 +124,11 @@ def read_language_model(source: Checkpoint) -> LanguageModel:
     # As in the original; the embeddings do not depend on it.
     tokenizer.padding_side = "left"
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in AutoModel.from_config(config).state_dict().items()}
-    weights, dropped = _language_weights(source, expected)
+        empty = AutoModel.from_config(config)
+    weights, dropped = _language_weights(source, {name: value.shape for name, value in empty.state_dict().items()})
     dtypes = {value.dtype for value in weights.values()}
     with quiet_transformers():
-        model: Any = AutoModel.from_config(config).__class__.from_pretrained(
+        model: Any = type(empty).from_pretrained(
             None, config=config, state_dict=weights, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32
         )
     if len(tokenizer) > config.vocab_size:
@@ -196,7 +196,8 @@ def save_language_model(language_model: LanguageModel, folder: Path) -> float:
     record_text_settings(model.config, tokenizer, "mean")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    batch = tokenizer(["a red boat", "two dogs run over the grass"], padding=True, return_tensors="pt")
+    texts = ["a red boat", "two dogs run over the grass"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
     before = model(**batch, use_cache=False).last_hidden_state.float()
     written: dict[str, torch.Tensor] = model.state_dict()
     for file in sorted(folder.glob("model*.safetensors")):
@@ -208,9 +209,7 @@ def save_language_model(language_model: LanguageModel, folder: Path) -> float:
         raise ValueError(f"The written folder lacks {', '.join(sorted(written)[:5])}.")
     model.to("meta")
     loaded = AutoModel.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False).eval()
-    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
-        ["a red boat", "two dogs run over the grass"], padding=True
-    )
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(texts, padding=True)
     after = loaded(**batch, use_cache=False).last_hidden_state.float()
     difference = float((before - after).abs().max())
     if again["input_ids"] != batch["input_ids"].tolist() or not difference <= 1e-5 * float(before.abs().max()):
@@ -282,32 +281,25 @@ def _single(module: dict[str, dict[str, str]], prefix: str, number: int) -> dict
     return module[""]
 
 
-def _by_numbers(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
 def _block(
     module: dict[str, dict[str, str]], weights: dict[str, torch.Tensor], width: int, name: str
 ) -> dict[str, dict[str, str]]:
-    """The layers of a residual block by their roles."""
+    """The layers of a residual block by their roles; their shapes are checked with those of the whole model."""
+
+    def by_numbers(name: str) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
     complete = all(set(layer) == {"weight", "bias"} for layer in module.values())
-    norms = [n for n in module if complete and weights[module[n]["weight"]].ndim == 1]
-    linears = [n for n in sorted(module, key=_by_numbers) if complete and weights[module[n]["weight"]].ndim == 2]
+    shapes = {name: weights[module[name]["weight"]].shape for name in sorted(module, key=by_numbers) if complete}
+    norms = [name for name, shape in shapes.items() if len(shape) == 1]
     # The first layer widens, the second narrows; with as many channels as the input, the order of names decides.
-    linears.sort(key=lambda n: weights[module[n]["weight"]].shape[1] != width)
+    linears = sorted((n for n, shape in shapes.items() if len(shape) == 2), key=lambda n: shapes[n][1] != width)
     if len(norms) != 1 or len(linears) != 2 or len(module) != 3:
         raise ValueError(
             f"`{name}` must be a residual block, a LayerNorm and two linear layers with weight and bias, got "
             f"parameters of {sorted(module)}."
         )
-    roles = {"norm": module[norms[0]], "fc1": module[linears[0]], "fc2": module[linears[1]]}
-    hidden = weights[roles["fc1"]["weight"]].shape[0]
-    expected = {"norm": (width,), "fc1": (hidden, width), "fc2": (width, hidden)}
-    for role, shape in expected.items():
-        given = tuple(weights[roles[role]["weight"]].shape)
-        if given != shape:
-            raise ValueError(f"`{roles[role]['weight']}` must have shape {shape}, got {given}.")
-    return roles
+    return {"norm": module[norms[0]], "fc1": module[linears[0]], "fc2": module[linears[1]]}
 
 
 __all__ = [
