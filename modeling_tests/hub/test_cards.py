@@ -226,6 +226,14 @@ def test_committed_cards_are_those_of_the_table(tmp_path: Path) -> None:
     assert committed == written, "render them again: `write_released_cards('model_cards')` of hub.cards"
 
 
+def test_templates_and_releases_are_in_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((CARDS.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = CARDS.parent / "src" / "llm2clip_hf"
+    held = {path for pattern in settings["llm2clip_hf"] for path in package.glob(pattern)}
+    assert {path for path in package.rglob("*") if path.suffix in (".md", ".yaml", ".typed")} == held
+
+
 @pytest.mark.parametrize("release", RELEASED, ids=lambda r: r.name)
 def test_released_card_says_what_a_user_needs(release: object) -> None:
     text = (CARDS / release.name / "README.md").read_text()
