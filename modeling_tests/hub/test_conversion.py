@@ -694,22 +694,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image_processor.crop_size["height"] == 30
 
 
-def llm_of_another_width(folder: Path) -> list[str]:
-    write(original.eva(eva_model()), folder / "a.pt")
-    return [str(folder / "a.pt"), "--text-model", str(save_llm(folder / "llm"))]
-
-
-def folder_without_config(folder: Path) -> list[str]:
-    (folder / "source").mkdir()
-    weights = original.transformers_clip(original.model(CLIP, "linear"))
-    save_file(weights, folder / "source" / "model.safetensors")
-    return [str(folder / "source")]
-
-
-def half_precision_of_another_model(folder: Path) -> list[str]:
-    return [str(write({"conv.weight": torch.ones(2, dtype=torch.float16)}, folder / "a.pt"))]
-
-
 def pickled_code(folder: Path) -> list[str]:
     return [str(write({"a": Evil()}, folder / "a.pt"))]
 
@@ -722,9 +706,6 @@ def model_that_is_converted(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (llm_of_another_width, "is 32 wide, but the text adaptor takes 20"),
-        (folder_without_config, "has no `config.json`"),
-        (half_precision_of_another_model, "is none of the checkpoints that can be converted"),
         (model_that_is_converted, "is converted already"),
         (pickled_code, "holds more than tensors"),
         (lambda folder: ["some-org/wrong"], "'some-org/wrong' is neither a file"),
