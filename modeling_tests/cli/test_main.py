@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: exit status, help of every verb, one readable line on failure."""
 
-import argparse
-import importlib
 import json
 import os
 import re
@@ -81,9 +79,9 @@ def test_examples_of_the_help_parse(
     ("argv", "nearest"),
     [
         (["demo", "--fats"], "--fast"),
-        (["demo", "--output_dr=x"], "--output-dir"),
+        (["demo", "--output_dr=x"], "--output_dir"),
         (["demo", "--app", "--trust-remote"], "--trust-remote-code"),
-        (["convert", "a", "b", "--text_modle", "c"], "--text-model"),
+        (["convert", "a", "b", "--text_modle", "c"], "--text_model"),
         (["convert", "--text-weight", "bundled"], "--text-weights"),
         (["card", "x", "--chek"], "--check"),
         (["card", "--data-set", "x"], "--dataset"),
@@ -116,19 +114,24 @@ def test_wrong_usage_of_a_verb(argv: list[str], message: str, capsys: pytest.Cap
 
 
 def test_both_spellings_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[argparse.Namespace] = []
-    read = argparse.ArgumentParser.parse_args
-
-    def parse(*args: Any, **kwargs: Any) -> None:
-        given.append(read(*args, **kwargs))
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    module = importlib.import_module("llm2clip_hf.cli.demo")
+    module = stop_after_parsing("demo", monkeypatch)
+    given = []
     for argv in (["--output-dir", "a_b", "--seed=3"], ["--output_dir=a_b", "--seed", "3"]):
-        with pytest.raises(Parsed):
+        with pytest.raises(Parsed) as parsed:
             module.run(argv)
+        given += parsed.value.args
     assert given[0] == given[1] and given[0].output_dir == "a_b"
+
+
+def test_a_switch_does_not_take_the_folder_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stop_after_parsing("card", monkeypatch)
+    (tmp_path / "card.yaml").write_text("folder: a\nlicense: mit\n")
+    config = ["--config", str(tmp_path / "card.yaml")]
+    for argv in (["--check", "a"], ["a", "--check"], ["--check", "true", "a"], ["--check", "--name", "b", "a"]):
+        with pytest.raises(Parsed) as parsed:
+            module.run([*argv, *config])
+        [options] = parsed.value.args
+        assert (options.folder, options.check, options.license) == ("a", True, "mit")
 
 
 @pytest.mark.parametrize(
