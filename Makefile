@@ -15,7 +15,7 @@ help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## Train a miniature LLM2CLIP end to end on this CPU (about five minutes)
-	$(BIN)/llm2clip demo --output-dir $(OUTPUT) $(DEMO_ARGS)
+	$(BIN)/llm2clip demo --output_dir $(OUTPUT) $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## Run the tests
 	$(PYTEST) -m "not slow and not gpu"

@@ -9,8 +9,8 @@ from .options import option, parse_options, positional, read_logit_scale
 
 
 EXAMPLES = """\
-  llm2clip convert LLM2CLIP-EVA02-L-14-336.pt converted --text-model path/to/its/LLM
-  llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 converted --text-model none
+  llm2clip convert LLM2CLIP-EVA02-L-14-336.pt converted --text_model path/to/its/LLM
+  llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 converted --text_model none
   llm2clip convert microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned llm
   llm2clip convert openai/clip-vit-large-patch14-336 start"""
 
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"vision    {config.vision_config.model_type}, {config.vision_config.image_size} px")
         print(f"adaptor   {config.adapter_num_layers} blocks, {config.llm_hidden_size} -> {config.projection_dim}")
         example = PUBLISHED_LLMS.get(config.llm_hidden_size, "REPO_OR_PATH")
-        none = f"none, takes stored embeddings; to name one: --text-model {example}"
+        none = f"none, takes stored embeddings; to name one: --text_model {example}"
         print(f"LLM       {config.text_base_model or none}")
     else:
         print(f"LLM       {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}")

@@ -13,8 +13,8 @@ from .options import option, parse_options
 
 EXAMPLES = """\
   llm2clip demo
-  llm2clip demo --fast --output-dir quick
-  llm2clip demo --seed 1 --split validation --output-dir seed1
+  llm2clip demo --fast --output_dir quick
+  llm2clip demo --seed 1 --split validation --output_dir seed1
   llm2clip demo --app
   llm2clip demo --app --model openai/clip-vit-base-patch32 --images photos --captions captions.txt"""
 
