@@ -4,10 +4,8 @@
 import itertools
 
 import pytest
-import tiny_models
 import torch
 from process_groups import run_ranks
-from transformers import AutoModel
 
 from llm2clip_hf.training import build_caption_encoder
 from llm2clip_hf.training.captions import batches as caption_batches
@@ -20,15 +18,6 @@ COLUMNS = [
     ["a small red boat on the sea near the house", "dogs", "x y z", "house " * 9, "blue sea " * 20, "one tree"],
     ["a tree", "old", "a photo of a dog", "a new big green house far away", "sun", "two trees and the sun " * 4],
 ]
-
-
-@pytest.fixture(scope="module")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llm")
-    torch.manual_seed(5)
-    AutoModel.from_config(tiny_models.text_config("llama")).save_pretrained(folder)
-    tiny_models.llama3_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def encoder_of(llm_dir: str, dropout: float = 0.0):

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import tiny_models
 import torch
+from caption_training import CAPTIONS, arguments, encoder_with_random_lora
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
@@ -25,49 +26,6 @@ from llm2clip_hf.training.lora import lora_config, merged_llm
 
 
 TEXTS = ["a red boat", "http://example.com/cat.jpg", "  two dogs run over the grass  ", "x", "", "a photo. " * 20]
-WORDS = "red blue green boat dog tree house sun small big old new near far".split()
-CAPTIONS = [
-    [
-        f"a {WORDS[i % 14]} {WORDS[(3 * i + 1) % 14]} {i}",
-        f"one {WORDS[i % 14]} thing, {i}",
-        f"{WORDS[(5 * i) % 14]} {i}",
-    ]
-    for i in range(23)
-]
-
-
-@pytest.fixture(scope="module")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llm")
-    torch.manual_seed(5)
-    AutoModel.from_config(tiny_models.text_config("llama")).save_pretrained(folder)
-    tiny_models.llama3_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def arguments(folder: Path, **kwargs: object) -> CaptionContrastiveTrainingArguments:
-    options = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 5,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return CaptionContrastiveTrainingArguments(str(folder), **(options | kwargs))
-
-
-def encoder_with_random_lora(llm_dir: str, **kwargs: object):
-    torch.manual_seed(0)
-    encoder = build_caption_encoder(llm_dir, **kwargs)
-    for name, parameter in encoder.named_parameters():
-        if "lora_B" in name:  # zero at first, which would make every gradient of lora_A zero
-            torch.nn.init.normal_(parameter, std=0.05)
-    return encoder
 
 
 # ------------------------------------------------------------------------------------------------------ the embedding

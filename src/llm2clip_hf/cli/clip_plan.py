@@ -157,13 +157,7 @@ def check_llm(options: Any, configs: dict[str, Any], model: Any, processor: Any,
             "that LLM to the model and save it."
         )
     if llm.model_type != "llm2clip":
-        check_caption_encoder(
-            options.text_model,
-            llm,
-            template=None if options.template == "none" else options.template,
-            pooling=config.text_pooling,
-            attn_implementation=options.attn_implementation,
-        )
+        check_caption_encoder(options.text_model, llm, pooling=config.text_pooling, **options.llm_settings())
     composite = llm.model_type == "llm2clip"
     width = llm.llm_hidden_size if composite else llm.get_text_config().hidden_size
     if width != config.llm_hidden_size:
@@ -334,11 +328,7 @@ def print_plan(options: Any, args: Any, plan: Plan) -> None:
         elif captions is None:
             print(f"store     {folder}: to be made")
         else:
-            size = captions.num_captions * config.llm_hidden_size * (4 if options.store_dtype == "float32" else 2)
-            print(
-                f"store     {folder}: to be made, {size / 2**30:,.2f} GiB at width {config.llm_hidden_size} in "
-                f"{options.store_dtype}"
-            )
+            print(f"store     {folder}: to be made, {options.store_size(captions, config.llm_hidden_size)}")
 
 
 def describe_table(role: str, source: str, split: str, table: "ImageTextTable") -> None:

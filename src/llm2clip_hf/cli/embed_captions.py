@@ -78,8 +78,7 @@ def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
         if config.text_weights == "none":
             raise ValueError(f"`--llm {llm}` is a model without an LLM. Give the LLM that it was trained with.")
     else:
-        template = None if options.template == "none" else options.template
-        check_caption_encoder(llm, config, template=template, attn_implementation=options.attn_implementation)
+        check_caption_encoder(llm, config, **options.llm_settings())
     check_store_options(options)
     captions, keys = load_texts(options)
     folder = str(options.output_dir)
@@ -90,13 +89,12 @@ def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
             )
     if options.check and is_main_process():
         width = config.llm_hidden_size if whole_model else config.get_text_config().hidden_size
-        size = captions.num_captions * width * (4 if options.store_dtype == "float32" else 2)
         print(
             f"captions  {captions.num_captions} of {len(captions)} images, sources {', '.join(captions.source_names)}"
         )
         if not whole_model:
             print(describe_llm(llm, lora_rank=None, dtype=options.dtype))
-        print(f"store     {folder}: {size / 2**30:,.2f} GiB at width {width} in {options.store_dtype}")
+        print(f"store     {folder}: {options.store_size(captions, width)}")
     return captions, keys
 
 
@@ -211,12 +209,6 @@ def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tu
     from ..training import build_caption_encoder
 
     encoder = build_caption_encoder(
-        llm,
-        template=None if options.template == "none" else options.template,
-        max_length=options.max_length,
-        pooling=pooling,
-        lora=None,
-        dtype=dtype,
-        attn_implementation=options.attn_implementation,
+        llm, max_length=options.max_length, pooling=pooling, lora=None, dtype=dtype, **options.llm_settings()
     ).to(device)
     return encoder, {"fingerprint": encoder.fingerprint()}

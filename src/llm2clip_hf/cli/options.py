@@ -48,6 +48,11 @@ class DataOptions:
         "Check models, data and settings, print what would run, stop before the LLM's weights.", False
     )
 
+    def llm_settings(self) -> dict[str, Any]:
+        """How the LLM is loaded, as arguments of `build_caption_encoder` and of its check."""
+        template = None if self.template == "none" else self.template
+        return {"template": template, "attn_implementation": self.attn_implementation}
+
 
 @dataclass(kw_only=True)
 class EmbeddingOptions(DataOptions):
@@ -74,6 +79,11 @@ class EmbeddingOptions(DataOptions):
         """The arguments of `load_image_text` beside source and split."""
         names = ("image_column", "caption_columns", "image_root", "key_column", "subset", "on_bad_row")
         return {name: getattr(self, name) for name in names}
+
+    def store_size(self, captions: Any, width: int) -> str:
+        """The size that a store will have."""
+        size = captions.num_captions * width * (4 if self.store_dtype == "float32" else 2)
+        return f"{size / 2**30:,.2f} GiB at width {width} in {self.store_dtype}"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -121,11 +121,10 @@ def prepare(
     check_caption_encoder(
         options.llm,
         find_model(options.llm, "llm"),
-        template=None if options.template == "none" else options.template,
         pooling=options.pooling,
         lora=lora_fields(options),
         quantization=options.quantization,
-        attn_implementation=options.attn_implementation,
+        **options.llm_settings(),
     )
     if options.adapter_only and options.lora_r == 0:
         raise ValueError("`--adapter_only` saves the LoRA adapter, and `--lora_r 0` trains none. Leave one out.")
@@ -153,17 +152,8 @@ def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
 
 def check_sources(options: TrainCaptionsOptions) -> None:
     """Refuses entries of `sources` that say too little or what has no effect; `captions` become such an entry."""
-    own = {
-        "captions": {
-            "path": options.captions,
-            "columns": options.caption_columns,
-            "image_column": options.image_column,
-            "split": options.split,
-            "subset": options.subset,
-            "hard_negatives": options.hard_negatives,
-            "instruction": options.instruction,
-        }
-    }
+    entry = {name.removeprefix("caption_"): getattr(options, name) for name in FLAGS_OF_CAPTIONS}
+    own = {"captions": {"path": options.captions, **entry}}
     if options.captions is not None and options.sources is None:
         options.sources = own
     if options.sources != own:
@@ -320,13 +310,12 @@ def train_and_save(
     seed_run(args)
     encoder = build_caption_encoder(
         llm,
-        template=None if options.template == "none" else options.template,
         max_length=options.max_length,
         pooling=options.pooling,
         lora=lora_fields(options),
         quantization=options.quantization,
         dtype=weights_dtype(options),
-        attn_implementation=options.attn_implementation,
+        **options.llm_settings(),
     )
     evaluator = CaptionRetrievalEvaluator(test, show_progress_bar=False) if test else None
     trainer = CaptionContrastiveTrainer(

@@ -136,39 +136,45 @@ def run(argv: Sequence[str]) -> int:
 
 def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") -> None:
     """Refuses options that do not go together, before anything is loaded."""
-    if (options.model is None) == (options.vision_model is None):
-        raise ValueError("Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.")
-    if options.vision_model is not None and options.text_model is None:
-        raise ValueError("`text_model` is missing: the LLM that the captions are embedded with.")
-    if (options.clip_text_model is None) != (args.integration == "replace"):
-        raise ValueError(
+    stored, new = options.text_mode == "stored", options.vision_model is not None
+    refused = [
+        (
+            (options.model is None) != new,
+            "Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.",
+        ),
+        (new and options.text_model is None, "`text_model` is missing: the LLM that the captions are embedded with."),
+        (
+            (options.clip_text_model is None) != (args.integration == "replace"),
             f"`clip_text_model` ({options.clip_text_model}) names CLIP's own text encoder, which every `integration` "
-            f"but replace ({args.integration}) needs. Give both or neither."
-        )
-    if options.clip_text_model is not None and options.data is None:
-        raise ValueError(
+            f"but replace ({args.integration}) needs. Give both or neither.",
+        ),
+        (
+            options.clip_text_model is not None and options.data is None,
             f"`integration={args.integration}` reads captions as text beside their stored embeddings, which a stream "
-            "of `shards` does not offer. Give `data`."
-        )
-    if (options.data is None) == (options.shards is None):
-        raise ValueError("Give either `data` or `shards`.")
-    if args.train_text == "lora" and options.text_mode == "stored":
-        raise ValueError(
-            "`train_text=lora` changes the LLM, so stored embeddings would be stale. Set `text_mode=online`."
-        )
-    if options.shards and options.caption_fields is None and (options.text_mode == "online" or options.store is None):
-        raise ValueError(
+            "of `shards` does not offer. Give `data`.",
+        ),
+        ((options.data is None) == (options.shards is None), "Give either `data` or `shards`."),
+        (
+            args.train_text == "lora" and stored,
+            "`train_text=lora` changes the LLM, so stored embeddings would be stale. Set `text_mode=online`.",
+        ),
+        (
+            options.shards and options.caption_fields is None and (not stored or options.store is None),
             "`shards` need `caption_fields`, which say where captions are, e.g. `real=txt dense=json.long_caption`, "
-            "or a finished `store`, made with `llm2clip embed-captions --shards`."
-        )
-    if options.store is not None and options.text_mode == "online":
-        raise ValueError(
-            "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out."
-        )
-    if options.caption_fields is not None and options.data is not None:
-        raise ValueError(
-            "`--caption_fields` are for `--shards`. Name the columns of `--data` with `--caption_columns`."
-        )
+            "or a finished `store`, made with `llm2clip embed-captions --shards`.",
+        ),
+        (
+            options.store is not None and not stored,
+            "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out.",
+        ),
+        (
+            options.caption_fields is not None and options.data is not None,
+            "`--caption_fields` are for `--shards`. Name the columns of `--data` with `--caption_columns`.",
+        ),
+    ]
+    for is_wrong, message in refused:
+        if is_wrong:
+            raise ValueError(message)
     scale = options.crop_scale
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(
