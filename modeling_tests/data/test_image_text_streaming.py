@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets import Image as ImageFeature
-from shard_files import CAPTION_FIELDS, captions, image_bytes, members, write_shards, write_tar
+from shard_files import CAPTION_FIELDS, captions, members, write_shards, write_tar
 
 from llm2clip_hf.data import (
     ImageTextDataset,
@@ -424,16 +424,3 @@ def test_a_misspelt_field_is_noticed(folder, tmp_path, caplog):
     assert "caption of source `dense` in `json.dence`" in caplog.text
     with pytest.raises(ValueError, match=r"has no columns \['absent'\], it has"):
         make(folder, shards=parquet_shards(tmp_path, True), caption_fields={"real": "absent"})
-
-
-def test_where_a_sample_lies_can_be_asked(folder):
-    stream = make(folder)
-    assert stream.locate(0) == (str(folder / "000.tar"), 0)
-    assert stream.locate(6) == (str(folder / "002.tar"), 0)
-    assert stream.locate(COUNT - 1) == (str(folder / "004.tar"), 3)
-    with pytest.raises(IndexError):
-        stream.locate(COUNT)
-
-
-def test_images_of_the_helper_are_distinct():
-    assert len({image_bytes(number) for number in range(COUNT)}) == COUNT

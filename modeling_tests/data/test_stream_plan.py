@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from llm2clip_hf.data.shard_index import Layout, batches_of_worker, buffer_order, plan_worker, worker_range
+from llm2clip_hf.data.sampling import Layout, batches_of_worker, buffer_order, plan_worker, worker_range
 
 
 COUNTS = np.array([5, 1, 7, 3, 11, 2])

@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 import torch
 
-from .caption_pairs import Sides, draw_pair, pair_bits, resolve_sides, side_pairs
 from .columns import learn_kinds, resolve_caption_columns
+from .pairs import Sides, draw_pair, pair_bits, resolve_sides, side_pairs
 from .reports import BadRows, LoadReport, logger, text_problem
 
 

@@ -16,17 +16,17 @@ from ..distributed import world_size as process_count
 from .image_text import PLACEHOLDER, ImageTextCollator
 from .images import ImageTransform, decode_image
 from .reports import SkipLog, SkipReport
-from .sampling import SampleDraws, check_choice, check_sub_captions, checked_weights
-from .shard_index import (
+from .sampling import (
     Layout,
-    SamplesPerShard,
+    SampleDraws,
     WorkerPlan,
     batches_of_worker,
-    make_shards,
+    check_choice,
+    check_sub_captions,
+    checked_weights,
     plan_worker,
-    resolve_counts,
-    warn_of_absent_sources,
 )
+from .shard_index import SamplesPerShard, make_shards, resolve_counts, warn_of_absent_sources
 from .shards import RawSample
 from .store.embedding_store import CaptionEmbeddingStore
 
@@ -328,13 +328,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             )
         self.set_epoch(state["epoch"])
         self.resume_at(state["epoch"], state["batch"], num_workers=state["num_workers"])
-
-    def locate(self, index: int) -> tuple[str, int]:
-        """Shard and position in it of the sample with the given `index`."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"Sample {index} is out of range for {self.num_samples} samples.")
-        shard = int(np.searchsorted(self._first_index, index, side="right")) - 1
-        return self._shards[shard].name, int(index - self._first_index[shard])
 
     def _identity(self) -> dict[str, Any]:
         lines = [f"{Path(shard.name).name}:{count}" for shard, count in zip(self._shards, self._counts.tolist())]

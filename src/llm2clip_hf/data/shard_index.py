@@ -5,11 +5,12 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .captions import CaptionTable
+from .images import undecoded_rows
 from .reports import BadRows
 from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard, expand_shard_paths
 
@@ -23,7 +24,7 @@ def make_shards(shards: Any, fields: dict[str, str], image_column: str | None, k
     """The readers of all shards, in order."""
     if hasattr(shards, "num_shards") and hasattr(shards, "select_columns"):
         image_column = image_column or _find_image_column(shards)
-        dataset = _undecoded(shards, image_column)
+        dataset = undecoded_rows(shards, image_column)
         return [DatasetShard(dataset, k, fields, image_column, key_column) for k in range(dataset.num_shards)]
     paths = expand_shard_paths(shards)
     if not paths:
@@ -107,26 +108,15 @@ def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, ke
 
 def _find_image_column(dataset: Any) -> str:
     """`image`, or the only column of images, by the types where they are known, otherwise by the first row."""
-    from datasets import Image
+    from .columns import image_columns
 
-    def holds_image(value: Any) -> bool:
-        return isinstance(value, (Image, bytes)) or (isinstance(value, dict) and "bytes" in value)
-
-    columns: dict[str, Any] = dataset.features or next(iter(dataset.take(1)), {})
-    kinds = {name: getattr(kind, "dtype", "") for name, kind in columns.items()}
-    found = [name for name, kind in columns.items() if holds_image(kind) or kinds[name] in ("binary", "large_binary")]
-    if "image" in columns or len(found) != 1:
-        return "image"
-    return found[0]
-
-
-def _undecoded(dataset: Any, image_column: str) -> Any:
-    from datasets import Image
-
-    features = dataset.features or {}
-    if isinstance(features.get(image_column), Image):
-        return dataset.cast_column(image_column, Image(decode=False))
-    return dataset
+    if dataset.features:
+        names, found = list(dataset.features), image_columns(dataset.features.arrow_schema)
+    else:
+        row: dict[str, Any] = next(iter(dataset.take(1)), {})
+        names = list(row)
+        found = [n for n, v in row.items() if isinstance(v, bytes) or (isinstance(v, dict) and "bytes" in v)]
+    return "image" if "image" in names or len(found) != 1 else found[0]
 
 
 def load_shard_captions(
@@ -181,100 +171,8 @@ def load_shard_captions(
     if not keys:
         raise ValueError(f"The shards hold no sample with a caption in {list(fields.values())}. Check the fields.")
     table = CaptionTable(columns)
-    bad.report.rows_kept = len(keys)
-    bad.report.texts_kept = table.num_captions
-    bad.report.shared_texts = table.num_shared_captions
-    bad.report.log("the shards")
-    table.report = bad.report
+    table.report = bad.finish("the shards", len(keys), table.num_captions, table.num_shared_captions)
     return table, list(keys)
-
-
-# Keeps the streams of shards and of buffers apart.
-_SHARD_STREAM, _BUFFER_STREAM = 20, 21
-
-
-class Layout(NamedTuple):
-    """How many readers share the samples: `rank` of `world_size`, `worker` of `num_workers`, and the batch size."""
-
-    rank: int
-    world_size: int
-    worker: int
-    num_workers: int
-    batch_size: int
-
-
-class WorkerPlan(NamedTuple):
-    """The samples of one worker."""
-
-    epoch: int
-    order: np.ndarray
-    shards: np.ndarray
-    starts: np.ndarray
-
-
-def plan_worker(counts: np.ndarray, layout: Layout, *, seed: int, epoch: int, buffer: int) -> WorkerPlan:
-    """The samples of one worker in one epoch, in order."""
-    shards = np.arange(len(counts))
-    if buffer:
-        shards = _generator(seed, epoch, _SHARD_STREAM).permutation(shards)
-    starts = np.concatenate([[0], np.cumsum(counts[shards])]).astype(np.int64)
-    per_rank = int(starts[-1]) // layout.world_size
-    begin, end = worker_range(per_rank, layout)
-    positions = np.arange(begin, end, dtype=np.int64) + layout.rank * per_rank
-    if buffer:
-        # One stream per range, whatever the layout that made it.
-        random = _generator(seed, epoch, _BUFFER_STREAM, layout.rank, layout.worker)
-        positions = positions[buffer_order(len(positions), buffer, random)]
-    return WorkerPlan(epoch, positions, shards, starts)
-
-
-def worker_range(per_rank: int, layout: Layout) -> tuple[int, int]:
-    """
-    The part of a rank's `per_rank` samples that a worker reads.
-
-    A loader takes batch `i` from worker `i % num_workers`; the one batch that is not full is the last of all.
-    """
-    num_batches = -(-per_rank // layout.batch_size)
-    ends = [0]
-    for worker in range(layout.num_workers):
-        batches = batches_of_worker(num_batches, worker, layout.num_workers)
-        size = batches * layout.batch_size
-        if num_batches and worker == (num_batches - 1) % layout.num_workers:
-            size -= num_batches * layout.batch_size - per_rank
-        ends.append(ends[-1] + size)
-    return ends[layout.worker], ends[layout.worker + 1]
-
-
-def batches_of_worker(num_batches: int, worker: int, num_workers: int) -> int:
-    """How many of the first `num_batches` batches come from `worker`, when the workers take turns."""
-    return max(0, -(-(num_batches - worker) // num_workers))
-
-
-def buffer_order(count: int, buffer: int, random: np.random.Generator) -> np.ndarray:
-    """
-    The order in which a shuffle buffer returns the samples 0 to `count - 1` that flow through it.
-
-    The buffer is filled; then, again and again, a random sample leaves it and the next one enters. Sample `k` never
-    leaves before `k - buffer + 1` others have.
-    """
-    size = min(buffer, count)
-    held = list(range(size))
-    draws = random.random(count).tolist()
-    order = np.empty(count, dtype=np.int64)
-    for position in range(count):
-        slot = int(draws[position] * len(held))
-        order[position] = held[slot]
-        incoming = position + size
-        if incoming < count:
-            held[slot] = incoming
-        else:
-            held[slot] = held[-1]
-            held.pop()
-    return order
-
-
-def _generator(*coordinates: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([value & (2**64 - 1) for value in coordinates]))
 
 
 __all__ = [

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .caption_entries import as_texts, entry_of, root_column
+from .captions import as_texts, entry_of, root_column
 from .images import located
 
 
@@ -316,15 +316,10 @@ def columns_of(fields: dict[str, str], image_column: str, key_column: str | None
 
 
 def _find_image_column(shard: str, schema: Any) -> str:
-    """`image`, or the only column of bytes or of structs with bytes."""
-    import pyarrow as pa
+    """`image`, or the only column of images."""
+    from .columns import image_columns
 
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(entry.name == "bytes" for entry in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-    found = ["image"] if "image" in schema.names else [column.name for column in schema if holds_bytes(column.type)]
+    found = ["image"] if "image" in schema.names else image_columns(schema)
     if len(found) != 1:
         raise ValueError(
             f"Shard `{shard}` has {len(found)} columns of images {found} among {schema.names}. Name one as "
