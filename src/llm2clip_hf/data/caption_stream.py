@@ -4,19 +4,15 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 
-from .columns import learn_kinds, resolve_caption_columns
-from .pairs import Sides, draw_pair, pair_bits, resolve_sides, side_pairs
+from .columns import column_kind, learn_kinds, resolve_caption_columns
 from .reports import BadRows, LoadReport, logger, text_problem
-
-
-if TYPE_CHECKING:
-    import datasets
+from .sampling import Sides, draw_pair, pair_bits, resolve_sides, side_pairs
 
 
 _ID_BITS = (1 << 63) - 1
@@ -177,7 +173,7 @@ _ROWS_TO_LEARN_COLUMNS = 100
 
 
 def stream_caption_pairs(
-    dataset: "datasets.IterableDataset",
+    dataset: datasets.IterableDataset,
     columns: str | Sequence[str] | Mapping[str, str] | None = None,
     *,
     id_column: str | None = None,
@@ -186,7 +182,7 @@ def stream_caption_pairs(
     pair_sources: tuple[str, str] | None = None,
     instruction: str | None = None,
     on_bad_row: str = "error",
-) -> "CaptionPairStream":
+) -> CaptionPairStream:
     """
     Two distinct captions per image from a stream: `CaptionPairDataset` for data that are not on this machine.
 
@@ -232,14 +228,6 @@ def stream_caption_pairs(
     >>> [row["label"] for row in stream], stream.report.rows_kept
     ([0, 1], 2)
     """
-    try:
-        import datasets
-
-        pass
-    except ImportError as error:
-        raise ImportError(
-            "`stream_caption_pairs` needs `datasets`. Install it with `pip install llm2clip-hf[train]`."
-        ) from error
     if not isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
             f"`dataset` must be a `datasets.IterableDataset`, got {type(dataset).__name__}. Use `CaptionPairDataset` "
@@ -263,7 +251,7 @@ def stream_caption_pairs(
 
 
 def _check_identity(
-    dataset: "datasets.IterableDataset", kinds: Mapping[str, str], id_column: str | None, id_from_content: bool
+    dataset: datasets.IterableDataset, kinds: Mapping[str, str], id_column: str | None, id_from_content: bool
 ) -> None:
     if id_column is not None and id_from_content:
         raise ValueError("`id_column` and `id_from_content` exclude each other. Give one of them.")
@@ -276,9 +264,7 @@ def _check_identity(
         )
 
 
-def _column_kinds(dataset: "datasets.IterableDataset") -> dict[str, str]:
-    from .columns import column_kind
-
+def _column_kinds(dataset: datasets.IterableDataset) -> dict[str, str]:
     if dataset.features is not None:
         return {column.name: column_kind(column.type) for column in dataset.features.arrow_schema}
     kinds = learn_kinds(dataset.take(_ROWS_TO_LEARN_COLUMNS), of_null="string")

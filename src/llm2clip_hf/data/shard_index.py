@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions and keys of image-text shards, to embed them before the images are streamed."""
+"""The shards that patterns stand for, how many samples they hold, and their captions, to embed them beforehand."""
 
+import glob
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import numpy as np
 from .captions import CaptionTable
 from .images import undecoded_rows
 from .reports import BadRows
-from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard, expand_shard_paths
+from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard
+from .store.embedding_store import CaptionEmbeddingStore
 
 
 logger = logging.getLogger(__name__)
 _SAMPLES_TO_LOOK_AT = 64
+_BRACES = re.compile(r"\{([^{}]*)\}")
 SamplesPerShard = int | Sequence[int] | Mapping[str, int] | str | Path
 
 
@@ -26,10 +30,52 @@ def make_shards(shards: Any, fields: dict[str, str], image_column: str | None, k
         image_column = image_column or _find_image_column(shards)
         dataset = undecoded_rows(shards, image_column)
         return [DatasetShard(dataset, k, fields, image_column, key_column) for k in range(dataset.num_shards)]
-    paths = expand_shard_paths(shards)
+    paths = _expand(shards)
     if not paths:
         raise ValueError("`shards` is empty. Pass at least one tar or parquet file.")
     return [_file_shard(path, fields, image_column, key_column) for path in paths]
+
+
+def _expand(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that brace patterns and globs stand for, in order."""
+    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    paths = []
+    for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
+        found = [Path(pattern)] if Path(pattern).is_file() else _matching(pattern)
+        if not found:
+            raise ValueError(f"`{pattern}` matches no file. Check the paths and patterns in `shards`.")
+        paths += found
+    repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    if repeated:
+        raise ValueError(f"Shards are named twice: {repeated[:3]}. Every shard is read once per epoch.")
+    return paths
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files that a glob finds, without statistics, and tables beside tar files, both written by img2dataset."""
+    found = [Path(name) for name in sorted(glob.glob(pattern)) if not name.endswith("_stats.json")]
+    archives = {str(path)[: -len(".tar")] for path in found if path.suffix == ".tar"}
+    return [path for path in found if path.suffix != ".parquet" or str(path)[: -len(".parquet")] not in archives]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, dots, last = match[1].partition("..")
+    if dots and first.isdigit() and last.isdigit():
+        if int(first) > int(last):
+            raise ValueError(f"`{pattern}` counts downwards. Write the smaller number first.")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise ValueError(f"`{pattern}` has braces that are neither `{{000..287}}` nor `{{a,b}}`.")
+    return [
+        text
+        for choice in choices
+        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
 
 
 def resolve_counts(
@@ -94,6 +140,21 @@ def warn_of_absent_sources(shards: Sequence[Shard], counts: np.ndarray, fields: 
                 source,
                 field,
             )
+
+
+def source_fields(caption_fields: Mapping[str, str] | None, store: CaptionEmbeddingStore | None) -> dict[str, str]:
+    """The caption fields, where there is a store in the order of its sources, by which captions are numbered."""
+    if caption_fields is None and store is None:
+        raise ValueError("Pass `caption_fields`, for captions as text, or `store`, for stored embeddings, or both.")
+    fields = dict(caption_fields or {})
+    if store is None or caption_fields is None:
+        return fields
+    if set(fields) != set(store.source_names):
+        raise ValueError(
+            f"`caption_fields` names the sources {sorted(fields)}, the store `{store.path}` has "
+            f"{sorted(store.source_names)}. Pass the fields that it was made with."
+        )
+    return {name: fields[name] for name in store.source_names}
 
 
 def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> Shard:
@@ -181,5 +242,6 @@ __all__ = [
     "load_shard_captions",
     "make_shards",
     "resolve_counts",
+    "source_fields",
     "warn_of_absent_sources",
 ]

@@ -6,12 +6,10 @@ A shard is read in order. `read(wanted)` returns the samples at the wanted posit
 decoding, or, in tar files, without even reading them.
 """
 
-import glob
 import io
 import itertools
 import json
 import os
-import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -118,7 +116,6 @@ def _any_member(file: io.FileIO, offset: int) -> tuple[Member | None, int]:
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 _PARQUET_ROWS = 64  # rows decoded at once; an image row is large
-_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class RawSample(NamedTuple):
@@ -337,48 +334,6 @@ def _check_columns(shard: str, wanted: Sequence[str], present: Sequence[str]) ->
         )
 
 
-def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that brace patterns and globs stand for, in order."""
-    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
-    paths = []
-    for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
-        found = [Path(pattern)] if Path(pattern).is_file() else _matching(pattern)
-        if not found:
-            raise ValueError(f"`{pattern}` matches no file. Check the paths and patterns in `shards`.")
-        paths += found
-    repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if repeated:
-        raise ValueError(f"Shards are named twice: {repeated[:3]}. Every shard is read once per epoch.")
-    return paths
-
-
-def _matching(pattern: str) -> list[Path]:
-    """The files that a glob finds, without statistics, and tables beside tar files, both written by img2dataset."""
-    found = [Path(name) for name in sorted(glob.glob(pattern)) if not name.endswith("_stats.json")]
-    archives = {str(path)[: -len(".tar")] for path in found if path.suffix == ".tar"}
-    return [path for path in found if path.suffix != ".parquet" or str(path)[: -len(".parquet")] not in archives]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    first, dots, last = match[1].partition("..")
-    if dots and first.isdigit() and last.isdigit():
-        if int(first) > int(last):
-            raise ValueError(f"`{pattern}` counts downwards. Write the smaller number first.")
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    elif "," in match[1]:
-        choices = match[1].split(",")
-    else:
-        raise ValueError(f"`{pattern}` has braces that are neither `{{000..287}}` nor `{{a,b}}`.")
-    return [
-        text
-        for choice in choices
-        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
-
-
 def _named(file: io.FileIO) -> Iterator[tuple[str, str, Member]]:
     """Key, extension and place of every file of an archive that belongs to a sample."""
     for member in iterate_members(file):
@@ -444,7 +399,6 @@ __all__ = [
     "RawSample",
     "Shard",
     "TarShard",
-    "expand_shard_paths",
     "iterate_members",
     "open_archive",
     "read_member",
