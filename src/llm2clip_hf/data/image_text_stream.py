@@ -19,13 +19,12 @@ from ..distributed import rank as process_rank
 from ..distributed import world_size as process_count
 from .image_text import PLACEHOLDER, ImageTextCollator
 from .images import ImageTransform, decode_image
-from .reports import SkipLog, SkipReport
+from .reports import SkipLog, SkipReport, check_choice
 from .sampling import (
     Layout,
     SampleDraws,
     WorkerPlan,
     batches_of_worker,
-    check_choice,
     check_sub_captions,
     checked_weights,
     plan_worker,

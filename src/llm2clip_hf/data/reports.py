@@ -62,12 +62,17 @@ class LoadReport:
         )
 
 
+def check_choice(name: str, value: str) -> None:
+    """ValueError unless an option that says what to do with a bad sample is `"error"` or `"skip"`."""
+    if value not in ("error", "skip"):
+        raise ValueError(f'`{name}` must be "error" or "skip", got {value!r}.')
+
+
 class BadRows:
     """The policy for bad rows: raises at the first, or counts them in a report."""
 
     def __init__(self, policy: str) -> None:
-        if policy not in ("error", "skip"):
-            raise ValueError(f'`on_bad_row` must be "error" or "skip", got {policy!r}.')
+        check_choice("on_bad_row", policy)
         self.skip = policy == "skip"
         self.report = LoadReport()
 

@@ -239,12 +239,6 @@ def check_sub_captions(sub_captions: float, is_stored: bool) -> None:
         )
 
 
-def check_choice(name: str, value: str) -> None:
-    """ValueError unless an option that says what to do with a bad sample is `"error"` or `"skip"`."""
-    if value not in ("error", "skip"):
-        raise ValueError(f'`{name}` must be "error" or "skip", got {value!r}.')
-
-
 def token_budget_batches(lengths: Sequence[int], max_tokens: int, pads: bool = True) -> Iterator[list[int]]:
     """
     Cut items into batches of similar length under a budget of tokens.

@@ -159,9 +159,9 @@ def source_fields(caption_fields: Mapping[str, str] | None, store: CaptionEmbedd
 
 def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> Shard:
     if path.suffix == ".tgz" or (path.stem if path.suffix in COMPRESSIONS else path.name).endswith(".tar"):
-        return TarShard(path, fields, image_column)
+        return TarShard(str(path), fields, image_column)
     if path.suffix == ".parquet":
-        return ParquetShard(path, fields, image_column, key_column)
+        return ParquetShard(str(path), fields, image_column, key_column)
     raise ValueError(
         f"Shard `{path}` is neither a `.tar` nor a `.parquet` file; `.tar.gz` and `.tar.zst` are read too."
     )

@@ -13,6 +13,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -140,13 +141,15 @@ class Shard(Protocol):
         """The samples at the ascending positions `wanted`."""
 
 
+@dataclass
 class TarShard:
     """
     A tar file in the webdataset layout: the members of a sample follow each other and share their name up to the dot.
     """
 
-    def __init__(self, path: Path, fields: dict[str, str], image_column: str | None = None) -> None:
-        self.path, self.name, self.fields, self.image_column = path, str(path), fields, image_column
+    name: str
+    fields: dict[str, str]
+    image_column: str | None = None
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of samples, from the headers alone."""
@@ -176,23 +179,18 @@ class TarShard:
         """Every sample in order; None for those that are not wanted."""
         chosen, seen = set(wanted), set[str]()
         try:
-            with open_archive(self.path) as file:
+            with open_archive(Path(self.name)) as file:
                 for position, (key, group) in enumerate(itertools.groupby(_named(file), key=lambda named: named[0])):
                     repeated, parts = key in seen, [(extension, member) for _, extension, member in group]
                     seen.add(key)
                     yield self._sample(file, position, key, parts, repeated) if position in chosen else None
         except (tarfile.TarError, OSError) as error:
             raise ValueError(
-                f"Shard `{self.path}` cannot be read: {error}. Download or write it again, as a plain tar file."
+                f"Shard `{self.name}` cannot be read: {error}. Download or write it again, as a plain tar file."
             ) from error
 
     def _sample(
-        self,
-        file: io.FileIO,
-        position: int,
-        key: str,
-        parts: list[tuple[str, Member]],
-        repeated: bool,
+        self, file: io.FileIO, position: int, key: str, parts: list[tuple[str, Member]], repeated: bool
     ) -> RawSample:
         extensions = [extension for extension, _ in parts]
         images = [extension for extension in extensions if self._is_image(extension)]
@@ -218,12 +216,14 @@ class TarShard:
         return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
+@dataclass
 class ParquetShard:
     """A parquet file with an image column, of `{"bytes": ..., "path": ...}` or of bytes."""
 
-    def __init__(self, path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> None:
-        self.path, self.name, self.fields = path, str(path), fields
-        self.image_column, self.key_column = image_column, key_column
+    name: str
+    fields: dict[str, str]
+    image_column: str | None
+    key_column: str | None
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of rows, from the file's metadata; a file without its metadata cannot be read at all."""
@@ -242,8 +242,7 @@ class ParquetShard:
         with self._open() as file:
             present = file.schema_arrow.names
             image = self.image_column or _find_image_column(self.name, file.schema_arrow)
-            columns = columns_of(self.fields, image, self.key_column, present)
-            _check_columns(self.name, columns, present)
+            columns = _columns_of(self.name, self.fields, image, self.key_column, present)
             first = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -258,8 +257,8 @@ class ParquetShard:
             chosen = wanted[(wanted >= first) & (wanted < first + batch.num_rows)]
             for position in chosen.tolist():
                 row = {name: batch.column(name)[position - first].as_py() for name in columns}
-                row[image] = located(row[image], self.path.parent)
-                yield _row_sample(position, row, self.fields, image, self.key_column, self.path.name)
+                row[image] = located(row[image], Path(self.name).parent)
+                yield _row_sample(position, row, self.fields, image, self.key_column, Path(self.name).name)
             first += batch.num_rows
 
     def _open(self) -> Any:
@@ -267,20 +266,23 @@ class ParquetShard:
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.ParquetFile(self.path)
+            return pyarrow.parquet.ParquetFile(self.name)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"Shard `{self.path}` cannot be read: {error}. Download or write it again.") from error
+            raise ValueError(f"Shard `{self.name}` cannot be read: {error}. Download or write it again.") from error
 
 
+@dataclass
 class DatasetShard:
     """One shard of a `datasets.IterableDataset`."""
 
-    def __init__(
-        self, dataset: Any, number: int, fields: dict[str, str], image_column: str, key_column: str | None
-    ) -> None:
-        self.dataset, self.number, self.fields = dataset, number, fields
-        self.image_column, self.key_column = image_column, key_column
-        self.name = f"shard {number} of {dataset.num_shards}"
+    dataset: Any
+    number: int
+    fields: dict[str, str]
+    image_column: str
+    key_column: str | None
+
+    def __post_init__(self) -> None:
+        self.name = f"shard {self.number} of {self.dataset.num_shards}"
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of rows, by reading one column of captions or keys."""
@@ -295,8 +297,7 @@ class DatasetShard:
         chosen, last = set(np.asarray(wanted).tolist()), int(wanted[-1])
         for position, row in enumerate(self._rows().skip(first), start=first):
             if position == first:
-                columns = columns_of(self.fields, self.image_column, self.key_column, list(row))
-                _check_columns(self.name, columns, list(row))
+                _columns_of(self.name, self.fields, self.image_column, self.key_column, list(row))  # checks them
             if position in chosen:
                 yield _row_sample(position, row, self.fields, self.image_column, self.key_column, self.name)
             if position >= last:
@@ -304,12 +305,6 @@ class DatasetShard:
 
     def _rows(self) -> Any:
         return self.dataset.shard(num_shards=self.dataset.num_shards, index=self.number)
-
-
-def columns_of(fields: dict[str, str], image_column: str, key_column: str | None, present: Sequence[str]) -> list[str]:
-    """Names of the columns that a sample is made of."""
-    names = [image_column, *(root_column(present, field) for field in fields.values())]
-    return list(dict.fromkeys(names + ([key_column] if key_column else [])))
 
 
 def _find_image_column(shard: str, schema: Any) -> str:
@@ -325,13 +320,17 @@ def _find_image_column(shard: str, schema: Any) -> str:
     return found[0]
 
 
-def _check_columns(shard: str, wanted: Sequence[str], present: Sequence[str]) -> None:
-    missing = sorted(set(wanted) - set(present))
-    if missing:
+def _columns_of(
+    shard: str, fields: dict[str, str], image_column: str, key_column: str | None, present: Sequence[str]
+) -> list[str]:
+    """The columns that a sample is made of."""
+    names = [image_column, *(root_column(present, field) for field in fields.values()), key_column or image_column]
+    if missing := sorted(set(names) - set(present)):
         raise ValueError(
             f"Shard `{shard}` has no columns {missing}, it has {sorted(present)}. Name the columns in "
             "`caption_fields`, `image_column` and `key_column`."
         )
+    return list(dict.fromkeys(names))
 
 
 def _named(file: io.FileIO) -> Iterator[tuple[str, str, Member]]:
