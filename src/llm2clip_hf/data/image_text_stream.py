@@ -163,8 +163,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         self.rank, self.world_size = 0, 1
         self.shard_over(*_this_process(rank, world_size))
 
-    # ------------------------------------------------------------------------------------------------ how it is read
-
     def __len__(self) -> int:
         """Samples per rank and epoch."""
         return self.num_samples // self.world_size
@@ -212,19 +210,14 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
         self.batch_size = batch_size
+        collate_fn = ImageTextCollator() if collate_fn is None else collate_fn
         return torch.utils.data.DataLoader(
-            self,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=ImageTextCollator() if collate_fn is None else collate_fn,
-            **kwargs,
+            self, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn, **kwargs
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Read epoch `epoch` from the next iteration on, in worker processes too."""
         self._epoch.fill_(epoch)
-
-    # ----------------------------------------------------------------------------------------------------- resuming
 
     def resume_at(self, epoch: int, batch: int, *, placeholders: bool = False, num_workers: int | None = None) -> None:
         """
@@ -288,8 +281,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             "batch_size": self.batch_size,
             "world_size": self.world_size,
         }
-
-    # ------------------------------------------------------------------------------------------------------- reading
 
     def __iter__(self) -> Iterator[Any]:
         """"""
