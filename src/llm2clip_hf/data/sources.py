@@ -79,11 +79,9 @@ def open_named(
     path = Path(source)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
-        _refuse(subset, "subset", f"the saved data set `{source}`")
-        if isinstance(saved, DatasetDict):
-            return saved[choose_split(saved, split, default, f"`{source}`")]
-        choose_split([saved.split or "train"], split, default, f"`{source}`")
-        return saved
+        _refuse_subset(subset, f"the saved data set `{source}`")
+        parts = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
+        return parts[choose_split(parts, split, default, f"`{source}`")]
     if path.is_dir():
         splits, left = _folder_splits(path, subset)
         files = SplitFiles(splits[choose_split(splits, split, default, f"the folder `{source}`")])
@@ -101,7 +99,7 @@ def open_named(
         raise ValueError(f"There is no file or folder `{source}`.")
     else:
         return _open_hub(str(source), split, subset, default, revision)
-    _refuse(subset, "subset", f"`{source}`")
+    _refuse_subset(subset, f"`{source}`")
     choose_split(["train"], split, "train", f"`{source}`, which is one table")
     return files
 
@@ -177,9 +175,9 @@ def _open_hub(source: str, split: str | None, subset: str | None, default: str, 
     return loaded
 
 
-def _refuse(value: str | None, option: str, source: str) -> None:
-    if value is not None:
-        raise ValueError(f"`{option}` ({value}) is for Hub data sets, and {source} has none. Leave it out.")
+def _refuse_subset(subset: str | None, source: str) -> None:
+    if subset is not None:
+        raise ValueError(f"`subset` ({subset}) is for Hub data sets, and {source} has none. Leave it out.")
 
 
 def open_dataset(files: Sequence[Path]) -> Dataset:
