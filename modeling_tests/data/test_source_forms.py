@@ -6,6 +6,7 @@ import io
 import json
 import random
 import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -317,3 +318,20 @@ def test_a_changed_header_is_refused_with_its_place(tmp_path):
     path.write_bytes(content)
     with open_archive(path) as file, pytest.raises(tarfile.TarError, match=f"no valid header at byte {header}"):
         list(iterate_members(file))
+
+
+def test_without_datasets_the_package_imports_and_says_what_to_install():
+    code = """
+import sys
+sys.modules["datasets"] = sys.modules["pyarrow"] = None
+import llm2clip_hf.data as data
+try:
+    from llm2clip_hf.data import load_captions
+except ImportError as error:
+    print(error)
+print(data.CaptionTable(["a cat"])[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "`load_captions` needs `datasets`. Install it with `pip install llm2clip-hf[train]`.\n['a cat']\n"
+    )
