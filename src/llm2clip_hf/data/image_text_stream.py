@@ -14,9 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..distributed import is_initialized
-from ..distributed import rank as process_rank
-from ..distributed import world_size as process_count
+from .. import distributed
 from .image_text import PLACEHOLDER, ImageTextCollator
 from .images import ImageTransform, decode_image
 from .reports import SkipLog, SkipReport, check_choice
@@ -443,8 +441,8 @@ def _this_process(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise ValueError(f"Pass both `rank` and `world_size` or none of them, got {rank} and {world_size}.")
     if rank is not None and world_size is not None:
         return rank, world_size
-    if is_initialized():
-        return process_rank(), process_count()
+    if distributed.is_initialized():
+        return distributed.rank(), distributed.world_size()
     # A script may make its data before the process group; a launcher has set these by then.
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
