@@ -110,7 +110,10 @@ class PairDraw:
         bad.report.texts_kept = sum(len(texts) for texts, _ in captions)
         self._count(bad.report)
         bits = pair_bits(self.seed, int(self.epoch), np.array(labels, dtype=np.int64))
-        drawn = [draw_pair(*entry, self.sides, *row_bits)[:2] for entry, *row_bits in zip(captions, *bits)]
+        drawn = [
+            draw_pair(texts, sources, self.sides, *row_bits)[:2]
+            for (texts, sources), *row_bits in zip(captions, *bits)
+        ]
         anchors, positives = [anchor for anchor, _ in drawn], [positive for _, positive in drawn]
         return {"anchor": anchors, "positive": positives, "label": labels}
 
