@@ -13,11 +13,8 @@ from transformers.trainer_utils import has_length
 from ...data import ImageTextCollator
 from ...hub.cards import LLM2CLIPModelCardData
 from ...losses import ContrastiveLoss
-from ...modeling.card_llm2clip import is_repository
-from ...modeling.publishing_llm2clip import (
-    hub_errors,
-    pin_text_model,
-)
+from ...modeling.configuration_llm2clip import is_repository, pin_text_model
+from ...modeling.loading_llm2clip import hub_errors
 from ..base_trainer import (
     BaseTrainer,
     EpochCallback,
