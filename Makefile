@@ -42,7 +42,7 @@ docs: $(VENV)/.dev  ## Build the documentation site in build/site; warnings are 
 	$(BIN)/mkdocs build --quiet
 
 cards: $(VENV)/.demo  ## Write the cards of the released checkpoints again
-	$(BIN)/python -c "from llm2clip_hf.hub.conversion_card import write_released_cards; write_released_cards('model_cards')"
+	$(BIN)/python -c "from llm2clip_hf.hub.cards import write_released_cards; write_released_cards('model_cards')"
 
 clean:  ## Remove the environment and what was built
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -26,7 +26,8 @@ def run(argv: Sequence[str]) -> int:
         parser.error("FOLDER is required")
 
     from ..hub import LLM2CLIPModelCardData
-    from ..hub.cards import CARD_FILE, FACTS_FILE
+    from ..hub.card_facts import FACTS_FILE
+    from ..hub.cards import CARD_FILE
 
     folder = Path(arguments.folder)
     if not folder.is_dir():
@@ -71,7 +72,7 @@ def _parser() -> VerbParser:
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..modeling.card_llm2clip import is_repository
+    from ..modeling.configuration_llm2clip import is_repository
 
     datasets = arguments.dataset or []
     fields: dict[str, Any] = {

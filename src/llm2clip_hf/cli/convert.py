@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         parser.error("SOURCE and OUTPUT_DIR are required")
 
     from ..hub import convert_checkpoint
-    from ..hub.text_keys import PUBLISHED_LLMS
+    from ..hub.checkpoint_files import PUBLISHED_LLMS
     from ..modeling import LLM2CLIPConfig
 
     report = convert_checkpoint(

@@ -239,6 +239,33 @@ def check_sub_captions(sub_captions: float, is_stored: bool) -> None:
         )
 
 
+# Padded tokens that one more pass through the LLM is worth: its launches, and matrices too small to fill a device.
+_TOKENS_PER_PASS = 1024
+
+
+def length_groups(lengths: Sequence[int], tokens_per_pass: int = _TOKENS_PER_PASS) -> list[list[int]]:
+    """
+    The partition of rows into passes with the lowest cost: padded tokens, and a constant for each pass.
+
+    Exact, by dynamic programming over the distinct lengths: some best partition is a cut of the sorted rows, since
+    sorting the rows into passes of the same sizes makes no pass longer.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    distinct, counts = np.unique(np.asarray(lengths), return_counts=True)
+    distinct, ends = distinct[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
+    cost = np.zeros(len(ends))
+    first = np.zeros(len(ends), dtype=np.int64)  # where the last pass of the best partition of a prefix begins
+    for end in range(1, len(ends)):
+        options = cost[:end] + (ends[end] - ends[:end]) * distinct[:end] + tokens_per_pass
+        first[end] = options.argmin()
+        cost[end] = options[first[end]]
+    groups, end = [], len(ends) - 1
+    while end > 0:
+        groups.append(order[ends[first[end]] : ends[end]])
+        end = int(first[end])
+    return groups[::-1]
+
+
 def token_budget_batches(lengths: Sequence[int], max_tokens: int, pads: bool = True) -> Iterator[list[int]]:
     """
     Cut items into batches of similar length under a budget of tokens.
