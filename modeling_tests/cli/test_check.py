@@ -459,7 +459,7 @@ def test_adaptor_trained_on_stored_embeddings_gets_the_llm_that_made_them(folder
 def test_models_of_the_hub_are_looked_up_and_not_fetched(folder: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from llm2clip_hf.training.size_estimate import find_model
+from llm2clip_hf.training.model_checks import find_model
 print(find_model("org/llm", "llm").model_type)
 for name in ("org/empty", "org/absent"):
     try:

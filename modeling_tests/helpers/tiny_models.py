@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny towers, language models and tokenizers, built in code: odd, pairwise different sizes, no downloads."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     CLIPImageProcessorPil,
     PreTrainedTokenizerFast,
 )
@@ -188,3 +190,28 @@ def model(vision: str = "clip", text: str | None = "llama", seed: int = 0, **kwa
 def images(batch: int = 5, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def save_llm(
+    folder: Path,
+    architecture: str = "llama",
+    instruct: bool = True,
+    seed: int = 5,
+    head: Any = AutoModel,
+    **changes: Any,
+) -> str:
+    """A folder of a language model and its tokenizer; `head` is its Auto class."""
+    torch.manual_seed(seed)
+    llm_config = text_config(architecture)
+    llm_config.update(changes)
+    head.from_config(llm_config).save_pretrained(folder)
+    llama3_tokenizer(instruct).save_pretrained(folder)
+    return str(folder)
+
+
+def draw_lora(model: Any) -> Any:
+    """`lora_B` is zero at first, which would make adapters do nothing and every gradient of `lora_A` zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model

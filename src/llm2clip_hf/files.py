@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,26 @@ def temporary_folder(output: Path) -> Iterator[Path]:
             parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def written_into(target: Path, last: str, replaced: Sequence[str] = ()) -> Iterator[Path]:
+    """
+    A temporary folder whose files are moved into `target`, which keeps its other files, when the block ends.
+
+    `last` is the file by which a folder counts as finished: it is removed first and moved last, so that a folder that
+    is half replaced never passes for a finished one. `replaced` are patterns of files that must not be left over.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+        yield Path(name)
+        files = [file for file in Path(name).rglob("*") if file.is_file()]
+        for old in (target / last, *(file for pattern in replaced for file in target.glob(pattern))):
+            old.unlink(missing_ok=True)
+        for file in sorted(files, key=lambda file: (file == Path(name) / last, file)):
+            destination = target / file.relative_to(name)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, destination)
 
 
 __all__ = ["temporary_folder"]

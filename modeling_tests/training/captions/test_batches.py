@@ -4,12 +4,14 @@
 import itertools
 
 import pytest
+import tiny_models
 import torch
 from process_groups import run_ranks
 
+from llm2clip_hf.data.sampling import length_groups
 from llm2clip_hf.training import build_caption_encoder
 from llm2clip_hf.training.captions import batches as caption_batches
-from llm2clip_hf.training.captions.batches import embed_columns, length_groups, mini_batches
+from llm2clip_hf.training.captions.batches import embed_columns, mini_batches
 from llm2clip_hf.training.captions.loss import CaptionContrastiveLoss
 
 
@@ -22,11 +24,7 @@ COLUMNS = [
 
 def encoder_of(llm_dir: str, dropout: float = 0.0):
     torch.manual_seed(0)
-    encoder = build_caption_encoder(llm_dir, lora={"lora_dropout": dropout})
-    for name, parameter in encoder.named_parameters():
-        if "lora_B" in name:  # zero at first, which would make every gradient of lora_A zero
-            torch.nn.init.normal_(parameter, std=0.05)
-    return encoder.train()
+    return tiny_models.draw_lora(build_caption_encoder(llm_dir, lora={"lora_dropout": dropout})).train()
 
 
 def tokens(encoder, prompt: str | None = None) -> list[dict]:

@@ -31,6 +31,7 @@ from llm2clip_hf.training import (
     MNTPTrainingArguments,
     build_caption_encoder,
 )
+from llm2clip_hf.training.base_trainer import check_settings
 
 
 def repeated_captions() -> datasets.Dataset:
@@ -116,8 +117,9 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 def run_verb(folder: Path, fsdp: bool) -> dict[str, torch.Tensor]:
     """`llm2clip train-captions`, from its options on; under FSDP, what it says."""
     options = TrainCaptionsOptions(
-        llm=str(folder / "llm"), captions=str(folder / "captions.jsonl"), num_test_images=4, lora_r=4
-    )
+        llm=str(folder / "llm"), captions=str(folder / "captions.jsonl"), num_test_images=4, lora_r=4,
+        mntp_steps=0 if fsdp else 1,
+    )  # fmt: skip
     common = COMMON | {"warmup_steps": 0} | (FSDP if fsdp else {})
     args = CaptionContrastiveTrainingArguments(str(folder / "out"), per_device_train_batch_size=3, **common)
     train, test = load_sources(options, args.seed)
@@ -136,6 +138,24 @@ def make_mntp_trainer(folder: Path) -> dict[str, torch.Tensor]:
     with pytest.raises(ValueError) as info:
         MNTPTrainer(str(folder / "llm"), args, ["a red boat on the sea"] * 9)
     return {"message": as_tensor(info.value)}
+
+
+def start_without_use_cpu(folder: Path) -> dict[str, torch.Tensor]:
+    """As by torchrun on a machine without a GPU: each process would be the first one, and save."""
+    os.environ.pop("ACCELERATE_USE_CPU")
+    with pytest.raises(ValueError) as info:
+        check_settings(CaptionContrastiveTrainingArguments(str(folder / "out"), report_to="none"))
+    with pytest.raises(ValueError, match=r"^2 processes were started"):
+        MNTPTrainer(str(folder / "llm"), MNTPTrainingArguments(str(folder / "mntp")), ["a red boat"])
+    return {"message": as_tensor(info.value)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes find one another on GPUs")
+def test_processes_that_would_train_apart_are_refused(tmp_path):
+    for result in in_two_processes(start_without_use_cpu, tmp_path):
+        message = bytes(result["message"].tolist()).decode()
+        assert message.startswith("2 processes were started, but on this machine each of them would train by itself")
+        assert "`--use_cpu True`" in message
 
 
 def pretend_accelerators() -> None:

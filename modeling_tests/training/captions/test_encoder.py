@@ -21,28 +21,16 @@ from llm2clip_hf.modeling import apply_text_template, pool_text
 from llm2clip_hf.modeling.processing_llm2clip import text_end_token
 from llm2clip_hf.training import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments, build_caption_encoder
 from llm2clip_hf.training.captions.caption_pooling import CaptionPooling
-from llm2clip_hf.training.lora import describe_llm
+from llm2clip_hf.training.model_checks import describe_llm
 
 
 TEXTS = ["a red boat", "http://example.com/cat.jpg", "  two dogs run over the grass  ", "x", "", "a photo. " * 20]
 POOLINGS = ["mean", "eos", "last"]
 
 
-def save_llm(folder: Path, architecture: str = "llama", instruct: bool = True) -> str:
-    torch.manual_seed(5)
-    AutoModel.from_config(tiny_models.text_config(architecture)).save_pretrained(folder)
-    tiny_models.llama3_tokenizer(instruct).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llm(tmp_path_factory.mktemp("llm"))
-
-
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llm(tmp_path_factory.mktemp("base"), instruct=False)
+    return tiny_models.save_llm(tmp_path_factory.mktemp("base"), instruct=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +38,6 @@ def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("vision")
     AutoModel.from_config(tiny_models.vision_config("clip")).save_pretrained(folder)
     return str(folder)
-
-
-def with_random_lora(encoder):
-    for name, parameter in encoder.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return encoder.eval()
 
 
 def model_embeds(model: LLM2CLIPModel, folder: str, side: str) -> torch.Tensor:
@@ -73,8 +54,8 @@ def model_embeds(model: LLM2CLIPModel, folder: str, side: str) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_saved_encoder_equals_the_model_built_from_it(tmp_path, vision_dir, architecture, pooling):
-    llm = save_llm(tmp_path / "llm", architecture)
-    encoder = with_random_lora(build_caption_encoder(llm, pooling=pooling))
+    llm = tiny_models.save_llm(tmp_path / "llm", architecture)
+    encoder = tiny_models.draw_lora(build_caption_encoder(llm, pooling=pooling)).eval()
     encoder.tokenizer.padding_side = "left"
     embeddings = encoder.encode(TEXTS, convert_to_tensor=True)
     for row, text in enumerate(TEXTS):
@@ -195,33 +176,40 @@ results = []
 for folder in sys.argv[2:]:
     texts = json.loads(sys.argv[1])
     encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    encoder.save_pretrained(folder + "-again")
+    encoder = SentenceTransformer(folder + "-again", trust_remote_code=True, device="cpu")
     llm, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    results.append([encoder.encode(texts).tolist(), llm.config.is_causal, llm.config.text_pooling])
+    settings = [llm.config.is_causal, llm.config.text_pooling, tokenizer("a red boat")["input_ids"]]
+    results.append([encoder.encode(texts).tolist(), settings])
 print(json.dumps(results))
 """
 
 
 @pytest.mark.slow
-def test_folders_of_all_poolings_load_without_the_package(llm_dir, tmp_path):
-    folders, expected = [], []
-    for pooling in ("eos", "last"):
-        encoder = with_random_lora(build_caption_encoder(llm_dir, pooling=pooling))
-        encoder.save_pretrained(str(tmp_path / pooling))
-        folders.append(str(tmp_path / pooling))
-        expected.append(encoder.encode(TEXTS))
+def test_folders_load_with_and_without_the_package(llm_dir, tmp_path):
+    expected = {}
+    for pooling in POOLINGS:
+        folder = str(tmp_path / pooling)
+        encoder = tiny_models.draw_lora(build_caption_encoder(llm_dir, pooling=pooling)).eval()
+        args = CaptionContrastiveTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+        CaptionContrastiveTrainer(encoder, args).save_model(folder)
+        expected[folder] = (
+            torch.tensor(encoder.encode(TEXTS)),
+            [False, pooling, encoder.tokenizer("a red boat")["input_ids"]],
+        )
+        here = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+        torch.testing.assert_close(torch.tensor(here.encode(TEXTS)), expected[folder][0], atol=1e-5, rtol=0)
     result = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(TEXTS), *folders],
+        [sys.executable, "-c", LOAD, json.dumps(TEXTS), *expected],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 0, result.stderr
-    for pooling, wanted, (got, is_causal, stored) in zip(
-        ("eos", "last"), expected, json.loads(result.stdout.splitlines()[-1])
-    ):
-        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), atol=1e-5, rtol=0)
-        assert (is_causal, stored) == (False, pooling)
+    for (wanted, settings), (got, found) in zip(expected.values(), json.loads(result.stdout.splitlines()[-1])):
+        torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-5, rtol=0)
+        assert found == settings
 
 
 def test_folder_remembers_its_length(llm_dir, tmp_path):
@@ -322,7 +310,7 @@ def moe_vectors(encoder: SentenceTransformer) -> torch.Tensor:
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("architecture", list(tiny_models.MOE))
 def test_mixture_of_experts_is_trained_saved_and_merged(tmp_path, vision_dir, caplog, architecture, experts):
-    llm = save_llm(tmp_path / "llm", architecture)
+    llm = tiny_models.save_llm(tmp_path / "llm", architecture)
     encoder = build_caption_encoder(llm, lora={"r": 4, **(EXPERTS if experts else {})})
     trained = {name for name, p in encoder.llm.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -333,7 +321,7 @@ def test_mixture_of_experts_is_trained_saved_and_merged(tmp_path, vision_dir, ca
     assert "is a mixture of experts: LoRA is on " in caplog.text and count in caplog.text
     assert ("stay as they are" in caplog.text) != experts
 
-    with_random_lora(encoder)
+    tiny_models.draw_lora(encoder).eval()
     wanted = moe_vectors(encoder)
     assert (wanted - moe_vectors(build_caption_encoder(llm, lora=None))).abs().max() > 0.1
     encoder.save_pretrained(str(tmp_path / "merged"))
@@ -355,7 +343,7 @@ def test_mixture_of_experts_is_trained_saved_and_merged(tmp_path, vision_dir, ca
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_training_of_a_mixture_of_experts_reaches_its_end(tmp_path, experts):
-    llm = save_llm(tmp_path / "llm", "mixtral")
+    llm = tiny_models.save_llm(tmp_path / "llm", "mixtral")
     encoder = build_caption_encoder(llm, lora={"r": 4, **(EXPERTS if experts else {})})
     args = CaptionContrastiveTrainingArguments(
         str(tmp_path / "out"), max_steps=2, save_steps=1, per_device_train_batch_size=3, mini_batch_size=2,
@@ -371,7 +359,7 @@ def test_training_of_a_mixture_of_experts_reaches_its_end(tmp_path, experts):
 
 
 def test_targets_that_are_not_what_they_seem_in_a_mixture_are_refused(tmp_path):
-    llm = save_llm(tmp_path / "llm", "deepseek_v3")
+    llm = tiny_models.save_llm(tmp_path / "llm", "deepseek_v3")
     for targets in (["q_a_proj", "down_proj"], r".*\.(q_a_proj|gate_proj)"):
         with pytest.raises(ValueError, match=r"takes for the experts.*among kv_a_proj.*'target_parameters'"):
             build_caption_encoder(llm, lora={"target_modules": targets})
@@ -386,7 +374,7 @@ def test_targets_that_are_not_what_they_seem_in_a_mixture_are_refused(tmp_path):
 
 
 def test_check_says_what_is_trained_of_a_mixture(tmp_path):
-    text = describe_llm(save_llm(tmp_path / "llm", "gpt_oss"), lora_rank=4, dtype="float32")
+    text = describe_llm(tiny_models.save_llm(tmp_path / "llm", "gpt_oss"), lora_rank=4, dtype="float32")
     encoder = build_caption_encoder(str(tmp_path / "llm"), lora={"r": 4})
     trained = sum(p.numel() for p in encoder.llm.parameters() if p.requires_grad)
     assert f"LoRA on k_proj, o_proj, q_proj, v_proj, {trained / 1e6:.2f} M parameters; experts (0.04 M" in text

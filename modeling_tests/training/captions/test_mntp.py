@@ -3,6 +3,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Con
 from llm2clip_hf.modeling import apply_text_template
 from llm2clip_hf.training import MNTPTrainer, MNTPTrainingArguments, build_caption_encoder
 from llm2clip_hf.training.base_trainer import gpu_supports_bf16
-from llm2clip_hf.training.captions.mntp import MaskedTextCollator, MaskedTexts
+from llm2clip_hf.training.captions.mntp import MaskedTexts, collate_masked
 
 
 TEXTS = [
@@ -28,11 +29,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def lm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("lm")
-    torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(tiny_models.text_config("llama")).save_pretrained(folder)
-    tiny_models.llama3_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny_models.save_llm(tmp_path_factory.mktemp("lm"), head=AutoModelForCausalLM)
 
 
 def arguments(folder: Path, **kwargs: object) -> MNTPTrainingArguments:
@@ -97,7 +94,7 @@ def test_workers_that_live_on_see_the_epoch():
     tokenizer.pad_token = tokenizer.eos_token
     data = masked(tokenizer)
     loader = torch.utils.data.DataLoader(
-        data, 5, num_workers=1, persistent_workers=True, collate_fn=MaskedTextCollator(tokenizer)
+        data, 5, num_workers=1, persistent_workers=True, collate_fn=partial(collate_masked, tokenizer)
     )
     for epoch in (0, 1, 0):
         data.set_epoch(epoch)
@@ -129,7 +126,7 @@ def test_collator_pads_ids_and_labels_together(side):
     tokenizer = tiny_models.llama3_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, side
     rows = [{"input_ids": [1, 8, 9], "labels": [-100, 5, -100]}, {"input_ids": [1], "labels": [-100]}]
-    batch = MaskedTextCollator(tokenizer)(rows)
+    batch = partial(collate_masked, tokenizer)(rows)
     pad = [tokenizer.eos_token_id] * 2
     second, mask = ([*pad, 1], [0, 0, 1]) if side == "left" else ([1, *pad], [1, 0, 0])
     assert batch["input_ids"].tolist() == [[1, 8, 9], second]
@@ -349,6 +346,8 @@ def test_weights_in_half_precision_are_not_trained(lm_dir, tmp_path):
 def test_wrong_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MNTPTrainingArguments(str(tmp_path), **options)
+    # What has no effect in stage 1 has one here.
+    assert MNTPTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, neftune_noise_alpha=5.0, use_cpu=True)
 
 
 def test_wrong_models_and_tokens_are_refused(lm_dir, tmp_path):

@@ -48,7 +48,7 @@ def record_batches(trainer: CaptionContrastiveTrainer) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- the sources
 
 
-def test_every_batch_of_a_mapping_has_one_source_and_its_instruction(llm_dir, tmp_path):  # noqa: F811
+def test_every_batch_of_a_mapping_has_one_source_and_its_instruction(llm_dir, tmp_path):
     sources = training_set("mixed")
     args = arguments(tmp_path, num_train_epochs=2, save_strategy="no")
     trainer = CaptionContrastiveTrainer(encoder_with_random_lora(llm_dir), args, sources)
@@ -69,7 +69,7 @@ def test_every_batch_of_a_mapping_has_one_source_and_its_instruction(llm_dir, tm
             assert len(seen[name][epoch]) == len(source) // 5 * 5
 
 
-def test_equal_captions_are_not_negatives_behind_an_instruction(llm_dir, tmp_path):  # noqa: F811
+def test_equal_captions_are_not_negatives_behind_an_instruction(llm_dir, tmp_path):
     class Waves(Texts):
         def __getitem__(self, row):
             texts = [("a wave", "a man on a wave"), ("the sea", "a wave")][row % 2]
@@ -92,7 +92,7 @@ def test_equal_captions_are_not_negatives_behind_an_instruction(llm_dir, tmp_pat
     assert losses[0] == pytest.approx(plain[1].item() / 2, rel=1e-4)  # the first row has no negative left
 
 
-def test_labels_of_a_plain_dataset_keep_captions_of_an_image_apart(llm_dir, tmp_path):  # noqa: F811
+def test_labels_of_a_plain_dataset_keep_captions_of_an_image_apart(llm_dir, tmp_path):
     columns = {"label": [7, 8, 7], "positive": ["red", "blue", "green"], "anchor": ["boat", "tree", "dog"]}
     encoder = encoder_with_random_lora(llm_dir).eval()
     args = arguments(tmp_path, per_device_train_batch_size=3)
@@ -108,7 +108,7 @@ def test_labels_of_a_plain_dataset_keep_captions_of_an_image_apart(llm_dir, tmp_
     assert loss == pytest.approx(-logits.log_softmax(1).diagonal().mean().item(), rel=1e-4)
 
 
-def test_stream_trains_for_max_steps_over_its_end(llm_dir, tmp_path):  # noqa: F811
+def test_stream_trains_for_max_steps_over_its_end(llm_dir, tmp_path):
     rows = [{"anchor": f"a {i}", "positive": f"b {i}", "label": i} for i in range(7)]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
     args = arguments(tmp_path, max_steps=4, save_strategy="no")
@@ -120,7 +120,7 @@ def test_stream_trains_for_max_steps_over_its_end(llm_dir, tmp_path):  # noqa: F
     assert read[:20] == [f"a {number % 7}" for number in range(20)]
 
 
-def test_shuffled_stream_keeps_its_instruction_and_draws_anew_in_every_pass(llm_dir, tmp_path):  # noqa: F811
+def test_shuffled_stream_keeps_its_instruction_and_draws_anew_in_every_pass(llm_dir, tmp_path):
     args = arguments(tmp_path, max_steps=14, save_strategy="no")  # three passes and a bit
     trainer = CaptionContrastiveTrainer(encoder_with_random_lora(llm_dir), args, training_set("shuffled"))
     batches = record_batches(trainer)
@@ -150,7 +150,7 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(llm_dir, folder: Path, kind: str, resume: bool = False, kill: int | None = None, **kwargs):  # noqa: F811
+def run(llm_dir, folder: Path, kind: str, resume: bool = False, kill: int | None = None, **kwargs):
     encoder = encoder_with_random_lora(llm_dir, lora={"lora_dropout": 0.3})
     args = arguments(folder, save_steps=3, max_steps=9, **kwargs)
     trainer = CaptionContrastiveTrainer(encoder, args, training_set(kind), callbacks=[Kill(kill)] if kill else None)
@@ -167,7 +167,7 @@ def run(llm_dir, folder: Path, kind: str, resume: bool = False, kill: int | None
         ("shuffled", 8, {}),  # within the second pass
     ],
 )
-def test_killed_run_goes_on_with_the_same_weights(llm_dir, tmp_path, kind, kill, kwargs):  # noqa: F811
+def test_killed_run_goes_on_with_the_same_weights(llm_dir, tmp_path, kind, kill, kwargs):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -200,7 +200,7 @@ def test_killed_run_goes_on_with_the_same_weights(llm_dir, tmp_path, kind, kill,
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluator_runs_before_during_and_alone_and_the_best_model_is_loaded(llm_dir, tmp_path):  # noqa: F811
+def test_evaluator_runs_before_during_and_alone_and_the_best_model_is_loaded(llm_dir, tmp_path):
     evaluator = CaptionRetrievalEvaluator([captions[:2] for captions in CAPTIONS], name="held-out")
     options = {
         "eval_on_start": True,
@@ -233,7 +233,7 @@ def test_evaluator_runs_before_during_and_alone_and_the_best_model_is_loaded(llm
         trainer._load_best_model()
 
 
-def test_loss_of_evaluation_sets_is_the_formula_by_name(llm_dir, tmp_path):  # noqa: F811
+def test_loss_of_evaluation_sets_is_the_formula_by_name(llm_dir, tmp_path):
     encoder = encoder_with_random_lora(llm_dir)
     pairs = CaptionPairDataset(CAPTIONS[:5])
     plain = datasets.Dataset.from_dict({"positive": ["red", "blue"] * 5, "anchor": [f"{i} boats" for i in range(10)]})
@@ -252,7 +252,7 @@ def test_loss_of_evaluation_sets_is_the_formula_by_name(llm_dir, tmp_path):  # n
     assert trainer.evaluate(plain.select(range(4)))["eval_loss"] > 0  # fewer rows than a batch
 
 
-def test_evaluation_drops_no_rows(llm_dir, tmp_path):  # noqa: F811
+def test_evaluation_drops_no_rows(llm_dir, tmp_path):
     encoder = encoder_with_random_lora(llm_dir)
     columns = {"anchor": [f"{i} boats" for i in range(12)], "positive": [f"the boats {i}" for i in range(12)]}
     rows = datasets.Dataset.from_dict({**columns, "label": range(12)})
@@ -274,7 +274,7 @@ def test_evaluation_drops_no_rows(llm_dir, tmp_path):  # noqa: F811
 # ------------------------------------------------------------------------------------------------- what stops a run
 
 
-def test_wrong_training_sets_are_refused(llm_dir, tmp_path, caplog):  # noqa: F811
+def test_wrong_training_sets_are_refused(llm_dir, tmp_path, caplog):
     encoder = encoder_with_random_lora(llm_dir)
 
     def trainer(dataset: object, **kwargs: object) -> CaptionContrastiveTrainer:
@@ -308,7 +308,7 @@ def test_wrong_training_sets_are_refused(llm_dir, tmp_path, caplog):  # noqa: F8
     assert "The source `a` of 4 rows holds less than one batch of 5 pairs per device" in caplog.text
 
 
-def test_weights_in_half_precision_are_not_trained(llm_dir, tmp_path):  # noqa: F811
+def test_weights_in_half_precision_are_not_trained(llm_dir, tmp_path):
     pairs = training_set("pairs")
     encoder = build_caption_encoder(llm_dir, lora=None, dtype=torch.bfloat16)
     with pytest.raises(
@@ -322,7 +322,7 @@ def test_weights_in_half_precision_are_not_trained(llm_dir, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("kind", ["pairs", "stream"])
-def test_batch_size_is_lowered_where_memory_ends(llm_dir, tmp_path, kind):  # noqa: F811
+def test_batch_size_is_lowered_where_memory_ends(llm_dir, tmp_path, kind):
     tried = []
 
     class SmallMemory(CaptionContrastiveTrainer):
@@ -338,7 +338,7 @@ def test_batch_size_is_lowered_where_memory_ends(llm_dir, tmp_path, kind):  # no
     assert (tried[0], tried[-2:]) == (5, [4, 4])
 
 
-def test_one_row_without_a_negative_is_refused(llm_dir, tmp_path):  # noqa: F811
+def test_one_row_without_a_negative_is_refused(llm_dir, tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=1, max_steps=1, save_strategy="no")
     encoder = encoder_with_random_lora(llm_dir)
     with pytest.raises(ValueError, match="one row without a hard negative"):
@@ -346,7 +346,7 @@ def test_one_row_without_a_negative_is_refused(llm_dir, tmp_path):  # noqa: F811
     CaptionContrastiveTrainer(encoder, args, Texts("a", 3, negatives=True)).train()
 
 
-def test_finished_run_records_how_it_was_trained_in_text(llm_dir, tmp_path):  # noqa: F811
+def test_finished_run_records_how_it_was_trained_in_text(llm_dir, tmp_path):
     args = arguments(tmp_path / "run", max_steps=2, save_strategy="no", learning_rate=3e-4, seed=11)
     trainer = CaptionContrastiveTrainer(encoder_with_random_lora(llm_dir), args, training_set("pairs"))
     trainer.train()
@@ -364,7 +364,7 @@ def test_finished_run_records_how_it_was_trained_in_text(llm_dir, tmp_path):  # 
         assert str(tmp_path) not in json.dumps(options)
 
 
-def test_text_whose_embedding_is_not_finite_is_named_with_its_step(llm_dir, tmp_path):  # noqa: F811
+def test_text_whose_embedding_is_not_finite_is_named_with_its_step(llm_dir, tmp_path):
     encoder = encoder_with_random_lora(llm_dir)
     bad = encoder.tokenizer("7", add_special_tokens=False)["input_ids"][-1]
     table = encoder.llm.get_input_embeddings().weight
@@ -389,7 +389,7 @@ def test_text_whose_embedding_is_not_finite_is_named_with_its_step(llm_dir, tmp_
     assert "boat" not in str(info.value)  # no text is to blame
 
 
-def test_gradient_that_is_not_finite_stops_before_the_weights_are_touched(llm_dir, tmp_path):  # noqa: F811
+def test_gradient_that_is_not_finite_stops_before_the_weights_are_touched(llm_dir, tmp_path):
     encoder = encoder_with_random_lora(llm_dir)
     trained = next(p for p in encoder.parameters() if p.requires_grad)
     trained.register_hook(lambda gradient: gradient * float("nan"))

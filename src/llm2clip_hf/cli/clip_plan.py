@@ -42,7 +42,7 @@ class Plan:
 
 def find_models(options: Any) -> dict[str, Any]:
     """The configs of the models that are named, which are there with their weights, by option."""
-    from ..training.lora import find_model
+    from ..training.model_checks import find_model
 
     configs = {
         option: find_model(name, option, trust_remote_code=option == "model" and options.trust_remote_code)
@@ -139,7 +139,7 @@ def check_llm(options: Any, configs: dict[str, Any], model: Any, processor: Any,
     """Whether the LLM that will embed captions is there and fits the adaptor, the pooling and the template."""
     from ..modeling.pretrained_llm2clip import check_end_token
     from ..training.captions.encoder import check_caption_encoder
-    from ..training.lora import find_model
+    from ..training.model_checks import find_model
 
     config, llm = model.config, configs.get("text_model")
     if llm is None:
@@ -283,7 +283,7 @@ def embed_missing(options: Any, plan: Plan, captions: Any, folder: str) -> "Capt
 def print_plan(options: Any, args: Any, plan: Plan) -> None:
     """What would run: data, models, what is trained, steps, and the size of the stores."""
     from ..data import find_overlap
-    from ..training.lora import describe_llm, describe_trained
+    from ..training.model_checks import describe_llm, describe_trained
 
     if plan.table is None:
         fields = named_values(options.caption_fields, "caption_fields") or {}

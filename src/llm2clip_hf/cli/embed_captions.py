@@ -66,7 +66,7 @@ def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
     """The captions and their keys, after all checks that need no weights; prints what would be embedded."""
     from ..data import CaptionEmbeddingStore
     from ..training.captions.encoder import check_caption_encoder
-    from ..training.lora import describe_llm, find_model
+    from ..training.model_checks import describe_llm, find_model
 
     if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
         raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")

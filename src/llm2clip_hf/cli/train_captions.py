@@ -114,7 +114,7 @@ def prepare(
     from ..training.captions.encoder import check_caption_encoder
     from ..training.captions.mntp import mask_token_id
     from ..training.captions.sources import count_steps
-    from ..training.lora import find_model
+    from ..training.model_checks import find_model
 
     check_sources(options)
     check_settings(args)
@@ -267,7 +267,7 @@ def print_plan(
     steps: int,
 ) -> None:
     """What would run: data, steps, size of the model."""
-    from ..training.lora import describe_llm
+    from ..training.model_checks import describe_llm
 
     batch = args.per_device_train_batch_size * args.world_size
     for name, source in train.items():

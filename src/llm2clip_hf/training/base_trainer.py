@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which precision a device trains in."""
+"""What all trainers share: checks, callbacks, checkpoints that appear whole, pushing, and the stop at NaN."""
 
 import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,16 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
+from transformers.utils.hub import PushInProgress
 
+from ..distributed import world_size
 from ..files import _REPLACED, UNFINISHED, publish_folder, write_json_atomically
 from ..hub.card_facts import ARGUMENTS_FILE, STATE_FILE
+from ..hub.cards import CARD_FILE
+from ..hub.publishing import stated_license
+from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors
+from .publishing import link_files, push_copy, push_folder, pushable_files
 
 
 def gpu_supports_bf16() -> bool:
@@ -41,33 +50,6 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called before the loader of the epoch is read, and before its workers start."""
         self.dataset.set_epoch(int(state.epoch or 0))
-
-
-class LogitScaleClamp(TrainerCallback):
-    """Keeps the logit scale in `[1, max_logit_scale]` after each optimizer step (CLIP, arXiv 2103.00020, 2.5)."""
-
-    def __init__(self, max_logit_scale: float, deepspeed: bool = False) -> None:
-        self.max_log = math.log(max_logit_scale)
-        self.deepspeed = deepspeed
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Called right after the optimizer's step."""
-        with torch.no_grad():
-            model.logit_scale.clamp_(0.0, self.max_log)
-            if self.deepspeed:
-                self._clamp_copy(model.logit_scale)
-
-    def _clamp_copy(self, parameter: torch.Tensor) -> None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        copy = safe_get_full_fp32_param(parameter)  # on all processes, each of which may hold a part
-        if copy is not None:
-            safe_set_full_fp32_param(parameter, copy.clamp(0.0, self.max_log))
-        elif parameter.dtype != torch.float32:
-            raise RuntimeError(
-                f"DeepSpeed trains `logit_scale` in {parameter.dtype}, and its float32 copy, which has to be clamped, "
-                "is out of reach without ZeRO. Set `zero_optimization.stage` to 1 or 2 in the DeepSpeed config."
-            )
 
 
 def seed_run(args: TrainingArguments) -> None:
@@ -210,7 +192,12 @@ def check_data_parallel(trainer: Any) -> None:
 
 
 def check_one_device(args: Any) -> None:
-    """Checks that a process trains on one device."""
+    """Checks that a process trains on one device, and that processes that were started together train together."""
+    if world_size() != args.world_size:
+        raise ValueError(
+            f"{world_size()} processes were started, but on this machine each of them would train by itself and write "
+            "the same files. Set `use_cpu=True` (`--use_cpu True`) to train on the CPU, or start one process."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "
@@ -250,15 +237,47 @@ _DECISIVE = (
 ).split()
 
 
-class AtomicCheckpointTrainer(Trainer):
+class BaseTrainer(Trainer):
     """
-    A `Trainer` whose checkpoints appear whole or not at all; their content is that of `Trainer`.
+    A `Trainer` whose checkpoints appear whole or not at all, whose pushes are one commit without pickles, and which
+    stops before a loss or gradient that is not finite reaches the weights.
 
     Beside a finished model, `trainer_state.json` and `training_args.json` say how it was trained.
     """
 
+    hub_model_id: Any
+    push_in_progress: Any
     # Whether what is being saved is a checkpoint, and not the finished model.
     _is_checkpoint = False
+
+    # ------------------------------------------------------------------------------------------- the non-finite stop
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. {self.nonfinite_advice()}"
+            )
+        return loss
+
+    # Overridden because no callback sees the norm: an infinite one would reach the weights.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
+        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. "
+                f"{self.nonfinite_advice()}"
+            )
+        return grad_norm
+
+    def nonfinite_advice(self) -> str:
+        """How a message about a loss or gradient that is not finite ends."""
+        cause = describe_divergence(self.accelerator.unwrap_model(self.model)) or "Lower `learning_rate`."
+        return f"The weights are those of step {self.state.global_step}. {cause}"
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the finished model; see the class for what that is."""
@@ -290,6 +309,7 @@ class AtomicCheckpointTrainer(Trainer):
         for name, content in ((STATE_FILE, state), (ARGUMENTS_FILE, options)):
             write_json_atomically(folder / name, json.loads(json.dumps(content, default=str)))
 
+    # Overridden because `Trainer` writes into the folder that a resume would read: a kill leaves half a checkpoint.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
@@ -312,7 +332,7 @@ class AtomicCheckpointTrainer(Trainer):
             publish_folder(staging, target)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
+            self.push_checkpoint(target)
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -342,3 +362,73 @@ class AtomicCheckpointTrainer(Trainer):
                 else:
                     known[name] = callback.state()
         self.state.save_to_json(str(staging / STATE_FILE))
+
+    # --------------------------------------------------------------------------------------------------------- pushing
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository, before training starts."""
+        strategy = HubStrategy(self.args.hub_strategy)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy={strategy.value!r}` pushes optimizers and training arguments, which are pickles. Use "
+                "'every_save' or 'end', and resume from the checkpoints in `output_dir`."
+            )
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        token = token if token is not None else self.args.hub_token
+        private = private if private is not None else self.args.hub_private_repo
+        with hub_errors(name, token):
+            self.hub_model_id = create_repository(name, private, token, self.args.hub_revision)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves the model to `args.output_dir` and pushes it to `args.hub_model_id`, in one commit.
+
+        A card in the repository that somebody wrote keeps its text; missing metadata are added.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        token, revision = token if token is not None else self.args.hub_token, revision or self.args.hub_revision
+        with hub_errors(str(self.hub_model_id), token):
+            old = existing_card(str(self.hub_model_id), revision, token)
+        where = f"`{CARD_FILE}` in {self.hub_model_id!r}"
+        self.create_model_card(**{"license": stated_license(old, where), **kwargs})
+        folder = str(self.args.output_dir)
+        push = partial(push_folder, str(self.hub_model_id), folder, str(commit_message), token, revision)
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Pushes what loads of a checkpoint while training goes on; a push that fails is logged."""
+        if not self.is_world_process_zero() or HubStrategy(self.args.hub_strategy) == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # The checkpoint may be deleted, to make room for later ones, before all of it is pushed.
+        copy = Path(tempfile.mkdtemp(prefix=".push-", dir=str(self.args.output_dir)))
+        link_files(pushable_files(checkpoint), checkpoint, copy)
+        message = f"Training in progress, step {self.state.global_step}"
+        job: Future = HfApi().run_as_future(
+            push_copy, str(self.hub_model_id), copy, message, self.args.hub_token, self.args.hub_revision
+        )
+        if busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            jobs: Any = [job]
+            self.push_in_progress = PushInProgress(jobs)

@@ -9,7 +9,6 @@ LoRA on a tower of the model, in such a way that what is saved is a plain model.
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import re
@@ -18,23 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import LoraConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..modeling.loading_llm2clip import load_text_config
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_SETTINGS, find_file
+from ..modeling.text_llm2clip import check_adapter_base, is_quantized, weights_digest
 
 
 logger = logging.getLogger(__name__)
+# Where a checkpoint keeps adapters: beside a tokenizer or config, `AutoModel` would load the causal LLM with them.
+ADAPTER_FOLDER = "adapter"
+# Weights that would be loaded in place of, or with, those that are written into a folder next.
+REPLACED_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ENCODER_SETTINGS,
+)
+# How PEFT and transformers name the weights of a wrapped model in a file.
+_PREFIX = "base_model.model."
 # What layers of experts, dense or shared ones beside them, and routers are called; PEFT takes some of these names for
 # the experts themselves, whatever they are in the LLM.
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "router"} | {
@@ -176,12 +183,74 @@ def _check_targets(llm: PreTrainedModel, config: LoraConfig) -> None:
         )
 
 
-def load_adapter_weights(llm: PreTrainedModel, file: Path) -> None:
+# ------------------------------------------------------------------------------------------------------ saved adapters
+
+
+def stored_lora(name_or_path: str, revision: str | None = None) -> LoraConfig:
+    """The config of saved adapters, to train them on."""
+    file: Any = find_file(name_or_path, ADAPTER_CONFIG, {"revision": revision})
+    config = LoraConfig.from_pretrained(str(file.parent))
+    config.inference_mode = False
+    return config
+
+
+def check_stored_lora(
+    name_or_path: str, settings: Mapping[str, Any], lora: Any, bidirectional: bool = True, revision: str | None = None
+) -> None:
+    """Refuses arguments of `build_caption_encoder` that ask for other adapters than the saved ones."""
+    own = stored_lora(name_or_path, revision)
+    given = dict(lora) if isinstance(lora, Mapping) else {}
+    others = {name: value for name, value in given.items() if value != getattr(own, name, None)}
+    if others or isinstance(lora, LoraConfig):
+        raise ValueError(
+            f"`{name_or_path}` has adapters of its own, and `lora` asks for {others or 'a config'}. Pass "
+            "`lora='default'` (no `--lora_...` option) to train them on, or `lora=None` to merge them, to save a "
+            "whole LLM that new ones are trained on."
+        )
+    if not bidirectional and not settings["is_causal"]:
+        raise ValueError(f"The adapters in `{name_or_path}` were trained bidirectionally. Leave `bidirectional` out.")
+
+
+def attach_stored_lora(
+    llm: PreTrainedModel, name_or_path: str, settings: dict[str, Any], revision: str | None = None
+) -> None:
+    """Puts saved adapters into their LLM, trainable."""
+    check_adapter_base(llm, settings, name_or_path)
+    add_lora(llm, stored_lora(name_or_path, revision))
+    file: Any = find_file(name_or_path, ADAPTER_WEIGHTS, {"revision": revision})
+    load_adapter_weights(llm, load_file(file), file)
+
+
+def write_adapter(folder: Path, llm: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Writes adapters, their PEFT config and the settings of the encoder, with digests of the LLM they belong to."""
+    if not has_adapters(llm):
+        raise ValueError("The encoder has no adapters to save. Save all of it with `save_pretrained`.")
+    name = llm.active_adapters()[0]
+    state = get_peft_model_state_dict(llm, adapter_name=name)
+    state = {f"{_PREFIX}{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config: Any = llm.peft_config[name]
+    config.base_model_name_or_path, config.revision = settings["base_model"], settings["base_revision"]
+    config.save_pretrained(str(folder))
+    embeddings: Any = llm.get_input_embeddings()
+    if isinstance(embeddings, BaseTunerLayer):
+        embeddings = embeddings.get_base_layer()
+    base = {
+        "hidden_size": llm.config.hidden_size,
+        "base_dtype": str(llm.dtype),
+        "base_sha256": None if is_quantized(llm) else weights_digest(base_state(llm)),
+        # Not quantised, so they tell the base of a quantised LLM as well as they can.
+        "base_embeddings_sha256": weights_digest({"weight": embeddings.weight}),
+    }
+    content = json.dumps({**settings, **base}, indent=2) + "\n"
+    (folder / ENCODER_SETTINGS).write_text(content, encoding="utf-8")
+
+
+def load_adapter_weights(llm: PreTrainedModel, weights: Mapping[str, torch.Tensor], where: Any) -> None:
     """Loads adapter weights into the adapters that a model has."""
     name = llm.active_adapters()[0]
     own: Mapping[str, torch.Tensor] = get_peft_model_state_dict(llm, adapter_name=name)
-    # transformers and PEFT write the names of a wrapped model.
-    state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    state = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
     wrong: Iterable[str] = sorted(own.keys() ^ state.keys()) or sorted(
         f"{key} of shape {tuple(value.shape)}, not {tuple(own[key].shape)}"
         for key, value in state.items()
@@ -189,10 +258,27 @@ def load_adapter_weights(llm: PreTrainedModel, file: Path) -> None:
     )
     for first in wrong:
         raise ValueError(
-            f"The adapter `{file}` does not fit {type(llm).__name__}: {first}. Load it on the LLM, and with the LoRA "
+            f"The adapter `{where}` does not fit {type(llm).__name__}: {first}. Load it on the LLM, and with the LoRA "
             "configuration, that it was trained on."
         )
     set_peft_model_state_dict(llm, state, name)
+
+
+def save_adapter_checkpoint(llm: PreTrainedModel, folder: str | Path, args: Any) -> None:
+    """Puts adapters and training arguments into a checkpoint."""
+    llm.save_pretrained(Path(folder) / ADAPTER_FOLDER)
+    torch.save(args, Path(folder) / TRAINING_ARGS_NAME)
+
+
+def load_adapter_checkpoint(llm: PreTrainedModel, checkpoint: str) -> None:
+    """Loads the adapters of a checkpoint into those that a model has."""
+    file = Path(checkpoint) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{checkpoint} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run.")
+    load_adapter_weights(llm, load_file(file), file)
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -204,37 +290,30 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return layers
 
 
-def base_state(llm: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """State dict of the LLM as if it had no adapters, by the names that it has without them."""
+def base_state(llm: PreTrainedModel, *, merge: bool = False) -> dict[str, torch.Tensor]:
+    """State dict of the LLM by its names without adapters: as if it had none or, on the CPU, with them merged."""
     layers = tuner_layers(llm)
     state = {
-        name: tensor
+        name: tensor.detach().cpu() if merge else tensor
         for name, tensor in llm.state_dict().items()
         if not any(name.startswith(f"{layer}.") for layer in layers)
     }
     for name, layer in layers.items():
-        base = layer.get_base_layer().state_dict()
-        state.update({f"{name}.{key}": tensor for key, tensor in base.items()})
+        single: Any = copy.deepcopy(layer) if merge else layer  # layer by layer: the memory of one
+        for part in tuple(single.modules()) if merge else ():
+            if isinstance(part, BaseTunerLayer):
+                part.merge(safe_merge=True)
+        base = single.get_base_layer().state_dict()
+        state.update({f"{name}.{key}": tensor.detach().cpu() if merge else tensor for key, tensor in base.items()})
     return state
 
 
 def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
-    """The LLM with its adapters merged into the weights."""
+    """The LLM with its adapters merged into the weights; a copy on the CPU, or `llm` itself where it has none."""
     layers = tuner_layers(llm)
     if not layers:
         return llm
-    state = {
-        name: tensor.detach().cpu()
-        for name, tensor in llm.state_dict().items()
-        if not any(name.startswith(f"{layer}.") for layer in layers)
-    }
-    for name, layer in layers.items():
-        single: Any = copy.deepcopy(layer)
-        for part in tuple(single.modules()):
-            if isinstance(part, BaseTunerLayer):
-                part.merge(safe_merge=True)
-        base = single.get_base_layer().state_dict()
-        state.update({f"{name}.{key}": tensor.detach().cpu() for key, tensor in base.items()})
+    state = base_state(llm, merge=True)
     with torch.device("meta"):
         merged = type(llm)._from_config(copy.deepcopy(llm.config), dtype=llm.dtype)
     merged.load_state_dict(state, strict=True, assign=True)
@@ -245,9 +324,6 @@ def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
         merged.get_submodule(owner).register_buffer(leaf, buffer.detach().cpu(), persistent=name in state)
     merged.tie_weights()
     return merged.eval()
-
-
-LORA_FILE = "lora.safetensors"
 
 
 def attach_lora(part: Any, config: LoraConfig) -> None:
@@ -332,156 +408,6 @@ def _add_delta(name: str, layer: LoraLinear, weight: torch.Tensor, state: Mappin
         down, up = (state[f"{name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
         total = total + layer.scaling[adapter] * (up @ down).to(total.device)
     return total.to(weight.dtype)
-
-
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.55}
-_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-
-
-def find_model(name_or_path: str, option: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model whose weights are there; they are neither loaded nor fetched."""
-    from .captions.adapter_folder import find_adapter  # which imports this module
-
-    given = f"`--{option} {name_or_path}`"
-    try:
-        if not Path(name_or_path).is_dir() and (name_or_path[:1] in "/.~" or name_or_path.count("/") > 1):
-            raise OSError("there is no such folder.")
-        adapter = find_adapter(name_or_path)
-        name = name_or_path if adapter is None else adapter.settings["base_model"]
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{given} is no model that can be read: {' '.join(str(error).split())}") from error
-    folder: Path | None = Path(name)
-    if not Path(name).is_dir():
-        try:
-            folder, files = None, set(HfApi().list_repo_files(name))
-        except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError):
-            folder = Path(snapshot_download(name, local_files_only=True))
-    if folder is not None:
-        files = {file.name for file in folder.iterdir()}
-    found = [file for file in (*_WEIGHTS, getattr(config, "transformers_weights", None)) if file in files]
-    if not found:
-        raise ValueError(
-            f"{given} has a config, but no weights: none of {', '.join(_WEIGHTS)} is there. Give a folder that "
-            "`save_pretrained` wrote, or copy the weights there."
-        )
-    if folder is not None:
-        _check_files(folder, found[0], given)
-    return config
-
-
-def _check_files(folder: Path, file: str, given: str) -> None:
-    """Whether the shards that an index names are there, and safetensors files are as long as they say."""
-    names = [file]
-    if file.endswith(".index.json"):
-        names = sorted(set(json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{given} lacks the weights `{name}`, which its `{file}` names. Copy the folder again.")
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{given}: `{name}` is cut off or damaged ({error}). Copy it again.") from error
-
-
-def describe_trained(model: torch.nn.Module) -> str:
-    """What of a model is trained, part by part, and the memory of that with AdamW."""
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = name.partition(".")[0]
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    parts = ", ".join(f"{part} {_count(number)}" for part, number in counts.items())
-    memory = 16 * sum(counts.values()) / 2**30
-    return f"trained   {parts}; about {memory:,.1f} GiB with gradients and AdamW, without activations"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number >= 50_000 else str(number)
-
-
-def describe_llm(
-    name_or_path: str, *, lora_rank: int | None, dtype: str | None = None, quantization: str | None = None
-) -> str:
-    """Size of an LLM, of its LoRA adapters on all linear layers, and the memory of both with AdamW."""
-    from .captions.adapter_folder import find_adapter  # which imports this module
-
-    config = load_text_config(name_or_path).get_text_config()
-    with torch.device("meta"):
-        llm = AutoModel.from_config(config)
-    total = sum(parameter.numel() for parameter in llm.parameters())
-    trained, lora = total if lora_rank == 0 else 0, ""
-    if lora_rank:
-        adapter = find_adapter(name_or_path)
-        with torch.device("meta"):
-            add_lora(llm, lora_config({"r": lora_rank}) if adapter is None else adapter.lora())
-        trained = sum(parameter.numel() for parameter in llm.parameters() if parameter.requires_grad)
-        lora = f"; LoRA {describe_lora(llm)}"
-    weights = quantization or dtype or _name(config.dtype)
-    # Weight, gradient and AdamW's two moments in float32 for each trained number.
-    memory = total * _BYTES[weights] + 16 * trained
-    return (
-        f"LLM       {type(llm).__name__}, {total / 1e6:,.1f} M parameters in {weights}, {trained / 1e6:,.1f} M "
-        f"trained, about {memory / 2**30:,.1f} GiB without activations{lora}"
-    )
-
-
-def _name(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return name if name in _BYTES else "float32"
-
-
-def quantized_model_kwargs(quantization: str | QuantizationConfigMixin | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that load an LLM quantised, on the GPU of this process."""
-    if quantization is None:
-        return {}
-    if isinstance(quantization, QuantizationConfigMixin):
-        if not isinstance(quantization, BitsAndBytesConfig):
-            # Other methods have other needs, which transformers checks; some run on a CPU.
-            return {"quantization_config": quantization}
-        config = quantization
-    elif quantization == "4bit":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    elif quantization == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        raise ValueError(
-            f"`quantization` must be None, '4bit', '8bit' or a quantisation config of transformers, got "
-            f"{quantization!r}."
-        )
-    if not _has_bitsandbytes():
-        raise ImportError(
-            "`quantization` needs `bitsandbytes`, which is not installed. Install it with `pip install bitsandbytes`, "
-            "or leave `quantization` out."
-        )
-    if not _has_gpu():
-        raise RuntimeError("`quantization` with bitsandbytes needs a GPU, and torch finds none. Leave it out.")
-    # The process's own GPU under a launcher; bf16 for what stays unquantised, so that LoRA alone is float32.
-    return {"quantization_config": config, "device_map": {"": PartialState().device}, "dtype": torch.bfloat16}
-
-
-def quantization_label(llm: Any) -> str | None:
-    """The quantisation of a loaded LLM as one line of JSON, `None` for one that is not quantised."""
-    config = getattr(getattr(llm, "config", None), "quantization_config", None)
-    if config is None or not getattr(llm, "is_quantized", False):
-        return None
-    fields = config if isinstance(config, dict) else config.to_dict()
-    return json.dumps(fields, sort_keys=True, default=str)
-
-
-def _has_bitsandbytes() -> bool:
-    return importlib.util.find_spec("bitsandbytes") is not None
-
-
-def _has_gpu() -> bool:
-    return torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 
 
 __all__ = ["attach_lora", "lora_layers", "lora_state", "merge_lora", "merged_state"]

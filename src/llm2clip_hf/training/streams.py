@@ -38,30 +38,29 @@ class EndlessStream(torch.utils.data.IterableDataset):
                 return
 
 
-class PlaceholderCollator:
-    """
-    Makes `{}` of a batch of empty samples, which a resumed stream yields for batches that are read and dropped; all
-    other batches are those of a collator, which need not know of them.
-    """
+def loader_options(args: Any, collator: Any) -> dict[str, Any]:
+    """What training arguments say of a `DataLoader`."""
+    return {
+        "collate_fn": collator,
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
+        "in_order": getattr(args, "dataloader_in_order", True),
+    }
 
-    def __init__(self, collator: Callable[[Sequence[Any]], Any]) -> None:
-        self.collator = collator
 
-    def __call__(self, samples: Sequence[Any]) -> Any:
-        """The batch of some samples."""
-        if samples and all(isinstance(sample, Mapping) and not sample for sample in samples):
-            return {}
-        return self.collator(samples)
+def _collate_or_pass(collator: Callable[[Sequence[Any]], Any], samples: Sequence[Any]) -> Any:
+    """`{}` for empty samples, which a resumed stream yields for batches that are read and dropped."""
+    if samples and all(isinstance(sample, Mapping) and not sample for sample in samples):
+        return {}
+    return collator(samples)
 
 
 def stream_loader(stream: Any, collator: Any, args: Any, batch_size: int) -> torch.utils.data.DataLoader:
     """The loader of a stream that shards itself; accelerate, which would shard it again, has no part in it."""
-    options: dict[str, Any] = {
-        "num_workers": args.dataloader_num_workers,
-        "collate_fn": PlaceholderCollator(collator),
-        "pin_memory": args.dataloader_pin_memory,
-        "persistent_workers": args.dataloader_persistent_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
+    options = loader_options(args, partial(_collate_or_pass, collator)) | {
         "drop_last": args.dataloader_drop_last,
         "worker_init_fn": partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
     }

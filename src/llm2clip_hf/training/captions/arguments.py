@@ -6,16 +6,13 @@ from dataclasses import dataclass, field
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainingArguments
 
-from ..base_trainer import (
-    gpu_supports_bf16,
-    refuse_options,
-)
+from ..base_trainer import gpu_supports_bf16, refuse_options
 from .loss import check_options
 
 
 _NO_METRICS = "the evaluation gives the loss, and an `evaluator` everything else"
-# Options of the base classes that have no effect in stage 1, and why.
-UNUSED_OPTIONS = {
+# Options of the base classes that have no effect, and why.
+_UNUSED_IN_STAGE_1 = {
     "label_smoothing_factor": "the loss has no smoothed targets",
     "label_names": "labels are the column `label`",
     "use_liger_kernel": "its kernels are for the losses of causal language models",
@@ -29,6 +26,22 @@ UNUSED_OPTIONS = {
     "batch_eval_metrics": _NO_METRICS,
     "include_for_metrics": _NO_METRICS,
 }
+_UNUSED_IN_MNTP = {
+    "label_names": "the masked tokens are the labels",
+    "use_cache": "nothing is generated",
+    "length_column_name": "the texts have no columns",
+    "remove_unused_columns": "the texts have no columns",
+}
+
+
+def _fill_defaults(args: TrainingArguments) -> None:
+    """bf16 where a GPU computes in it, and recomputed activations, unless they are set."""
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and not args.use_cpu and gpu_supports_bf16()
+    # The option is called `activation_checkpointing` from transformers 5.22 on, which warns about the old name.
+    names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name)]
+    if all(getattr(args, name) is None for name in names):
+        setattr(args, names[0], True)
 
 
 @dataclass
@@ -87,20 +100,9 @@ class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
 
     def __post_init__(self) -> None:
         check_options(self.scale, self.mini_batch_size, self.mini_batch_tokens)
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
-        self._recompute_activations_by_default()
+        _fill_defaults(self)
         super().__post_init__()
-        refuse_options(self, UNUSED_OPTIONS)
-        self._check_recomputation()
-
-    def _recompute_activations_by_default(self) -> None:
-        # The option is called `activation_checkpointing` from transformers 5.22 on, which warns about the old name.
-        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, name)]
-        if all(getattr(self, name) is None for name in names):
-            setattr(self, names[0], True)
-
-    def _check_recomputation(self) -> None:
+        refuse_options(self, _UNUSED_IN_STAGE_1)
         names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
         reentrant = any((getattr(self, name, None) or {}).get("use_reentrant") for name in names)
         if reentrant and (self.mini_batch_size or self.mini_batch_tokens):
@@ -150,13 +152,8 @@ class MNTPTrainingArguments(TrainingArguments):
             raise ValueError(f"`mask_probability` must lie in (0, 1), got {self.mask_probability}.")
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be 2 or more, got {self.max_length}.")
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and gpu_supports_bf16()
-        # The option is called `activation_checkpointing` from transformers 5.22 on, which warns about the old name.
-        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, name)]
-        if all(getattr(self, name) is None for name in names):
-            setattr(self, names[0], True)
+        _fill_defaults(self)
         super().__post_init__()
-        refuse_options(self, UNUSED_OPTIONS)
+        refuse_options(self, _UNUSED_IN_MNTP)
         if not 0.0 <= self.label_smoothing_factor <= 1.0:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1], got {self.label_smoothing_factor}.")

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import distributed
-from ...data.sampling import token_budget_batches
+from ...data.sampling import length_groups, token_budget_batches
 from ..gradcache import exchanged_forward
 
 
 Features = dict[str, Any]
-# Padded tokens that one more pass through the LLM is worth: its launches, and matrices too small to fill a device.
-_TOKENS_PER_PASS = 1024
 # What FlashAttention is told about a batch of rows laid end to end; rebuilt for every mini-batch.
 _BOUNDARY_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -75,26 +73,14 @@ def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
         return forward(dict(batch))["sentence_embedding"]
 
     def forward_all(batch: dict[str, list[Features]]) -> dict[str, Tensor]:
-        if recompute:
-            parts = [_checkpointed(embed, each) for each in batch["mini_batches"]]
-        else:
-            parts = [embed(each) for each in batch["mini_batches"]]
+        parts = [
+            checkpoint(embed, each, use_reentrant=False) if recompute else embed(each)
+            for each in batch["mini_batches"]
+        ]
         return {"sentence_embedding": torch.cat(parts)}
 
     with exchanged_forward(model, forward_all):
         yield
-
-
-def _checkpointed(embed: Callable[[Features], Tensor], batch: Features) -> Tensor:
-    # Tensors go in as arguments of their own: checkpoint() finds the devices whose random state it keeps in them.
-    names = [name for name, value in batch.items() if isinstance(value, Tensor)]
-    rest = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
-
-    def run(*tensors: Tensor) -> Tensor:
-        return embed(dict(zip(names, tensors)) | rest)
-
-    embeddings: Tensor = checkpoint(run, *(batch[name] for name in names), use_reentrant=False)
-    return embeddings
 
 
 # ------------------------------------------------------------------------------------------------- cutting into passes
@@ -141,29 +127,6 @@ def _cut_into(parts: "list[_Part]", count: int) -> None:
             _Part(group, rows[:half], numbers[:half]),
             _Part(group, rows[half:], numbers[half:]),
         ]
-
-
-def length_groups(lengths: Sequence[int], tokens_per_pass: int = _TOKENS_PER_PASS) -> list[list[int]]:
-    """
-    The partition of rows into passes with the lowest cost: padded tokens, and a constant for each pass.
-
-    Exact, by dynamic programming over the distinct lengths: some best partition is a cut of the sorted rows, since
-    sorting the rows into passes of the same sizes makes no pass longer.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    distinct, counts = np.unique(np.asarray(lengths), return_counts=True)
-    distinct, ends = distinct[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
-    cost = np.zeros(len(ends))
-    first = np.zeros(len(ends), dtype=np.int64)  # where the last pass of the best partition of a prefix begins
-    for end in range(1, len(ends)):
-        options = cost[:end] + (ends[end] - ends[:end]) * distinct[:end] + tokens_per_pass
-        first[end] = options.argmin()
-        cost[end] = options[first[end]]
-    groups, end = [], len(ends) - 1
-    while end > 0:
-        groups.append(order[ends[first[end]] : ends[end]])
-        end = int(first[end])
-    return groups[::-1]
 
 
 # ----------------------------------------------------------------------------------------------------- rows of columns

@@ -8,15 +8,18 @@ The caption encoder of stage 1: an LLM that attends both ways, pooled, as a `Sen
 (4) LoRA is added for training; saving merges it, so that a folder holds a plain LLM, or saves it alone.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -24,29 +27,33 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...data import embedding_fingerprint
+from ...files import written_into
 from ...hub.card_facts import encoder_facts
 from ...hub.cards import encoder_card
 from ...modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
-from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, ENCODER_SETTINGS, load_pretrained_tokenizer, load_text_config
+from ...modeling.loading_llm2clip import (
+    ADAPTER_WEIGHTS,
+    ENCODER_SETTINGS,
+    find_adapters,
+    load_pretrained_tokenizer,
+    load_text_config,
+)
 from ...modeling.processing_llm2clip import record_text_settings, text_end_token
 from ..lora import (
+    ADAPTER_FOLDER,
+    REPLACED_FILES,
     add_lora,
+    attach_stored_lora,
+    check_stored_lora,
     has_adapters,
     load_adapter_weights,
     lora_config,
     merged_llm,
-    quantization_label,
-    quantized_model_kwargs,
-)
-from ..publishing import PublishedEncoder
-from .adapter_folder import (
-    ADAPTER_FOLDER,
-    AdapterCheckpoint,
-    find_adapter,
-    point_to_local_code,
     write_adapter,
-    written_folder,
 )
+from ..model_checks import quantization_label, quantized_model_kwargs
+from ..publishing import PublishedEncoder
+from . import caption_pooling
 from .caption_pooling import CaptionPooling
 
 
@@ -146,7 +153,7 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
                 "merges them into the LLM in full precision."
             )
         attached = self.llm
-        with written_folder(Path(path), last="modules.json") as folder:
+        with written_into(Path(path), "modules.json", REPLACED_FILES) as folder:
             self[0].model = merged_llm(attached)
             try:
                 super().save(str(folder), create_model_card=False)
@@ -154,25 +161,23 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
                 self[0].model = attached
             if create_model_card:
                 self._create_model_card(str(folder), model_name or Path(path).resolve().name, train_datasets)
-            point_to_local_code(folder / "modules.json")
+            _point_to_local_code(folder / "modules.json")
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
         """What `SentenceTransformerTrainer` resumes from: by this package, without the code in the folder."""
         weights = Path(model_name_or_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
-        if weights.is_file():
-            return AdapterCheckpoint(file=weights)
+        if weights.is_file():  # an encoder is not built to take its adapters
+            return SimpleNamespace(state_dict=partial(load_file, weights))
         return build_caption_encoder(model_name_or_path, lora=None, bidirectional=False)  # as its config says
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of `nn.Module`; of a checkpoint that holds adapters, these, and the LLM stays what it is."""
-        if not isinstance(state_dict, AdapterCheckpoint):
+        """As of `nn.Module`; of a file of adapters, these, and the LLM stays what it is."""
+        if not all(".lora_" in name for name in state_dict):
             return super().load_state_dict(state_dict, *args, **kwargs)
         if not has_adapters(self.llm):
-            raise ValueError(
-                f"`{state_dict['file']}` is of a LoRA run, and the encoder has no adapters to load it into."
-            )
-        return load_adapter_weights(self.llm, state_dict["file"])
+            raise ValueError("The weights are those of adapters, and the encoder has none to load them into.")
+        return load_adapter_weights(self.llm, state_dict, "of the checkpoint")
 
     def save_adapter(self, path: str, model_name: str | None = None, train_datasets: list[str] | None = None) -> None:
         """
@@ -193,37 +198,23 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         """
         if (Path(path) / "config.json").exists():
             raise ValueError(f"`{path}` holds a model, which the adapters would be loaded into. Give another folder.")
-        name, revision = self._base()
-        settings = {
-            "base_model": name,
-            "base_revision": revision,
-            "is_causal": self.embedding_settings["is_causal"],
-            "template": self._template(),
-            "pooling": self.pooling,
-            "max_length": self.embedding_settings["max_length"],
-            "normalize": self._normalizes(),
-        }
-        with written_folder(Path(path), last=ENCODER_SETTINGS) as folder:
+        own = self.embedding_settings
+        settings = self._saved_settings() | {name: own[name] for name in ("is_causal", "pooling", "max_length")}
+        with written_into(Path(path), ENCODER_SETTINGS, REPLACED_FILES) as folder:
             write_adapter(folder, self.llm, settings)
             self.tokenizer.save_pretrained(folder)
             self._create_model_card(folder, model_name or Path(path).resolve().name, train_datasets, adapter_only=True)
 
-    def _base(self) -> tuple[str, str | None]:
-        """The LLM that was loaded: repository and commit, or folder."""
-        config = self.llm.config
-        name = str(config._name_or_path)
-        # A folder is found again from anywhere.
-        name = str(Path(name).resolve()) if Path(name).is_dir() else name
-        return name, getattr(config, "_commit_hash", None)
-
-    def _template(self) -> str:
-        """The template in the tokenizer, `{text}` for the text."""
-        ids = self.tokenizer("")["input_ids"]
+    def _saved_settings(self) -> dict[str, Any]:
+        """Where the LLM was loaded from, the template (`{text}` for the text), and whether vectors are normalized."""
+        name, ids = str(self.llm.config._name_or_path), self.tokenizer("")["input_ids"]
         header, ending = ids[: self.text_prefix_length], ids[self.text_prefix_length :]
-        return f"{self.tokenizer.decode(header)}{{text}}{self.tokenizer.decode(ending)}"
-
-    def _normalizes(self) -> bool:
-        return any(isinstance(module, Normalize) for module in self)
+        return {
+            "base_model": str(Path(name).resolve()) if Path(name).is_dir() else name,  # found again from anywhere
+            "base_revision": getattr(self.llm.config, "_commit_hash", None),
+            "template": f"{self.tokenizer.decode(header)}{{text}}{self.tokenizer.decode(ending)}",
+            "normalize": any(isinstance(module, Normalize) for module in self),
+        }
 
     def _create_model_card(
         self,
@@ -233,15 +224,11 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
         adapter_only: bool = False,
     ) -> None:
         """Writes `README.md` into a folder; what sentence-transformers calls for its own, longer card."""
+        settings = self.embedding_settings | self._saved_settings() | {"dimension": self.get_embedding_dimension()}
         card = encoder_card(
             model_name or Path(path).resolve().name,
-            self._base()[0],
-            {
-                **self.embedding_settings,
-                "template": self._template(),
-                "normalize": self._normalizes(),
-                "dimension": self.get_embedding_dimension(),
-            },
+            settings["base_model"],
+            settings,
             adapter_only=adapter_only,
             training_options=self.training_options,
             **encoder_facts(self.model_card_data, train_datasets),
@@ -320,35 +307,40 @@ def build_caption_encoder(
     >>> encoder.encode(["a red boat"]).shape  # doctest: +SKIP
     (1, 2048)
     """
-    adapter = find_adapter(name_or_path, revision)
-    if adapter is None and base_model is not None:
-        raise ValueError(f"`base_model` is for an adapter-only encoder, and {name_or_path!r} is none. Leave it out.")
-    if adapter is not None:
-        adapter.check_options(bidirectional, lora)
+    stored = find_adapters(name_or_path, {"revision": revision})
+    base, base_revision = name_or_path, revision
+    if stored is not None:
+        check_stored_lora(name_or_path, stored, lora, bidirectional, revision)
         if base_model is None:
             load_text_config(name_or_path, {"revision": revision})  # says what is missing where the LLM is
-        bidirectional = not adapter.settings["is_causal"]
-        normalize = normalize or bool(adapter.settings.get("normalize"))
+        base, base_revision = base_model or stored["base_model"], None if base_model else stored["base_revision"]
+        bidirectional = not stored["is_causal"]
+        normalize = normalize or bool(stored.get("normalize"))
+    elif base_model is not None:
+        raise ValueError(f"`base_model` is for an adapter-only encoder, and {name_or_path!r} is none. Leave it out.")
     transformer = _load_transformer(
-        name_or_path if adapter is None else base_model or adapter.settings["base_model"],
-        revision if adapter is None else None if base_model else adapter.settings["base_revision"],
+        base,
+        base_revision,
         bidirectional,
         attn_implementation=attn_implementation,
         **{**quantized_model_kwargs(quantization), **({} if dtype is None else {"dtype": dtype})},
     )
     llm = transformer.model
-    stored = {} if adapter is None else adapter.settings
-    chosen = _chosen_pooling(pooling, stored.get("pooling") or getattr(llm.config, "text_pooling", None))
+    chosen = _chosen_pooling(pooling, (stored or {}).get("pooling") or getattr(llm.config, "text_pooling", None))
     tokenizer = load_pretrained_tokenizer(name_or_path, revision, {})
-    tokenizer = _finished_tokenizer(tokenizer, template, _chosen_length(max_length, stored, tokenizer, llm), chosen)
+    tokenizer = _finished_tokenizer(
+        tokenizer, template, _chosen_length(max_length, stored or {}, tokenizer, llm), chosen
+    )
     transformer.processor = transformer.input_formatter.processor = tokenizer
     # Beside `is_causal`, so that whoever loads the LLM pools as it was trained.
     record_text_settings(llm.config, tokenizer, chosen)
 
-    if adapter is not None:
-        adapter.attach(llm)
+    if stored is not None:
+        attach_stored_lora(llm, name_or_path, stored, revision)
         if lora is None:
-            transformer.model = _frozen_or_merged(llm)
+            # Beside quantised weights adapters stay as they are.
+            merged: Any = llm.requires_grad_(False) if quantization_label(llm) else merged_llm(llm)
+            transformer.model = merged.to(llm.device) if merged is not llm else llm
     elif lora is not None:
         if has_adapters(llm):
             raise ValueError(
@@ -372,16 +364,16 @@ def check_caption_encoder(
     attn_implementation: str | None = None,
 ) -> None:
     """What `build_caption_encoder` refuses, as far as it can be told without the LLM's weights."""
-    adapter = find_adapter(name_or_path)
-    if adapter is not None:
-        adapter.check_options(True, lora)
+    stored = find_adapters(name_or_path)
+    if stored is not None:
+        check_stored_lora(name_or_path, stored, lora)
     elif lora is not None:
         lora_config({} if lora == "default" else lora)
     quantized_model_kwargs(quantization)
     text_config = LLM2CLIPConfig(text_config=config.get_text_config()).text_config  # a decoder that looks both ways
     with torch.device("meta"):
         AutoModel.from_config(text_config, attn_implementation=attn_implementation)
-    trained = adapter.settings["pooling"] if adapter is not None else getattr(text_config, "text_pooling", None)
+    trained = stored["pooling"] if stored is not None else getattr(text_config, "text_pooling", None)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     _finished_tokenizer(tokenizer, template, _MAX_LENGTH, _chosen_pooling(pooling, trained))
 
@@ -438,16 +430,17 @@ def _load_transformer(
     return transformer
 
 
-def _frozen_or_merged(llm: PreTrainedModel) -> PreTrainedModel:
-    """Adapters for inference: merged, or beside quantised weights, which they cannot be merged into."""
-    if quantization_label(llm):
-        return llm.requires_grad_(False)
-    merged: Any = merged_llm(llm)
-    return merged.to(llm.device)
-
-
 def _prompt_overhead(tokenizer: Any) -> int:
     """Tokens of the template's tail that sentence-transformers counts into a prompt: all, but a special last one."""
     ids = tokenizer("")["input_ids"]
     tail = ids[text_prefix_length(tokenizer) :]
     return len(tail) - int(bool(tail) and tail[-1] in tokenizer.all_special_ids)
+
+
+def _point_to_local_code(path: Path) -> None:
+    """Makes `modules.json` name the copy of the pooling code in the folder instead of this package."""
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    for module in modules:
+        if module["type"] == f"{CaptionPooling.__module__}.{CaptionPooling.__name__}":
+            module["type"] = f"{Path(caption_pooling.__file__).stem}.{CaptionPooling.__name__}"
+    path.write_text(json.dumps(modules, indent=2), encoding="utf-8")

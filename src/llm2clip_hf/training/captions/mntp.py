@@ -12,9 +12,9 @@ later recipe does without (section 4.1).
 
 import copy
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,23 +24,30 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 
+from ...files import written_into
 from ...hub.cards import mntp_card
 from ...modeling import assert_bidirectional
-from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS, find_adapters
+from ...modeling.loading_llm2clip import find_adapters
 from ..base_trainer import (
-    AtomicCheckpointTrainer,
+    BaseTrainer,
     EpochCallback,
     check_float32_weights,
     check_metric_options,
+    check_one_device,
     check_whole_weights,
-    describe_divergence,
     refuse_arguments,
     seed_run,
 )
-from ..lora import add_lora, has_adapters, load_adapter_weights, lora_config, merged_llm
-from .adapter_folder import ADAPTER_FOLDER, written_folder
+from ..lora import (
+    REPLACED_FILES,
+    add_lora,
+    has_adapters,
+    load_adapter_checkpoint,
+    lora_config,
+    merged_llm,
+    save_adapter_checkpoint,
+)
 from .arguments import MNTPTrainingArguments
 
 
@@ -52,11 +59,9 @@ _MASKED, _RANDOM = 0.8, 0.1
 
 class MaskedTexts(Dataset):
     """
-    Texts as token ids with some of them masked, and the masked tokens as labels.
+    Texts as token ids, some masked, and the masked tokens as labels: a function of seed, epoch and row alone.
 
-    Which tokens are masked depends on seed, epoch and row alone, so that a resumed run sees what the first one would
-    have seen. Special tokens, template tokens and the first token of a row, which no earlier state predicts, are never
-    masked.
+    Special tokens, template tokens and the first token, which no earlier state predicts, are never masked.
     """
 
     def __init__(
@@ -115,33 +120,15 @@ class MaskedTexts(Dataset):
         return text
 
 
-class MaskedTextCollator:
-    """Pads the rows of `MaskedTexts` to the longest of a batch, on the side of the tokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, each of shape `(batch, length)`, int64."""
-        batch = self.tokenizer.pad(
-            {"input_ids": [row["input_ids"] for row in rows]}, padding=True, return_tensors="pt"
-        )
-        labels = torch.full_like(batch["input_ids"], IGNORED)
-        labels[batch["attention_mask"].bool()] = torch.tensor([label for row in rows for label in row["labels"]])
-        return {**batch, "labels": labels}
+def collate_masked(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Rows of `MaskedTexts` padded to the longest, on the side of the tokenizer; int64 of shape `(batch, length)`."""
+    batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, padding=True, return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    labels[batch["attention_mask"].bool()] = torch.tensor([label for row in rows for label in row["labels"]])
+    return {**batch, "labels": labels}
 
 
-logger = logging.getLogger(__name__)
-# Options of `TrainingArguments` that have no effect here, and why.
-UNUSED_OPTIONS = {
-    "label_names": "the masked tokens are the labels",
-    "use_cache": "nothing is generated",
-    "length_column_name": "the texts have no columns",
-    "remove_unused_columns": "the texts have no columns",
-}
-
-
-class MNTPTrainer(AtomicCheckpointTrainer):
+class MNTPTrainer(BaseTrainer):
     r"""
     Trains an LLM to predict masked tokens with attention in both directions.
 
@@ -196,10 +183,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         refuse_arguments(kwargs)
         args = args or MNTPTrainingArguments("mntp")
         check_metric_options(args, kwargs.get("compute_metrics"))
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `accelerate launch`."
-            )
+        check_one_device(args)
         if processing_class is None:
             if not isinstance(model, str):
                 raise ValueError("`processing_class` is missing. Pass the tokenizer of the model.")
@@ -220,7 +204,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         super().__init__(
             model=llm,
             args=args,
-            data_collator=MaskedTextCollator(tokenizer),
+            data_collator=partial(collate_masked, tokenizer),
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -264,17 +248,6 @@ class MNTPTrainer(AtomicCheckpointTrainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            cause = describe_divergence(self.accelerator.unwrap_model(model)) or "Lower `learning_rate`."
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. The weights are those of step "
-                f"{self.state.global_step}. {cause}"
-            )
-        return loss
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         llm: Any = self.accelerator.unwrap_model(self.model)
         tokenizer: Any = self.processing_class
@@ -282,11 +255,9 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         if self._is_checkpoint and not has_adapters(llm):
             super()._save(output_dir, state_dict)
         elif self._is_checkpoint:
-            # In a folder of its own: beside it, `AutoModel` would load the causal LLM with these adapters.
-            llm.save_pretrained(folder / ADAPTER_FOLDER)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            save_adapter_checkpoint(llm, folder, self.args)
         else:
-            with written_folder(folder, last="config.json") as temporary:
+            with written_into(folder, "config.json", REPLACED_FILES) as temporary:
                 merged_llm(llm).save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
                 card = mntp_card(folder.name, str(llm.config._name_or_path))
@@ -297,12 +268,7 @@ class MNTPTrainer(AtomicCheckpointTrainer):
         if not has_adapters(llm):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        file = Path(resume_from_checkpoint) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
-        if not file.is_file():
-            raise ValueError(
-                f"{resume_from_checkpoint} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run."
-            )
-        load_adapter_weights(llm, file)
+        load_adapter_checkpoint(llm, resume_from_checkpoint)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ optionally a whole number `label`, equal for rows of the same image.
 """
 
 import hashlib
+import logging
 import math
 import re
 from bisect import bisect_right
@@ -24,6 +25,7 @@ from ..streams import EndlessStream, shards_itself
 from .loss import TEXT_ID
 
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 LABEL = "label"
 INSTRUCTION = "instruction"
@@ -58,6 +60,36 @@ def is_map_style(source: Any) -> bool:
     """Whether a source has rows with numbers, as opposed to a stream."""
     is_stream = isinstance(source, torch.utils.data.IterableDataset)  # which inherits `__getitem__` all the same
     return not is_stream and hasattr(source, "__getitem__") and hasattr(source, "__len__")
+
+
+def open_training_set(dataset: Any) -> "tuple[SourceRows | None, Any]":
+    """The rows of a map-style training set, or the stream."""
+    if dataset is None:
+        return None, None
+    if isinstance(dataset, Mapping):
+        return SourceRows(dataset), None
+    if is_map_style(dataset):
+        return SourceRows({getattr(getattr(dataset, "info", None), "dataset_name", None) or "train": dataset}), None
+    if not hasattr(dataset, "__iter__"):
+        raise ValueError(
+            f"`train_dataset` is {type(dataset).__name__}, which has neither rows nor is a stream. Give a "
+            "CaptionPairDataset, a datasets.Dataset, a mapping of them, or a stream of rows."
+        )
+    return None, dataset
+
+
+def evaluation_set(dataset: Any) -> Any:
+    """A `datasets.Dataset`, or a dict of them, of an evaluation set, with the columns in order."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {name: evaluation_set(source) for name, source in dataset.items()}
+    instruction = getattr(dataset, INSTRUCTION, None)
+    dataset = dataset.to_dataset() if hasattr(dataset, "to_dataset") else dataset
+    columns = ordered_columns([name for name in dataset.column_names if name != INSTRUCTION], "The evaluation set")
+    if instruction:
+        dataset = dataset.add_column(INSTRUCTION, [instruction] * len(dataset))
+    return dataset.select_columns([*columns, *([INSTRUCTION] if INSTRUCTION in dataset.column_names else [])])
 
 
 class SourceRows(torch.utils.data.Dataset):
@@ -231,14 +263,24 @@ class SingleSourceBatchSampler(torch.utils.data.Sampler[list[int]]):
         rows, step = self.sizes[source], self.batch_size * self.num_processes
         return rows // step if self.drop_last else -(-rows // step)
 
-    def check_not_empty(self) -> None:
-        """Raises a `ValueError` if there is no batch."""
+    def check_sources(self, names: Sequence[str] = ()) -> None:
+        """Raises a `ValueError` if there is no batch; warns of the sources among `names` that give none."""
+        devices = f"on each of {self.num_processes} devices" if self.num_processes > 1 else "per device"
         if not len(self):
-            devices = f"on each of {self.num_processes} devices" if self.num_processes > 1 else "per device"
             raise ValueError(
                 f"The training set holds less than one batch of {self.batch_size} pairs {devices}: its sources have "
                 f"{self.sizes} rows. Lower `per_device_train_batch_size`."
             )
+        for number, name in enumerate(names):
+            if not self.batches_of(number):
+                logger.warning(
+                    "The source `%s` of %d rows holds less than one batch of %d pairs %s, so it takes no part. Lower "
+                    "`per_device_train_batch_size` or leave the source out.",
+                    name,
+                    self.sizes[number],
+                    self.batch_size,
+                    devices,
+                )
 
     def __len__(self) -> int:
         return sum(self.batches_of(source) for source in range(len(self.sizes))) * self.num_processes
@@ -263,7 +305,7 @@ def count_steps(args: Any, sizes: Sequence[int]) -> int:
     """Optimizer steps of a run of stage 1, as its trainer counts them."""
     processes = 1 if args.accelerator_config.split_batches else args.world_size
     sampler = SingleSourceBatchSampler(sizes, args.train_batch_size, processes, drop_last=args.dataloader_drop_last)
-    sampler.check_not_empty()
+    sampler.check_sources()
     steps: int = args.max_steps
     if steps < 1:
         steps = math.ceil(args.num_train_epochs * -(-(len(sampler) // processes) // args.gradient_accumulation_steps))

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushing of trained models: what loads elsewhere and a card that says how it was made, and no pickles."""
+"""The trainer of stage 1: captions of one image come close, captions of other images do not."""
 
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,11 @@ from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...hub.card_facts import run_options
-from ...modeling.loading_llm2clip import ADAPTER_WEIGHTS
 from ..base_trainer import (
     UNUSED_ARGUMENTS,
-    AtomicCheckpointTrainer,
+    BaseTrainer,
     EpochCallback,
     check_float32_weights,
     check_one_device,
@@ -27,9 +24,8 @@ from ..base_trainer import (
     describe_divergence,
     refuse_arguments,
 )
-from ..lora import has_adapters, load_adapter_weights
-from ..publishing import PublishingTrainer
-from .adapter_folder import ADAPTER_FOLDER
+from ..lora import has_adapters, load_adapter_checkpoint, save_adapter_checkpoint
+from ..streams import loader_options
 from .arguments import CaptionContrastiveTrainingArguments
 from .encoder import CaptionEncoder
 from .loss import CaptionContrastiveLoss
@@ -39,45 +35,11 @@ from .sources import (
     CaptionCollator,
     EvaluationBatchSampler,
     SingleSourceBatchSampler,
-    SourceRows,
     StreamRows,
+    evaluation_set,
     is_map_style,
-    ordered_columns,
+    open_training_set,
 )
-
-
-class PublishingEncoderTrainer(PublishingTrainer):
-    """Pushing for stage 1: the finished encoder, as `CaptionEncoder.push_to_hub` does; never a checkpoint."""
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Pushes the encoder, LoRA merged, with its code and card to `args.hub_model_id`, in one commit."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        if not self.is_world_process_zero():
-            return None
-        encoder: Any = self.accelerator.unwrap_model(self.model)
-        push = partial(
-            encoder.push_to_hub,
-            str(self.hub_model_id),
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            revision=revision or self.args.hub_revision,
-            exist_ok=True,
-            **kwargs,
-        )
-        return push() if blocking else HfApi().run_as_future(push)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes nothing: a checkpoint holds adapters, which do not load by themselves."""
 
 
 logger = logging.getLogger(__name__)
@@ -91,11 +53,11 @@ _NO_METRICS = "The evaluation gives the loss. Give an `evaluator` for metrics"
 _UNUSED_ARGUMENTS = {**UNUSED_ARGUMENTS, "compute_metrics": _NO_METRICS, "preprocess_logits_for_metrics": _NO_METRICS}
 
 
-class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTrainer, SentenceTransformerTrainer):
+class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
     r"""
     Trains a caption encoder so that captions of the same image are close and captions of other images are not.
 
-    The loss is [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]: each anchor picks its positive among the
+    The loss is [`CaptionContrastiveLoss`]: each anchor picks its positive among the
     positives and hard negatives of all devices, with captions that are known to be right as well left out.
 
     The training set is one of
@@ -154,14 +116,17 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
                 "`processing_class` has no effect: the encoder has a tokenizer of its own. Leave it out, or build the "
                 "encoder from a folder with that tokenizer."
             )
-        self._rows, self._stream = _open_training_set(train_dataset)
+        self._rows, self._stream = open_training_set(train_dataset)
         self._sampler: SingleSourceBatchSampler | None = None
         self._evaluation_loaders: dict[str, torch.utils.data.DataLoader] = {}
-        super().__init__(model=model, args=args, eval_dataset=_evaluation_set(eval_dataset), **kwargs)
+        super().__init__(model=model, args=args, eval_dataset=evaluation_set(eval_dataset), **kwargs)
         self.train_dataset = self._rows if self._stream is None else self._stream
-        self._check_run()
+        check_one_device(self.args)
+        check_whole_weights(self)
+        sources = [self._stream] if self._rows is None else self._rows.sources
+        _check_instructions(self.args, sources, self.data_collator)
         if train_dataset is not None:
-            self._check_batches()
+            _check_batches(self.args, is_stream=self._stream is not None)
             remedy = "Build the encoder with `dtype=torch.float32`, or train LoRA"
             check_float32_weights(model, self.args.learning_rate, remedy)
         if isinstance(self.data_collator, CaptionCollator) and isinstance(self.loss, CaptionContrastiveLoss):
@@ -171,42 +136,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             sets: list[Any] = [{"name": n, "size": size} for n, size in zip(self._rows.names, self._rows.sizes)]
             model.model_card_data.train_datasets = sets
 
-    def _check_run(self) -> None:
-        check_one_device(self.args)
-        check_whole_weights(self)
-        sources = [] if self._rows is None else self._rows.sources
-        if any(getattr(source, INSTRUCTION, None) for source in [*sources, self._stream]):
-            if self.args.prompts:
-                raise ValueError("Sources have instructions and `prompts` is set. Leave one of them out.")
-            if not isinstance(self.data_collator, CaptionCollator):
-                raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
-        if self.args.prompts and not hasattr(self.data_collator, "prompts"):
-            raise ValueError(
-                "`prompts` is set, which a `data_collator` of your own leaves out. Leave out one of them."
-            )
-
-    def _check_batches(self) -> None:
-        if self._stream is not None and self.args.max_steps < 1:
-            raise ValueError(
-                "The training set is a stream, whose length is not known, and `max_steps` is "
-                f"{self.args.max_steps}. Set `max_steps` to the number of steps to train."
-            )
-        if self._stream is not None and self.args.dataloader_num_workers > 1:
-            raise ValueError(
-                f"`dataloader_num_workers` is {self.args.dataloader_num_workers}, but a stream is read by one worker "
-                "per process, in its order. Set it to 0 or 1."
-            )
-        for option, done in _BATCH_OPTIONS.items():
-            value = getattr(self.args, option)
-            if getattr(value, "value", value) != done:
-                raise ValueError(
-                    f"`{option}` is {value!r}, but this trainer draws batches itself: each from one source, rows and "
-                    "batches shuffled, sources by their sizes. Leave it out: `mask_false_negatives` keeps equal "
-                    "captions from being each other's negatives, and `mini_batch_tokens` sorts rows by length."
-                )
-
     def get_default_loss(self, model: Any) -> nn.Module:
-        """In-batch InfoNCE over all devices, see [`~llm2clip_hf.training.caption_loss.CaptionContrastiveLoss`]."""
+        """In-batch InfoNCE over all devices, see [`CaptionContrastiveLoss`]."""
         return CaptionContrastiveLoss(
             model,
             scale=self.args.scale,
@@ -216,15 +147,10 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             mini_batch_tokens=self.args.mini_batch_tokens,
         )
 
-    # ------------------------------------------------------------------------------------------------------- the data
+    # ----------------------------------------------------------------------------------------------------- the data
 
     def set_epoch(self, epoch: int) -> None:
-        """
-        Makes sources draw anew and shuffles batches; called at the start of each epoch.
-
-        Args:
-            epoch (`int`): Number of the epoch, from 0.
-        """
+        """Makes sources draw anew and shuffles batches; called at the start of each epoch, with its number from 0."""
         if self._rows is not None:
             self._rows.set_epoch(epoch)
         if self._sampler is not None:
@@ -232,7 +158,7 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The loader of the training set; refuses one that yields no batch."""
-        options = self._loader_options()
+        options = loader_options(self.args, self.data_collator)
         # Not that of the arguments, which `auto_find_batch_size` leaves as it is.
         processes, size = self.accelerator.num_processes, self._train_batch_size
         if self._stream is not None:
@@ -241,54 +167,22 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             return torch.utils.data.DataLoader(rows, batch_size=size, **options)
         if self._rows is None:
             raise ValueError("Training needs a `train_dataset`.")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._sampler = SingleSourceBatchSampler(
             self._rows.sizes,
             size,
             # With `split_batches`, accelerate takes one batch per step apart, instead of giving one to each process.
             1 if self.accelerator.split_batches else processes,
-            seed=seed,
+            seed=_data_seed(self.args),
             drop_last=self.args.dataloader_drop_last,
         )
-        self._check_sizes(self._sampler)
+        self._sampler.check_sources(self._rows.names)
         self.accelerator.even_batches = False
         loader = torch.utils.data.DataLoader(self._rows, batch_sampler=self._sampler, **options)
         self._train_dataloader = self.accelerator.prepare(loader)
         return self._train_dataloader
 
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": self.data_collator,
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "persistent_workers": self.args.dataloader_persistent_workers,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "multiprocessing_context": getattr(self.args, "dataloader_multiprocessing_context", None),
-            "in_order": getattr(self.args, "dataloader_in_order", True),
-        }
-
-    def _check_sizes(self, sampler: SingleSourceBatchSampler) -> None:
-        assert self._rows is not None, "there is a sampler of rows only"
-        devices = f" on each of {sampler.num_processes} devices" if sampler.num_processes > 1 else " per device"
-        sampler.check_not_empty()
-        for number, name in enumerate(self._rows.names):
-            if not sampler.batches_of(number):
-                logger.warning(
-                    "The source `%s` of %d rows holds less than one batch of %d pairs%s, so it takes no part. Lower "
-                    "`per_device_train_batch_size` or leave the source out.",
-                    name,
-                    sampler.sizes[number],
-                    sampler.batch_size,
-                    devices,
-                )
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """
-        The loader of an evaluation set, whose rows are all in it, shared out to the processes.
-
-        Args:
-            eval_dataset (*optional*): A data set or the name of one; `self.eval_dataset` by default.
-        """
+        """The loader of an evaluation set (or the name of one), all of whose rows are shared out to the processes."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast(Any, self.eval_dataset)[dataset]
@@ -298,9 +192,11 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         if (eval_dataset is None or name) and name in self._evaluation_loaders:
             return self._evaluation_loaders[name]
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = EvaluationBatchSampler(len(dataset), self.args.eval_batch_size, processes, process, seed)
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
+        sampler = EvaluationBatchSampler(
+            len(dataset), self.args.eval_batch_size, processes, process, _data_seed(self.args)
+        )
+        options = loader_options(self.args, self.data_collator)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **options)
         # Told that it is alone: the sampler has dealt with the other processes, without repeating or leaving out rows.
         loader = prepare_data_loader(loader, num_processes=1, process_index=0)
         if self.args.dataloader_persistent_workers and (eval_dataset is None or name):
@@ -308,34 +204,15 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         return loader
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """
-        The loss of the evaluation set and the metrics of the evaluators.
-
-        Args:
-            eval_dataset (*optional*): A data set or the name of one; `self.eval_dataset` by default.
-            args: Further arguments of `SentenceTransformerTrainer.evaluate`.
-            kwargs: Further arguments of `SentenceTransformerTrainer.evaluate`.
-
-        Returns:
-            `dict[str, float]`: metrics by name.
-        """
+        """The loss of `eval_dataset` (a set or the name of one) and the metrics of the evaluators, by name."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = _evaluation_set(eval_dataset)
+            eval_dataset = evaluation_set(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------------------------- training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        Trains, and notes the options of the run for the card of the encoder.
-
-        Args:
-            args: Arguments of `SentenceTransformerTrainer.train`.
-            kwargs: Arguments of `SentenceTransformerTrainer.train`.
-
-        Returns:
-            `TrainOutput`.
-        """
+        """Trains as `SentenceTransformerTrainer` does, and notes the options of the run for the encoder's card."""
         output = super().train(*args, **kwargs)
         self._encoder().training_options = run_options(self.args, self.state.global_step)
         return output
@@ -353,37 +230,15 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """
-        The loss of a batch; an error about a loss that is not finite names the step.
-
-        Args:
-            model: The encoder as the Trainer wraps it.
-            inputs (`dict`): The batch.
-            args: Further arguments of `SentenceTransformerTrainer.compute_loss`.
-            kwargs: Further arguments of `SentenceTransformerTrainer.compute_loss`.
-
-        Returns:
-            `torch.Tensor` of shape `()`, or a tuple of it and an empty dict with `return_outputs=True`.
-        """
+        """The loss of a batch; an error about a loss that is not finite names the step."""
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         except FloatingPointError as error:
             where = f"Step {self.state.global_step + 1}" if model.training else "Evaluation"
-            raise FloatingPointError(f"{where}: {error} {self._advice()}") from error
+            raise FloatingPointError(f"{where}: {error} {self.nonfinite_advice()}") from error
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
-        """
-        The columns of a batch, and its labels.
-
-        Args:
-            inputs (`dict`): The batch.
-
-        Returns:
-            `tuple`: the features of each column, and the labels or `None`.
-
-        Raises:
-            ValueError: for entries that belong to no column.
-        """
+        """The features of each column of a batch, and its labels; entries that belong to no column are refused."""
         features, labels = super().collect_features(inputs)
         used = {id(value) for column in features for value in column.values()}
         extra = [name for name in inputs if name not in (LABEL, "return_loss") and id(inputs[name]) not in used]
@@ -394,25 +249,8 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
             )
         return features, labels
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. {self._advice()}"
-            )
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
-        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. {self._advice()}"
-            )
-        return grad_norm
-
-    def _advice(self) -> str:
+    def nonfinite_advice(self) -> str:
+        """See `BaseTrainer`."""
         advice = "checkpoints are intact. Lower `learning_rate`, or check the captions of this batch."
         return (
             f"The weights are those of step {self.state.global_step}; {describe_divergence(self._encoder()) or advice}"
@@ -420,67 +258,95 @@ class CaptionContrastiveTrainer(PublishingEncoderTrainer, AtomicCheckpointTraine
 
     # ------------------------------------------------------------------------------------------------ saving, resuming
 
+    # Overridden because a checkpoint of LoRA is its adapters, which `Trainer` would merge or leave out.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         llm = self._encoder().llm
         if not self._is_checkpoint or not has_adapters(llm):
             super()._save(output_dir, state_dict)
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: beside a `config.json`-less adapter, `SentenceTransformer` would load the causal LLM.
-        llm.save_pretrained(folder / ADAPTER_FOLDER)
+        folder = output_dir or str(self.args.output_dir)
+        save_adapter_checkpoint(llm, folder, self.args)
         self._encoder().tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         llm = self._encoder().llm
-        adapter = Path(checkpoint_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
         if has_adapters(llm):
-            if not adapter.is_file():
-                raise ValueError(f"{checkpoint_path} holds no `{ADAPTER_FOLDER}/`. Give a checkpoint of a LoRA run.")
-            load_adapter_weights(llm, adapter)
+            load_adapter_checkpoint(llm, checkpoint_path)
             return
         loaded = type(llm).from_pretrained(checkpoint_path, dtype=llm.dtype)
         llm.load_state_dict(loaded.state_dict(), strict=True)
 
+    # Overridden because sentence-transformers logs an error and goes on with the last weights.
     def _load_best_model(self) -> None:
-        # Not that of sentence-transformers, which logs an error and goes on with the last weights.
         best = self.state.best_model_checkpoint
         if best is None:
             raise ValueError("`load_best_model_at_end` is set, but no evaluation was followed by a checkpoint.")
         logger.info("Loading the best model, %s (%s).", best, self.state.best_metric)
         self._load_from_checkpoint(best)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Pushes the encoder, LoRA merged, with its code and card to `args.hub_model_id`, in one commit."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        push = partial(
+            self._encoder().push_to_hub,
+            str(self.hub_model_id),
+            token=token if token is not None else self.args.hub_token,
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+            exist_ok=True,
+            **kwargs,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Pushes nothing: a checkpoint holds adapters, which do not load by themselves."""
+
     def _encoder(self) -> CaptionEncoder:
         return self.accelerator.unwrap_model(self.model)
 
 
-def _open_training_set(dataset: Any) -> tuple[SourceRows | None, Any]:
-    """The rows of a map-style training set, or the stream."""
-    if dataset is None:
-        return None, None
-    if isinstance(dataset, Mapping):
-        return SourceRows(dataset), None
-    if is_map_style(dataset):
-        return SourceRows({getattr(getattr(dataset, "info", None), "dataset_name", None) or "train": dataset}), None
-    if not hasattr(dataset, "__iter__"):
+def _check_instructions(args: Any, sources: list[Any], collator: Any) -> None:
+    if any(getattr(source, INSTRUCTION, None) for source in sources):
+        if args.prompts:
+            raise ValueError("Sources have instructions and `prompts` is set. Leave one of them out.")
+        if not isinstance(collator, CaptionCollator):
+            raise ValueError("Sources have instructions, which a `data_collator` of your own leaves out.")
+    if args.prompts and not hasattr(collator, "prompts"):
+        raise ValueError("`prompts` is set, which a `data_collator` of your own leaves out. Leave out one of them.")
+
+
+def _check_batches(args: Any, *, is_stream: bool) -> None:
+    if is_stream and args.max_steps < 1:
         raise ValueError(
-            f"`train_dataset` is {type(dataset).__name__}, which has neither rows nor is a stream. Give a "
-            "CaptionPairDataset, a datasets.Dataset, a mapping of them, or a stream of rows."
+            f"The training set is a stream, whose length is not known, and `max_steps` is {args.max_steps}. Set "
+            "`max_steps` to the number of steps to train."
         )
-    return None, dataset
+    if is_stream and args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"`dataloader_num_workers` is {args.dataloader_num_workers}, but a stream is read by one worker per "
+            "process, in its order. Set it to 0 or 1."
+        )
+    for option, done in _BATCH_OPTIONS.items():
+        value = getattr(args, option)
+        if getattr(value, "value", value) != done:
+            raise ValueError(
+                f"`{option}` is {value!r}, but this trainer draws batches itself: each from one source, rows and "
+                "batches shuffled, sources by their sizes. Leave it out: `mask_false_negatives` keeps equal captions "
+                "from being each other's negatives, and `mini_batch_tokens` sorts rows by length."
+            )
 
 
-def _evaluation_set(dataset: Any) -> Any:
-    """A `datasets.Dataset`, or a dict of them, of an evaluation set, with the columns in order."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, Mapping):
-        return {name: _evaluation_set(source) for name, source in dataset.items()}
-    instruction = getattr(dataset, INSTRUCTION, None)
-    dataset = dataset.to_dataset() if hasattr(dataset, "to_dataset") else dataset
-    names = [name for name in dataset.column_names if name != INSTRUCTION]
-    columns = ordered_columns(names, "The evaluation set")
-    if instruction:
-        dataset = dataset.add_column(INSTRUCTION, [instruction] * len(dataset))
-    return dataset.select_columns([*columns, *([INSTRUCTION] if INSTRUCTION in dataset.column_names else [])])
+def _data_seed(args: Any) -> int:
+    return args.seed if args.data_seed is None else args.data_seed

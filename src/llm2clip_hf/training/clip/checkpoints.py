@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial
 from transformers.modeling_utils import load_state_dict as load_weights
 
-from ..base_trainer import AtomicCheckpointTrainer
-from ..lora import LORA_FILE, has_adapters, lora_layers, lora_state, merged_state
+from ..base_trainer import BaseTrainer
+from ..lora import has_adapters, lora_layers, lora_state, merged_state
+from ..publishing import LORA_FILE
 from . import clip_text
 from .parameters import has_llm, is_llm2clip
 
@@ -71,7 +72,7 @@ def unsharded_class(model: Any) -> type:
 _TOWERS = ("vision_model", "text_model")
 
 
-class ClipCheckpointTrainer(AtomicCheckpointTrainer):
+class ClipCheckpointTrainer(BaseTrainer):
     """A `Trainer` that saves and loads models as the module says."""
 
     processor: Any = None

@@ -2,11 +2,14 @@
 """Which parts of the model stage 2 trains: `train_vision` and `train_text` of the arguments, applied to a model."""
 
 import logging
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from ..lora import attach_lora, lora_config
 from .arguments import LLM2CLIPTrainingArguments
@@ -211,3 +214,30 @@ def _vision_scales(model: nn.Module, vision_layer_decay: float) -> dict[int, flo
         id(parameter): vision_layer_decay ** (num_layers + 1 - depths[name])
         for name, parameter in vision_model.named_parameters()
     }
+
+
+class LogitScaleClamp(TrainerCallback):
+    """Keeps the logit scale in `[1, max_logit_scale]` after each optimizer step (CLIP, arXiv 2103.00020, 2.5)."""
+
+    def __init__(self, max_logit_scale: float, deepspeed: bool = False) -> None:
+        self.max_log = math.log(max_logit_scale)
+        self.deepspeed = deepspeed
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called right after the optimizer's step."""
+        with torch.no_grad():
+            model.logit_scale.clamp_(0.0, self.max_log)
+            if self.deepspeed:
+                self._clamp_copy(model.logit_scale)
+
+    def _clamp_copy(self, parameter: torch.Tensor) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        copy = safe_get_full_fp32_param(parameter)  # on all processes, each of which may hold a part
+        if copy is not None:
+            safe_set_full_fp32_param(parameter, copy.clamp(0.0, self.max_log))
+        elif parameter.dtype != torch.float32:
+            raise RuntimeError(
+                f"DeepSpeed trains `logit_scale` in {parameter.dtype}, and its float32 copy, which has to be clamped, "
+                "is out of reach without ZeRO. Set `zero_optimization.stage` to 1 or 2 in the DeepSpeed config."
+            )

@@ -2,7 +2,6 @@
 """Pushing of trained models: what loads elsewhere and a card that says how it was made, and no pickles."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +16,14 @@ from ...losses import ContrastiveLoss
 from ...modeling.configuration_llm2clip import is_repository, pin_text_model
 from ...modeling.loading_llm2clip import hub_errors
 from ..base_trainer import (
+    BaseTrainer,
     EpochCallback,
-    LogitScaleClamp,
     check_data_parallel,
     describe_divergence,
     largest_weight,
     refuse_arguments,
 )
 from ..gradcache import CLIP_TEXT_NAMES, chunked_forward, split_rows
-from ..publishing import PublishingTrainer
 from ..streams import shards_itself
 from . import clip_text
 from .arguments import LLM2CLIPTrainingArguments
@@ -39,10 +37,10 @@ from .checkpoints import (
 from .checks import ROW_NAMES, check_batch, check_stores, prepare_training, resolve_loss_type
 from .evaluation import held_back_announcement, retrieval_of_pairs, run_evaluators
 from .loading import ClipLoadingTrainer
-from .parameters import build_optimizer_groups, frozen_towers, has_llm
+from .parameters import LogitScaleClamp, build_optimizer_groups, frozen_towers, has_llm
 
 
-class PublishingClipTrainer(PublishingTrainer):
+class PublishingClipTrainer(BaseTrainer):
     """Pushing for stage 2: the LLM is named with its commit, and the card says how the model was trained."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -356,16 +354,6 @@ class LLM2CLIPTrainer(PublishingClipTrainer, ClipLoadingTrainer, ClipCheckpointT
             "No embedding is finite, though inputs and weights are: the weights have grown too large, up to "
             f"{largest_weight(core)}, so the run has diverged. Lower `learning_rate`."
         )
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
-        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. The weights are those "
-                f"of step {self.state.global_step}. Lower `learning_rate`."
-            )
-        return grad_norm
 
     # -------------------------------------------------------------------------------------------- optimizer and data
 

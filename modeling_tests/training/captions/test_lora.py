@@ -2,7 +2,9 @@
 """An encoder saved as adapters only embeds like the merged one, on the LLM it was trained on and on no other."""
 
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,37 +33,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
 from llm2clip_hf.evaluation.model_loading import load_model_and_processor
 from llm2clip_hf.evaluation.text_towers import embed_texts
+from llm2clip_hf.files import written_into
 from llm2clip_hf.modeling.loading_llm2clip import load_pretrained_text, load_text_config
 from llm2clip_hf.training import build_caption_encoder
-from llm2clip_hf.training import lora as quantization
+from llm2clip_hf.training import model_checks as quantization
 from llm2clip_hf.training.captions.encoder import CaptionEncoder
-from llm2clip_hf.training.lora import describe_llm
+from llm2clip_hf.training.model_checks import describe_llm
 
 
 TEXTS = ["a red boat", "  two dogs run over the grass  ", "", "a photo. " * 20]
 
 
-def save_llm(folder: Path, seed: int = 5, **changes: int) -> str:
-    torch.manual_seed(seed)
-    config = tiny_models.text_config("llama")
-    config.update(changes)
-    AutoModel.from_config(config).save_pretrained(folder)
-    tiny_models.llama3_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def llm_dir(tmp_path: Path) -> str:
-    return save_llm(tmp_path / "llm")
+    return tiny_models.save_llm(tmp_path / "llm")
 
 
 def trained(llm_dir: str, **kwargs: object):
     torch.manual_seed(0)
-    encoder = build_caption_encoder(llm_dir, **kwargs)
-    for name, parameter in encoder.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return encoder.eval()
+    return tiny_models.draw_lora(build_caption_encoder(llm_dir, **kwargs)).eval()
 
 
 def vectors(encoder: SentenceTransformer) -> torch.Tensor:
@@ -132,10 +122,10 @@ def test_moved_base_is_found_and_another_is_refused(llm_dir, tmp_path):
         half = build_caption_encoder(adapter, base_model=str(tmp_path / "moved"), dtype=dtype)
         assert half.llm.get_input_embeddings().weight.dtype == dtype
 
-    other = save_llm(tmp_path / "other", seed=6)
+    other = tiny_models.save_llm(tmp_path / "other", seed=6)
     with pytest.raises(ValueError, match="is not the base .*its weights are not those.*Give the right LLM as `base_m"):
         build_caption_encoder(adapter, base_model=other)
-    wide = save_llm(tmp_path / "wide", hidden_size=48)
+    wide = tiny_models.save_llm(tmp_path / "wide", hidden_size=48)
     with pytest.raises(ValueError, match="its width is 48, not 32"):
         build_caption_encoder(adapter, base_model=wide)
     with pytest.raises(ValueError, match="`base_model` is for an adapter-only encoder"):
@@ -219,7 +209,7 @@ def test_adapters_of_another_base_or_of_none_are_refused_everywhere(llm_dir, tmp
     for read in (build_caption_encoder, load_text_config, lambda name: load_pretrained_text(name, None, None)):
         with pytest.raises(OSError, match="The LLM .*llm' of the adapters in .* cannot be read"):
             read(adapter)
-    save_llm(tmp_path / "llm", seed=6)
+    tiny_models.save_llm(tmp_path / "llm", seed=6)
     for read in (build_caption_encoder, lambda name: load_pretrained_text(name, None, None)):
         with pytest.raises(ValueError, match="its weights are not those that the adapters were trained on"):
             read(adapter)
@@ -279,6 +269,29 @@ def test_merged_save_replaces_adapters_in_the_folder(llm_dir, tmp_path):
     torch.testing.assert_close(
         vectors(build_caption_encoder(str(tmp_path / "out"), lora=None)), vectors(encoder), atol=1e-5, rtol=0
     )
+
+
+def test_folder_that_is_half_replaced_does_not_pass_for_finished(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if target.name == "model.safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    names = ("config.json", "model.safetensors", "vocab.txt")
+    for attempt in ("old", "new"):
+        with (
+            pytest.raises(KeyboardInterrupt) if attempt == "new" else nullcontext(),
+            written_into(tmp_path / "out", "config.json", ["model*.safetensors"]) as folder,
+        ):
+            for name in names:
+                (folder / name).write_text(attempt)
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+        if attempt == "old":
+            assert {file.name for file in (tmp_path / "out").iterdir()} == set(names)
+            monkeypatch.setattr(os, "replace", stop)
+    assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {"vocab.txt": "old"}
 
 
 # --------------------------------------------------------------------------------------------------------- quantising
@@ -363,7 +376,9 @@ def test_quantised_encoder_is_saved_as_adapters_and_merged_in_full_precision(llm
     assert "quantization_config" not in config
     with pytest.raises(ValueError, match="its weights are not those"):
         build_caption_encoder(
-            str(tmp_path / "adapter"), base_model=save_llm(tmp_path / "other", 6), quantization=rounded
+            str(tmp_path / "adapter"),
+            base_model=tiny_models.save_llm(tmp_path / "other", seed=6),
+            quantization=rounded,
         )
 
 
