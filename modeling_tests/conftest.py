@@ -45,10 +45,5 @@ def shared_dir() -> Path:
 def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a small Llama with the tokenizer of Llama 3; for reading only."""
     import tiny_models
-    from transformers import AutoModel
 
-    folder = tmp_path_factory.mktemp("llm")
-    torch.manual_seed(5)
-    AutoModel.from_config(tiny_models.text_config("llama")).save_pretrained(folder)
-    tiny_models.llama3_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny_models.save_llm(tmp_path_factory.mktemp("llm"))
