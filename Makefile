@@ -15,7 +15,7 @@ help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## Train a miniature LLM2CLIP end to end on this CPU (about five minutes)
-	$(BIN)/llm2clip demo --output-dir $(OUTPUT) $(DEMO_ARGS)
+	$(BIN)/llm2clip demo --output_dir $(OUTPUT) $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## Run the tests
 	$(PYTEST) -m "not slow and not gpu"
@@ -42,7 +42,7 @@ docs: $(VENV)/.dev  ## Build the documentation site in build/site; warnings are 
 	$(BIN)/mkdocs build --quiet
 
 cards: $(VENV)/.demo  ## Write the cards of the released checkpoints again
-	$(BIN)/python -c "from llm2clip_hf.hub.conversion_card import write_released_cards; write_released_cards('model_cards')"
+	$(BIN)/python -c "from llm2clip_hf.hub.cards import write_released_cards; write_released_cards('model_cards')"
 
 clean:  ## Remove the environment and what was built
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -39,3 +39,11 @@ def shared_dir() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("the folder `shared` with data and reference vectors is not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small Llama with the tokenizer of Llama 3; for reading only."""
+    import tiny_models
+
+    return tiny_models.save_llm(tmp_path_factory.mktemp("llm"))

@@ -103,6 +103,57 @@ def test_root_imports_the_model_only() -> None:
     assert first_party == {"auto_registration", "modeling", "version"}
 
 
+def loaded_with(name: str, tree: ast.Module, known: set[str]) -> set[str]:
+    """The first-party modules that are loaded when a module is: those that its top level imports."""
+    wanted: set[str] = set()
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for imported in imports(name, node):
+                path = imported.removeprefix("llm2clip_hf.")
+                # `from .module import name` gives `module.name`.
+                places = (path, f"{path}.__init__", path.rpartition(".")[0], f"{path.rpartition('.')[0]}.__init__")
+                wanted |= {next((place for place in places if place in known), name)}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            pending += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+    return wanted - {name}
+
+
+def test_modules_import_each_other_in_one_direction() -> None:
+    """No cycle: modules whose imports are all put aside are put aside too, until none is left."""
+    trees = dict(modules())
+    left = {name: loaded_with(name, tree, set(trees)) for name, tree in trees.items()}
+    while ready := {name for name, needed in left.items() if not needed & left.keys()}:
+        left = {name: needed for name, needed in left.items() if name not in ready}
+    # What imports a cycle without being part of it is no cause.
+    while outer := left.keys() - set().union(*left.values()) if left else set():
+        left = {name: needed for name, needed in left.items() if name not in outer}
+    assert not left, {name: sorted(needed & left.keys()) for name, needed in left.items()}
+
+
+def test_no_private_name_crosses_a_package() -> None:
+    wrong = []
+    for name, tree in modules():
+        package = ("llm2clip_hf." + name).rpartition(".")[0]
+        for node in ast.walk(tree):
+            for imported in imports(name, node) if isinstance(node, ast.Import | ast.ImportFrom) else ():
+                module, _, taken = imported.rpartition(".")
+                home = module.rpartition(".")[0]
+                private = taken.startswith("_") and not taken.startswith("__")
+                if private and imported.startswith("llm2clip_hf.") and module != package and home != package:
+                    wrong.append(f"{name} imports {imported}")
+    assert set(wrong) <= {"training.base_trainer imports llm2clip_hf.files._REPLACED"}, wrong
+
+
+def test_a_folder_holds_at_most_sixteen_files() -> None:
+    counts = {path: len(list(path.glob("*.py"))) for path in [ROOT, *ROOT.rglob("*")] if path.is_dir()}
+    too_full = {str(path.relative_to(ROOT)): count for path, count in counts.items() if count > 16}
+    assert too_full.keys() <= {"data"}, too_full
+
+
 def test_third_party_packages_have_one_owner() -> None:
     wrong = []
     for name, tree in modules():

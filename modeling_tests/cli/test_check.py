@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from modeling_tests.training.clip.test_modes import clip_text_tower
+from clip_training import clip_text_tower
 from shard_files import CAPTION_FIELDS, write_shards
 from stub_hub import stub_hub
 from tiny_data import COLOURS, write_training_files

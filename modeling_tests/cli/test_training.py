@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
-from modeling_tests.training.clip.test_modes import clip_text_tower
+from clip_training import clip_text_tower
 from safetensors.torch import load_file, save_file
 from shard_files import CAPTION_FIELDS, write_shards
 from tiny_data import write_training_files

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets import Image as ImageFeature
-from shard_files import CAPTION_FIELDS, captions, image_bytes, members, write_shards, write_tar
+from shard_files import CAPTION_FIELDS, captions, members, write_shards, write_tar
 
 from llm2clip_hf.data import (
     ImageTextDataset,
@@ -426,14 +426,29 @@ def test_a_misspelt_field_is_noticed(folder, tmp_path, caplog):
         make(folder, shards=parquet_shards(tmp_path, True), caption_fields={"real": "absent"})
 
 
-def test_where_a_sample_lies_can_be_asked(folder):
-    stream = make(folder)
-    assert stream.locate(0) == (str(folder / "000.tar"), 0)
-    assert stream.locate(6) == (str(folder / "002.tar"), 0)
-    assert stream.locate(COUNT - 1) == (str(folder / "004.tar"), 3)
-    with pytest.raises(IndexError):
-        stream.locate(COUNT)
+def test_the_text_beside_a_stored_embedding_is_that_of_the_same_caption(folder, store):
+    # The order of the fields is not that of the store.
+    fields = dict(reversed(CAPTION_FIELDS.items()))
+    stream = ImageTextStream(
+        str(folder / "{000..004}.tar"), fields, store=store, transform=TRANSFORM, shuffle_buffer=4, seed=5
+    )
+    oracle = ImageTextDataset(map_style().images, TABLE, store=store, with_text=True, transform=TRANSFORM, seed=5)
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        oracle.set_epoch(epoch)
+        for sample in stream:
+            assert_same(sample, oracle[sample["index"]])
+            assert sample["llm_embeds"][0] == hash_of(sample["text"])
 
 
-def test_images_of_the_helper_are_distinct():
-    assert len({image_bytes(number) for number in range(COUNT)}) == COUNT
+def test_captions_that_are_not_those_of_the_store_are_refused_or_replaced(folder, store):
+    shards, options = str(folder / "{000..004}.tar"), {"store": store, "transform": TRANSFORM, "shuffle_buffer": 4}
+    with pytest.raises(ValueError, match=r"names the sources \['real'\], the store .* has \['dense', 'real'\]"):
+        ImageTextStream(shards, {"real": "txt"}, **options)
+    swapped = {"real": "json.dense", "dense": "txt"}
+    # Samples with one caption of each kind are the same both ways round.
+    with pytest.raises(ValueError, match=r"captions in the sources \['real', 'dense'\], but the store"):
+        list(ImageTextStream(shards, swapped, **options))
+    stream = ImageTextStream(shards, swapped, on_bad_sample="skip", **options)
+    assert {sample["index"] % 3 for sample in stream} == {1}
+    assert stream.skipped.number > 0

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms that image-caption data come in: each gives what the same rows in plain form give."""
+"""The forms that image-caption data come in give what the same rows in plain form give; tar as `tarfile` does."""
 
 import gzip
+import io
 import json
+import random
 import subprocess
+import sys
+import tarfile
 
 import datasets
 import numpy as np
@@ -14,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from shard_files import image_bytes, write_tar
 
 from llm2clip_hf.data import ImageTextStream, load_captions, load_image_text, load_shard_captions
+from llm2clip_hf.data.shards import iterate_members, open_archive, read_member
 
 
 COUNT = 5
@@ -251,3 +256,82 @@ def test_a_saved_dataset_dict(tmp_path):
     DatasetDict({"train": Dataset.from_dict(rows), "test": Dataset.from_dict(rows).select([0])}).save_to_disk(tmp_path)
     check_table(tmp_path)
     check_table(tmp_path / "train")
+
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write(path, kind: str) -> None:
+    source = random.Random(0)
+    with tarfile.open(path, "w", format=FORMATS[kind]) as tar:
+        for number in range(40):
+            folder = ["", "some/folder/", "x" * 90 + "/" + "y" * 40 + "/"][number % 3]
+            member = tarfile.TarInfo(f"{folder}{number:05d}.jpg")
+            member.size = source.choice([0, 1, 511, 512, 513, 5000])
+            if kind == "pax":
+                member.mtime = number + 0.5
+            tar.addfile(member, io.BytesIO(source.randbytes(member.size)))
+            if number % 7 == 0:
+                special = tarfile.TarInfo(f"special{number}")
+                special.type = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE][number % 3]
+                special.linkname = "00000.jpg"
+                tar.addfile(special)
+        member = tarfile.TarInfo("caf\u00e9/\u732b.jpg")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"cat"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_members_are_those_of_tarfile(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    write(path, kind)
+    with tarfile.open(path) as tar:
+        expected = [(member.name, tar.extractfile(member).read()) for member in tar if member.isreg()]
+    assert len(expected) == 41
+    with open_archive(path) as file:
+        assert [(member.name, read_member(file, member)) for member in iterate_members(file)] == expected
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_cut_passes_silently(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    write(path, kind)
+    content = path.read_bytes()
+    with open_archive(path) as file:
+        end = max(member.offset + -(-member.size // 512) * 512 for member in iterate_members(file))
+    for length in [0, 1, 511, *range(512, end, 1021), end - 1, end, end + 511]:
+        path.write_bytes(content[:length])
+        with open_archive(path) as file, pytest.raises(tarfile.TarError):
+            list(iterate_members(file))
+    path.write_bytes(content[: end + 512])
+    with open_archive(path) as file:
+        assert len(list(iterate_members(file))) == 41
+
+
+def test_a_changed_header_is_refused_with_its_place(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, "ustar")
+    content = bytearray(path.read_bytes())
+    with open_archive(path) as file:
+        header = [member.offset for member in iterate_members(file)][5] - 512
+    content[header + 3] ^= 1
+    path.write_bytes(content)
+    with open_archive(path) as file, pytest.raises(tarfile.TarError, match=f"no valid header at byte {header}"):
+        list(iterate_members(file))
+
+
+def test_without_datasets_the_package_imports_and_says_what_to_install():
+    code = """
+import sys
+sys.modules["datasets"] = sys.modules["pyarrow"] = None
+import llm2clip_hf.data as data
+try:
+    from llm2clip_hf.data import load_captions
+except ImportError as error:
+    print(error)
+print(data.CaptionTable(["a cat"])[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "`load_captions` needs `datasets`. Install it with `pip install llm2clip-hf[train]`.\n['a cat']\n"
+    )

@@ -17,7 +17,7 @@ from shard_files import image_bytes, write_tar
 from stub_hub import stub_hub
 
 from llm2clip_hf.data import find_overlap, load_captions, load_image_text
-from llm2clip_hf.data.sources import open_image_table
+from llm2clip_hf.data.image_sources import open_image_table
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +233,7 @@ import json
 import datasets
 import numpy as np
 from llm2clip_hf.data import ImageTextStream, load_captions, load_image_text
-from llm2clip_hf.data.image_tables import open_image_table
+from llm2clip_hf.data.image_sources import open_image_table
 
 def pixels(image, generator=None):
     return np.array(image)

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from evaluation_data import CAPTIONS, clip, picture, write_image_folder, write_parquet
 
-from llm2clip_hf.data import embed_captions, embedding_fingerprint, source_splits
+from llm2clip_hf.data import embed_captions, embedding_fingerprint, sources
 from llm2clip_hf.evaluation import (
     encode_images,
     encode_texts,
@@ -393,7 +393,7 @@ def test_copies_on_the_hub_are_opened_at_their_revision(
 
     with pytest.raises(ValueError, match="Task `docci`: The data set `not-lain/docci` at revision 0bab.* Hub"):
         load_task_data(TASKS["docci"])
-    monkeypatch.setattr(source_splits, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     docci = dataclasses.replace(TASKS["docci"], num_images=3)
     [record] = evaluate_tasks(*parts, [docci]).results.values()
     first = [texts[:1] for texts in CAPTIONS[:3]]

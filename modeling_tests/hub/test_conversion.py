@@ -172,14 +172,6 @@ def test_vectors_of_the_original_without_the_package(shared_dir: Path, tmp_path:
 # --------------------------------------------------------------------------------------- sizes are read from shapes
 
 
-def test_eva02_of_other_sizes(tmp_path: Path) -> None:
-    model = eva_model()
-    report = convert_checkpoint(write(original.eva(model), tmp_path / "a.pt"), tmp_path / "out")
-    assert_same(report.output_dir, model)
-    assert report.kind == "LLM2CLIP, EVA tower"
-    assert len(report.dropped_keys) == 6
-
-
 def test_fused_post_norm_tower_takes_its_heads_from_the_model_json(tmp_path: Path) -> None:
     model = original.model(VIT_E, "linear_bias")
     source = write(original.eva(model, fused=True), tmp_path / "a.pt")
@@ -205,13 +197,6 @@ def test_a_model_that_no_conversion_wrote_is_not_replaced(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="holds other files"):
         convert_checkpoint(source, output)
     assert (output / "model.safetensors").is_file()
-
-
-def test_openai_tower_of_training_checkpoints(tmp_path: Path) -> None:
-    model = original.model(CLIP, "linear")
-    weights = {f"module.{key}": value for key, value in original.open_clip(model).items()}
-    source = write({"epoch": 3, "state_dict": weights}, tmp_path / "epoch_3.pt")
-    assert_same(convert_checkpoint(source, tmp_path / "out").output_dir, model)
 
 
 def test_siglip_with_the_llm_online(tmp_path: Path) -> None:
@@ -414,17 +399,18 @@ def save_start(model_type: str, folder: Path) -> Any:
 def test_both_roads_start_from_the_same_temperature(model_type: str, tmp_path: Path) -> None:
     trained = save_start(model_type, tmp_path / "source").logit_scale.item()
     tiny_models.image_processor().save_pretrained(tmp_path / "source")
+    llm = str(save_llm(tmp_path / "llm"))  # narrow, and so is the new adaptor
     assert abs(trained - 2.6592) > 0.5 or model_type == "siglip"
     for number, (given, expected) in enumerate([(None, 2.6592), ("pretrained", trained), (1.5, 1.5)]):
         output = tmp_path / f"out{number}"
-        convert_checkpoint(tmp_path / "source", output, logit_scale_init_value=given)
+        convert_checkpoint(tmp_path / "source", output, text_model=llm, logit_scale_init_value=given)
         fields = {} if given is None else {"logit_scale_init_value": given}
         built = LLM2CLIPModel.from_vision_text_pretrained(
             str(tmp_path / "source"), projection_dim=16, llm_hidden_size=8, **fields
         )
         built.save_pretrained(tmp_path / "built")
         for folder in (output, tmp_path / "built"):
-            scale = LLM2CLIPModel.from_pretrained(folder).logit_scale
+            scale = LLM2CLIPModel.from_pretrained(folder, load_text_model=False).logit_scale
             assert scale.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -456,12 +442,12 @@ def test_code_of_a_repository_is_neither_run_nor_asked_for(tmp_path: Path, monke
     (source / "config.json").write_text(json.dumps(config))
     preprocessing = {"auto_map": {"AutoImageProcessor": "processing_own.OwnProcessor"}}
     (source / "preprocessor_config.json").write_text(json.dumps({**preprocessing, "image_processor_type": "Own"}))
+    llm = save_llm(tmp_path / "llm")
     with pytest.raises(ValueError, match="image preprocessing of .* cannot be read.*never run"):
-        convert_checkpoint(source, tmp_path / "out")
+        convert_checkpoint(source, tmp_path / "out", text_model=str(llm))
     native = {**tiny_models.image_processor().to_dict(), **preprocessing}
     (source / "preprocessor_config.json").write_text(json.dumps(native))
-    convert_checkpoint(source, tmp_path / "out")
-    llm = Path(str(save_llm(tmp_path / "llm")))
+    convert_checkpoint(source, tmp_path / "out", text_model=str(llm))
     tokenizer = json.loads((llm / "tokenizer_config.json").read_text())
     tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
     (llm / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -708,20 +694,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image_processor.crop_size["height"] == 30
 
 
-def llm_of_another_width(folder: Path) -> list[str]:
-    write(original.eva(eva_model()), folder / "a.pt")
-    return [str(folder / "a.pt"), "--text-model", str(save_llm(folder / "llm"))]
-
-
-def folder_without_config(folder: Path) -> list[str]:
-    (folder / "source").mkdir()
-    weights = original.transformers_clip(original.model(CLIP, "linear"))
-    save_file(weights, folder / "source" / "model.safetensors")
-    return [str(folder / "source")]
-
-
-def half_precision_of_another_model(folder: Path) -> list[str]:
-    return [str(write({"conv.weight": torch.ones(2, dtype=torch.float16)}, folder / "a.pt"))]
+def pickled_code(folder: Path) -> list[str]:
+    return [str(write({"a": Evil()}, folder / "a.pt"))]
 
 
 def model_that_is_converted(folder: Path) -> list[str]:
@@ -732,10 +706,8 @@ def model_that_is_converted(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (llm_of_another_width, "is 32 wide, but the text adaptor takes 20"),
-        (folder_without_config, "has no `config.json`"),
-        (half_precision_of_another_model, "is none of the checkpoints that can be converted"),
         (model_that_is_converted, "is converted already"),
+        (pickled_code, "holds more than tensors"),
         (lambda folder: ["some-org/wrong"], "'some-org/wrong' is neither a file"),
     ],
 )
@@ -747,7 +719,7 @@ def test_command_names_what_is_wrong_and_leaves_nothing(
     capfd.readouterr()
     assert cli.main(["convert", source, str(tmp_path / "new" / "out"), *options]) == 1
     error = capfd.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert error.startswith("llm2clip convert: ValueError: ") and message in error and error.count("\n") == 1
     assert leaves_nothing(tmp_path, *before)
 
 
@@ -765,16 +737,6 @@ def test_vision_side_alone_keeps_its_projection(tmp_path: Path) -> None:
     with torch.no_grad():
         given, wanted = (m.get_image_features(images).pooler_output for m in (loaded, model))
     torch.testing.assert_close(given, wanted, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("case", ["truncated", "code", "missing keys", "unknown keys", "NaN"])
-def test_command_fails_with_one_line(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    BAD_FILES[case][0](tmp_path / "a.pt")
-    assert cli.main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--text-model", "none"]) == 1
-    error = capfd.readouterr().err
-    assert error.startswith("llm2clip convert: ValueError: ")
-    assert error.count("\n") == 1
-    assert leaves_nothing(tmp_path, "a.pt")
 
 
 def test_command_needs_both_folders(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from llm2clip_hf.data import CenterCropTransform, ImageTextStream, load_image_text
+from llm2clip_hf.data.image_sources import open_image_table
 from llm2clip_hf.data.images import decode_image, load_image
-from llm2clip_hf.data.sources import open_image_table
 from llm2clip_hf.demo.search import open_image
 from llm2clip_hf.evaluation import encode_images
 from llm2clip_hf.modeling import processing_llm2clip

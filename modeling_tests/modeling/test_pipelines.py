@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, pipeline
 
 from llm2clip_hf import LLM2CLIPModel, LLM2CLIPProcessor
-from llm2clip_hf.modeling.pipeline_llm2clip import LLM2CLIPZeroShotImageClassificationPipeline
+from llm2clip_hf.modeling.modeling_llm2clip import LLM2CLIPZeroShotImageClassificationPipeline
 
 
 LABELS = ["a boat", "two dogs run over the green grass", ""]

@@ -20,19 +20,15 @@ from llm2clip_hf import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 TEXTS = ["a red boat", "two dogs run over the green grass, one is black", " ein rotes Boot  "]
 CODE_FILES = {
-    "card_llm2clip.py",
     "configuration_eva02.py",
     "configuration_llm2clip.py",
-    "inputs_llm2clip.py",
     "loading_llm2clip.py",
     "modeling_eva02.py",
     "modeling_llm2clip.py",
-    "modules_llm2clip.py",
-    "pipeline_llm2clip.py",
     "pretrained_llm2clip.py",
     "processing_llm2clip.py",
-    "publishing_llm2clip.py",
     "sentence_llm2clip.py",
+    "text_llm2clip.py",
     "vision_llm2clip.py",
 }
 # Run in a process of its own: the package is made impossible to import, then the folder or repository is loaded.

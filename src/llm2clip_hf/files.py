@@ -45,7 +45,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON through `write_atomically`."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_text_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file through `write_atomically`."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")

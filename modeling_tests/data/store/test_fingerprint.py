@@ -25,8 +25,8 @@ from llm2clip_hf.data import (
     embedding_fingerprint,
 )
 from llm2clip_hf.data.store.fingerprint import tokenizer_digest, weights_digest, weights_identity
-from llm2clip_hf.modeling.modules_llm2clip import sampled_weights_digest
 from llm2clip_hf.modeling.processing_llm2clip import record_text_settings
+from llm2clip_hf.modeling.text_llm2clip import sampled_weights_digest
 from llm2clip_hf.training.clip.checks import check_stores
 
 

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import tiny_models
 import torch
+from caption_training import CAPTIONS, arguments, encoder_with_random_lora
 from peft import LoraConfig
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
@@ -20,36 +21,6 @@ from llm2clip_hf.training.lora import lora_config, merged_llm
 
 
 TEXTS = ["a red boat", "http://example.com/cat.jpg", "  two dogs run over the grass  ", "x", "", "a photo. " * 20]
-WORDS = "red blue green boat dog tree house sun small big old new near far".split()
-CAPTIONS = [
-    [
-        f"a {WORDS[i % 14]} {WORDS[(3 * i + 1) % 14]} {i}",
-        f"one {WORDS[i % 14]} thing, {i}",
-        f"{WORDS[(5 * i) % 14]} {i}",
-    ]
-    for i in range(23)
-]
-
-
-def arguments(folder: Path, **kwargs: object) -> CaptionContrastiveTrainingArguments:
-    options = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 5,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "logging_steps": 1,
-        "save_steps": 3,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return CaptionContrastiveTrainingArguments(str(folder), **(options | kwargs))
-
-
-def encoder_with_random_lora(llm_dir: str, **kwargs: object):
-    torch.manual_seed(0)
-    return tiny_models.draw_lora(build_caption_encoder(llm_dir, **kwargs))
 
 
 # ------------------------------------------------------------------------------------------------------ the embedding

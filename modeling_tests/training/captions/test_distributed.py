@@ -15,11 +15,10 @@ import tiny_models
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from modeling_tests.training.captions.test_contrastive import CAPTIONS
-from modeling_tests.training.captions.test_sources import Stream, Texts
-from modeling_tests.training.clip.test_distributed import COMMON, in_two_processes
+from caption_training import CAPTIONS, Stream, Texts
 from tiny_data import write_training_files
 from transformers import AutoModel
+from two_processes import COMMON, in_two_processes
 
 from llm2clip_hf.cli import train_captions, train_clip
 from llm2clip_hf.cli.train_captions import TrainCaptionsOptions, load_sources, train_and_save

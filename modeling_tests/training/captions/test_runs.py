@@ -10,8 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from modeling_tests.training.captions.test_contrastive import CAPTIONS, arguments, encoder_with_random_lora
-from modeling_tests.training.captions.test_sources import Stream, Texts
+from caption_training import CAPTIONS, Stream, Texts, arguments, encoder_with_random_lora
 from transformers import TrainerCallback
 
 from llm2clip_hf.data import CaptionPairDataset, stream_caption_pairs

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from caption_training import Stream, Texts
 
 from llm2clip_hf.training.captions.sources import (
     CaptionCollator,
@@ -16,25 +17,6 @@ from llm2clip_hf.training.captions.sources import (
     StreamRows,
     ordered_columns,
 )
-
-
-class Texts:
-    """A map-style source as `data` makes them, with its draws in the texts."""
-
-    def __init__(self, name: str, size: int, instruction: str | None = None, negatives: bool = False) -> None:
-        self.name, self.size, self.instruction, self.negatives, self.epoch = name, size, instruction, negatives, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, row: int) -> dict:
-        if not 0 <= row < self.size:
-            raise IndexError(row)
-        texts = {"anchor": f"{self.name} {row}", "positive": f"{self.name} {row} in epoch {self.epoch}"}
-        return {"label": row} | texts | ({"negative": f"not {row}"} if self.negatives else {})
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
 
 # --------------------------------------------------------------------------------------------------------- the sampler
@@ -175,19 +157,6 @@ def test_bad_sources_are_named():
         SourceRows({"a": Texts("a", 1), "b": (row for row in [])})
     with pytest.raises(ValueError, match=r"source `b` has the unknown columns \['extra'\]"):
         SourceRows({"b": datasets.Dataset.from_dict({"anchor": ["a"], "positive": ["p"], "extra": [1]})})
-
-
-class Stream:
-    def __init__(self, size: int) -> None:
-        self.source, self.epochs = Texts("s", size, "find: "), []
-        self.instruction = "find: "
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epochs.append(epoch)
-        self.source.set_epoch(epoch)
-
-    def __iter__(self):
-        return (self.source[row] for row in range(len(self.source)))
 
 
 def test_stream_is_read_again_and_shared_out_in_global_batches():

@@ -8,8 +8,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from modeling_tests.training.clip.test_modes import ClipPairs, clip_text_tower, trainer_for
-from modeling_tests.training.clip.test_trainer import arguments
+from clip_training import ClipPairs, arguments, clip_text_tower, trainer_for
 from PIL import Image
 from safetensors.torch import save_file
 from shard_files import write_tar

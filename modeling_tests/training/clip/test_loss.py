@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from modeling_tests.training.clip.test_trainer import Pairs, arguments, softmax_loss, stack, trainer_for
+from clip_training import Pairs, arguments, softmax_loss, stack, trainer_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm2clip_hf.training import LLM2CLIPTrainer

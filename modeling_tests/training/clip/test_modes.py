@@ -3,17 +3,16 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from modeling_tests.training.clip.test_trainer import Pairs, arguments, clip_baseline, softmax_loss, stack
+from clip_training import ClipPairs, Pairs, arguments, clip_baseline, clip_text_tower, softmax_loss, stack, trainer_for
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel, CLIPTextConfig, CLIPTextModelWithProjection, HfArgumentParser
+from transformers import AutoModel, CLIPTextModelWithProjection, HfArgumentParser
 
 from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.data import ImageTextCollator
@@ -25,31 +24,6 @@ from llm2clip_hf.training import (
 )
 from llm2clip_hf.training.clip.clip_text import ClipTextCollator
 from llm2clip_hf.training.lora import has_adapters, merge_lora, merged_state
-
-
-class ClipPairs(Pairs):
-    """Pairs with the tokens of CLIP's own text encoder."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = torch.arange(5) + 3 * index % 80
-        ids[4] = 98
-        return super().__getitem__(index) | {"clip_input_ids": ids, "clip_attention_mask": torch.ones_like(ids)}
-
-
-def trainer_for(model: Any, folder: Path, dataset: Any = None, **kwargs: Any) -> LLM2CLIPTrainer:
-    extra = {name: kwargs.pop(name) for name in ("clip_text_model", "evaluators", "eval_dataset") if name in kwargs}
-    args = arguments(folder, **kwargs)
-    return LLM2CLIPTrainer(model, args, data_collator=stack, train_dataset=dataset or Pairs(), **extra)
-
-
-def clip_text_tower(width: int = tiny_models.PROJECTION) -> CLIPTextModelWithProjection:
-    torch.manual_seed(4)
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=21, intermediate_size=33, num_hidden_layers=2, num_attention_heads=3, vocab_size=99,
-            eos_token_id=98, projection_dim=width,
-        )
-    )  # fmt: skip
 
 
 def copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 import transformers.trainer
-from modeling_tests.training.clip.test_trainer import Pairs, arguments, stack
+from clip_training import Pairs, arguments, stack
 from PIL import Image
 from transformers import AutoModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from modeling_tests.training.clip.test_trainer import Pairs, clip_baseline, stack
+from clip_training import Pairs, clip_baseline, stack
 from sentence_transformers import SentenceTransformerTrainer
 from transformers import AutoModel, AutoModelForCausalLM, Trainer
 

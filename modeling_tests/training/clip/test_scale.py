@@ -14,11 +14,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from modeling_tests.training.clip.test_distributed import in_two_processes
-from modeling_tests.training.clip.test_modes import ClipPairs, clip_text_tower
-from modeling_tests.training.clip.test_trainer import Pairs, arguments, stack
+from clip_training import ClipPairs, Pairs, arguments, clip_text_tower, stack
 from PIL import Image
 from transformers import EarlyStoppingCallback, TrainerCallback
+from two_processes import in_two_processes
 
 from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.evaluation import evaluate_retrieval

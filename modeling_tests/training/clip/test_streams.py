@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from modeling_tests.training.clip.test_distributed import run_rank
-from modeling_tests.training.clip.test_trainer import Pairs, arguments, stack
+from clip_training import Pairs, arguments, stack
 from PIL import Image
+from two_processes import run_rank
 
 from llm2clip_hf.data import ImageTextCollator, ImageTextStream, RandomResizedCropTransform
 from llm2clip_hf.training import LLM2CLIPTrainer

@@ -17,16 +17,9 @@ if TYPE_CHECKING:
 
 # Fields of LLM2CLIPConfig that come from the parts, or have options of another name.
 OWN_FIELDS = (
-    "vision_config",
-    "vision_hidden_size",
-    "text_config",
-    "text_prefix_length",
-    "text_weights",
-    "text_base_model",
-    "text_base_revision",
-    "text_fingerprint",
-    "llm_hidden_size",
-)
+    "vision_config vision_hidden_size text_config text_prefix_length text_weights text_base_model "
+    "text_base_revision text_fingerprint llm_hidden_size"
+).split()
 
 
 @dataclass
@@ -111,14 +104,7 @@ def load_tables(options: Any) -> "tuple[ImageTextTable | None, ImageTextTable | 
         raise ValueError("`--split` and `--subset` are of `--data`; `--shards` name their files themselves.")
     if options.test_split and not (options.test_data or options.data):
         raise ValueError(f"`--test_split {options.test_split}` is a split of `--test_data`, which is not given.")
-    settings: dict[str, Any] = {
-        "image_column": options.image_column,
-        "caption_columns": options.caption_columns,
-        "image_root": options.image_root,
-        "key_column": options.key_column,
-        "subset": options.subset,
-        "on_bad_row": options.on_bad_row,
-    }
+    settings = options.table_settings()
     table = load_image_text(options.data, split=options.split, **settings) if options.data else None
     test_data = options.test_data or (options.data if options.test_split else None)
     if test_data is None:
@@ -171,13 +157,7 @@ def check_llm(options: Any, configs: dict[str, Any], model: Any, processor: Any,
             "that LLM to the model and save it."
         )
     if llm.model_type != "llm2clip":
-        check_caption_encoder(
-            options.text_model,
-            llm,
-            template=None if options.template == "none" else options.template,
-            pooling=config.text_pooling,
-            attn_implementation=options.attn_implementation,
-        )
+        check_caption_encoder(options.text_model, llm, pooling=config.text_pooling, **options.llm_settings())
     composite = llm.model_type == "llm2clip"
     width = llm.llm_hidden_size if composite else llm.get_text_config().hidden_size
     if width != config.llm_hidden_size:
@@ -273,25 +253,19 @@ def make_evaluators(options: Any, plan: Plan) -> dict[str, Any]:
     tokenizer = getattr(plan.parts["data_collator"], "clip_tokenizer", None)
     folder = next(iter(plan.captions), "")
     if (test := plan.test) is not None:
-
-        def measure_test(model: Any, processor: Any) -> dict[str, float]:
-            return evaluate_text_encoders(
-                model,
-                test.images,
-                test.captions,
-                processor=processor,
-                store=plan.stores.get(f"{folder}-test"),
-                clip_tokenizer=tokenizer,
-                max_length=options.max_length,
-            )
-
-        evaluators["test"] = measure_test
+        evaluators["test"] = lambda model, processor: evaluate_text_encoders(
+            model,
+            test.images,
+            test.captions,
+            processor=processor,
+            store=plan.stores.get(f"{folder}-test"),
+            clip_tokenizer=tokenizer,
+            max_length=options.max_length,
+        )
     if (classes := plan.classes) is not None:
-
-        def measure_classes(model: Any, processor: Any) -> dict[str, float]:
-            return evaluate_classes(model, classes, processor=processor, store=plan.stores.get(f"{folder}-zero-shot"))
-
-        evaluators["zero_shot"] = measure_classes
+        evaluators["zero_shot"] = lambda model, processor: evaluate_classes(
+            model, classes, processor=processor, store=plan.stores.get(f"{folder}-zero-shot")
+        )
     return evaluators
 
 
@@ -354,11 +328,7 @@ def print_plan(options: Any, args: Any, plan: Plan) -> None:
         elif captions is None:
             print(f"store     {folder}: to be made")
         else:
-            size = captions.num_captions * config.llm_hidden_size * (4 if options.store_dtype == "float32" else 2)
-            print(
-                f"store     {folder}: to be made, {size / 2**30:,.2f} GiB at width {config.llm_hidden_size} in "
-                f"{options.store_dtype}"
-            )
+            print(f"store     {folder}: to be made, {options.store_size(captions, config.llm_hidden_size)}")
 
 
 def describe_table(role: str, source: str, split: str, table: "ImageTextTable") -> None:

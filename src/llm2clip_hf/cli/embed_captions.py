@@ -2,11 +2,11 @@
 """`llm2clip embed-captions`: every caption goes through the LLM once, into a store that training reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from .options import named_values, parse_options
+from .options import EmbeddingOptions, named_values, option, parse_options
 from .runs import is_main_process, process_device
 
 
@@ -25,77 +25,14 @@ EXAMPLES = """\
   llm2clip embed-captions --verify store"""
 
 
-@dataclass
-class EmbedCaptionsOptions:
-    llm: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or repository of the LLM: a result of stage 1, a decoder LLM, or an LLM2CLIP model."
-        },
+@dataclass(kw_only=True)
+class EmbedCaptionsOptions(EmbeddingOptions):
+    llm: str | None = option(
+        "Folder or repository of the LLM: a result of stage 1, a decoder LLM, or an LLM2CLIP model."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the store; an unfinished one is resumed."}
-    )
-    data: str | None = field(
-        default=None,
-        metadata={"help": "Table of images with captions, as for train-clip; its keys are stored too."},
-    )
-    captions: str | None = field(
-        default=None, metadata={"help": "Captions alone: a file, a folder of files, or a Hub data set."}
-    )
-    shards: list[str] | None = field(
-        default=None, metadata={"help": "Tar or parquet shards, as for train-clip, with braces and wildcards."}
-    )
-    caption_fields: list[str] | None = field(
-        default=None,
-        metadata={"help": "For `shards`: where each source's captions are, e.g. real=txt dense=json.long_caption."},
-    )
-    caption_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns with captions, each a source; found by their names if left out."}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of images or paths (with `data`), or of image ids (with `captions`)."}
-    )
-    image_root: str | None = field(default=None, metadata={"help": "Folder that paths of images are relative to."})
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of a Hub data set or a folder; train, or the only one, if left out."},
-    )
-    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    key_column: str | None = field(
-        default=None, metadata={"help": "Column of a unique key per image, as for train-clip; not with `captions`."}
-    )
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "What to do with bad rows: stop, or skip and count."}
-    )
-    template: str = field(default="auto", metadata={"help": "Chat template of the LLM: auto, none, or a template."})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens per caption; what the LLM's folder says, else 512 (paper), if left out."},
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type of the LLM's weights; float16 (float32 where it overflows), on a CPU float32."},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
-    )
-    store_dtype: Literal["float16", "bfloat16", "float32"] = field(
-        default="float16", metadata={"help": "Type of the stored embeddings."}
-    )
-    max_tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a batch."})
-    rows_per_shard: int = field(default=32768, metadata={"help": "Captions per file."})
-    device: str | None = field(default=None, metadata={"help": "Device; a GPU per process where there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with an LLM2CLIP folder."})
-    check: bool = field(
-        default=False,
-        metadata={
-            "help": "Check the LLM, data and settings, print what would be embedded, and stop before the weights."
-        },
-    )
-    verify: str | None = field(
-        default=None, metadata={"help": "Instead of embedding: read all files of this store and compare checksums."}
-    )
+    output_dir: str | None = option("Folder of the store; an unfinished one is resumed.")
+    captions: str | None = option("Captions alone: a file, a folder of files, or a Hub data set.")
+    verify: str | None = option("Instead of embedding: read all files of this store and compare checksums.")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -141,8 +78,7 @@ def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
         if config.text_weights == "none":
             raise ValueError(f"`--llm {llm}` is a model without an LLM. Give the LLM that it was trained with.")
     else:
-        template = None if options.template == "none" else options.template
-        check_caption_encoder(llm, config, template=template, attn_implementation=options.attn_implementation)
+        check_caption_encoder(llm, config, **options.llm_settings())
     check_store_options(options)
     captions, keys = load_texts(options)
     folder = str(options.output_dir)
@@ -153,13 +89,12 @@ def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
             )
     if options.check and is_main_process():
         width = config.llm_hidden_size if whole_model else config.get_text_config().hidden_size
-        size = captions.num_captions * width * (4 if options.store_dtype == "float32" else 2)
         print(
             f"captions  {captions.num_captions} of {len(captions)} images, sources {', '.join(captions.source_names)}"
         )
         if not whole_model:
             print(describe_llm(llm, lora_rank=None, dtype=options.dtype))
-        print(f"store     {folder}: {size / 2**30:,.2f} GiB at width {width} in {options.store_dtype}")
+        print(f"store     {folder}: {options.store_size(captions, width)}")
     return captions, keys
 
 
@@ -209,16 +144,7 @@ def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
             on_bad_row=options.on_bad_row,
         )
         return table, None
-    images = load_image_text(
-        options.data,
-        image_column=options.image_column,
-        caption_columns=options.caption_columns,
-        image_root=options.image_root,
-        key_column=options.key_column,
-        split=options.split,
-        subset=options.subset,
-        on_bad_row=options.on_bad_row,
-    )
+    images = load_image_text(options.data, split=options.split, **options.table_settings())
     return images.captions, images.keys
 
 
@@ -283,12 +209,6 @@ def load_encoder(options: Any, llm: str, device: str, pooling: Any = None) -> tu
     from ..training import build_caption_encoder
 
     encoder = build_caption_encoder(
-        llm,
-        template=None if options.template == "none" else options.template,
-        max_length=options.max_length,
-        pooling=pooling,
-        lora=None,
-        dtype=dtype,
-        attn_implementation=options.attn_implementation,
+        llm, max_length=options.max_length, pooling=pooling, lora=None, dtype=dtype, **options.llm_settings()
     ).to(device)
     return encoder, {"fingerprint": encoder.fingerprint()}

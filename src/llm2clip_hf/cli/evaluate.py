@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .options import parse_options
+from .options import Dtype, option, parse_options
 from .runs import RESULTS_FILE, is_main_process, process_device, process_group, write_results
 
 
@@ -21,9 +21,7 @@ EXAMPLES = """\
 
 @dataclass
 class EvaluateOptions:
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or repository of an LLM2CLIP, CLIP or SigLIP model."}
-    )
+    model: str | None = option("Folder or repository of an LLM2CLIP, CLIP or SigLIP model.")
     tasks: list[str] = field(
         default_factory=list,
         metadata={
@@ -31,48 +29,29 @@ class EvaluateOptions:
             "cross-lingual, zero-shot and cra, YAML files of tasks, or paths of images with captions."
         },
     )
-    data_root: str | None = field(
-        default=None,
-        metadata={"help": "Folder with local copies of the benchmarks; what it lacks comes from the Hub."},
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for results.json and the pictures; nothing is written if left out."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder to keep embeddings in; the same model and data find them again."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Images or texts per forward pass."})
-    device: str | None = field(default=None, metadata={"help": "Device; a GPU per process where there is one."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Type of the weights."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens per text; 512 or the tokenizer's maximum if left out."}
-    )
-    text_model: str | None = field(
-        default=None, metadata={"help": "LLM of an LLM2CLIP model, instead of the one that its config names."}
-    )
+    data_root: str | None = option("Folder with local copies of the benchmarks; what it lacks comes from the Hub.")
+    output_dir: str | None = option("Folder for results.json and the pictures; nothing is written if left out.")
+    cache_dir: str | None = option("Folder to keep embeddings in; the same model and data find them again.")
+    batch_size: int = option("Images or texts per forward pass.", 64)
+    device: str | None = option("Device; a GPU per process where there is one.")
+    dtype: Dtype = option("Type of the weights.", "float32")
+    max_length: int | None = option("Tokens per text; 512 or the tokenizer's maximum if left out.")
+    text_model: str | None = option("LLM of an LLM2CLIP model, instead of the one that its config names.")
     text_embeddings: list[str] = field(
         default_factory=list,
         metadata={"help": "Stores of `llm2clip embed-captions` with exactly the tasks' captions; the LLM stays away."},
     )
-    processor: str | None = field(
-        default=None, metadata={"help": "Folder or repository of the processor, if the model has none."}
+    processor: str | None = option("Folder or repository of the processor, if the model has none.")
+    revision: str | None = option("Revision of the model's repository.")
+    trust_remote_code: bool = option("Run code that the repository brings; models of this package need none.", False)
+    on_bad_row: Literal["error", "skip"] = option(
+        "What to do with rows of own data that cannot be used: stop, or count.", "error"
     )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the model's repository."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that the repository brings; models of this package need none."}
-    )
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "What to do with rows of own data that cannot be used: stop, or count."}
-    )
-    max_images: int | None = field(
-        default=None, metadata={"help": "Use the first so many images per task; the result is marked partial."}
-    )
-    published: bool = field(default=True, metadata={"help": "Show published numbers beside the result."})
-    pictures: bool = field(default=True, metadata={"help": "Draw PNG files into `output_dir`."})
-    list_tasks: bool = field(default=False, metadata={"help": "List the benchmarks and exit."})
-    show: str | None = field(default=None, metadata={"help": "Print the tables of a folder with results, and exit."})
+    max_images: int | None = option("Use the first so many images per task; the result is marked partial.")
+    published: bool = option("Show published numbers beside the result.", True)
+    pictures: bool = option("Draw PNG files into `output_dir`.", True)
+    list_tasks: bool = option("List the benchmarks and exit.", False)
+    show: str | None = option("Print the tables of a folder with results, and exit.")
 
     def __post_init__(self) -> None:
         # A config file may give one entry where a list is meant; as a list, a string is its letters.

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Options of the verbs that take many: dataclasses, filled from a YAML or JSON file and from flags that override it.
+Options of the verbs: dataclasses, filled from a YAML or JSON file and from flags that override it.
 
-(1) Each field of the dataclasses is a flag, `--learning_rate` and `--learning-rate` alike.
-(2) `--config FILE` sets fields by name; a flag on the command line wins.
-(3) A name that no field has is refused with the nearest one.
-(4) `--help` shows the fields of the verb; `--help-all` those of the training arguments too.
-
-Verbs with few options use `VerbParser`, which words help and mistakes the same way.
+Each field is a flag, `--output_dir` and `--output-dir` alike; a field that is not for `__init__` is a positional
+argument. `--config FILE` sets fields by name. A name that no field has is refused with the nearest one. `--help` shows
+the fields of the verb, `--help-all` those of the training arguments too.
 """
 
 import argparse
@@ -15,11 +12,78 @@ import copy
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 CONFIG_FLAG = "config"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def option(help: str, default: Any = None) -> Any:
+    """A field of a dataclass of options."""
+    return field(default=default, metadata={"help": help})
+
+
+def positional(help: str) -> Any:
+    """A field that is given without a flag, or in the config file."""
+    return field(default=None, init=False, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """What all verbs that read captions offer."""
+
+    caption_columns: list[str] | None = option("Columns with captions, each a source; found by name if left out.")
+    image_column: str | None = option(
+        "Column of images or of their paths; for captions alone in one row each, of the id of the image."
+    )
+    split: str | None = option("Split, as `datasets` names them; train, or the only one, if left out.")
+    subset: str | None = option("Configuration of a Hub data set.")
+    on_bad_row: Literal["error", "skip"] = option("Rows that cannot be used: stop, or skip and count.", "error")
+    template: str = option("Chat template of the LLM: auto, none, or a template.", "auto")
+    attn_implementation: str | None = option("Attention of transformers, e.g. sdpa or flash_attention_2.")
+    check: bool = option(
+        "Check models, data and settings, print what would run, stop before the LLM's weights.", False
+    )
+
+    def llm_settings(self) -> dict[str, Any]:
+        """How the LLM is loaded, as arguments of `build_caption_encoder` and of its check."""
+        template = None if self.template == "none" else self.template
+        return {"template": template, "attn_implementation": self.attn_implementation}
+
+
+@dataclass(kw_only=True)
+class EmbeddingOptions(DataOptions):
+    """What the verbs that embed captions offer beside it."""
+
+    data: str | None = option("Images with captions: a folder, a parquet, jsonl or csv file, or a Hub data set.")
+    shards: list[str] | None = option("Tar or parquet shards instead, with braces and wildcards.")
+    caption_fields: list[str] | None = option(
+        "For `shards`: where each source's captions are, e.g. real=txt dense=json.long_caption."
+    )
+    image_root: str | None = option("Folder that paths of images are relative to.")
+    key_column: str | None = option("Column of a unique key per image, e.g. key in parquet shards of img2dataset.")
+    max_length: int | None = option("Tokens per caption; what the LLM's folder says, else 512 (paper), if left out.")
+    dtype: Dtype | None = option(
+        "Type of the LLM's weights; to embed, float16 (float32 where it overflows, and on a CPU) if left out."
+    )
+    store_dtype: Dtype = option("Type of the stored embeddings.", "float16")
+    max_tokens_per_batch: int = option("Padded tokens of a batch of the LLM.", 16384)
+    rows_per_shard: int = option("Captions per file of the store.", 32768)
+    device: str | None = option("Device for embedding; a GPU per process where there is one.")
+    trust_remote_code: bool = option("Run code that comes with an LLM2CLIP folder.", False)
+
+    def table_settings(self) -> dict[str, Any]:
+        """The arguments of `load_image_text` beside source and split."""
+        names = ("image_column", "caption_columns", "image_root", "key_column", "subset", "on_bad_row")
+        return {name: getattr(self, name) for name in names}
+
+    def store_size(self, captions: Any, width: int) -> str:
+        """The size that a store will have."""
+        size = captions.num_captions * width * (4 if self.store_dtype == "float32" else 2)
+        return f"{size / 2**30:,.2f} GiB at width {width} in {self.store_dtype}"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -38,31 +102,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         )
         shown.option_strings.reverse()
         return super()._format_action_invocation(shown)
-
-
-def _wording(verb: str, usage: str, description: str, examples: str) -> dict[str, Any]:
-    """What the parsers of all verbs have in common, as arguments of `ArgumentParser`."""
-    return {
-        "prog": f"llm2clip {verb}",
-        "usage": f"llm2clip {verb} {usage}",
-        "description": description,
-        "epilog": f"examples:\n{examples}",
-        "formatter_class": HelpFormatter,
-        "allow_abbrev": False,
-    }
-
-
-class VerbParser(argparse.ArgumentParser):
-    """A parser for a verb with few options."""
-
-    def __init__(self, verb: str, *, usage: str, description: str, examples: str) -> None:
-        super().__init__(**_wording(verb, usage, description, examples))
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Takes `--output_dir` as `--output-dir`, and leaves no rest: what is not known is wrong usage."""
-        values, rest = super().parse_known_args([_dashed(argument) for argument in args], namespace)
-        refuse_unknown(self, rest)
-        return values, rest
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
@@ -109,16 +148,35 @@ def parse_options(
     required = [action for action in known.values() if action.required]
     for action in required:
         action.required = False
+    places = [action for action in known.values() if not action.option_strings]
+    if places:
+        arguments = _explicit_switches(arguments, known.values())
     namespace, rest = parser.parse_known_args(arguments)
     refuse_unknown(parser, rest)
     values = vars(namespace)
+    if any(values[action.dest] is None for action in places):
+        names = [str(action.metavar) for action in places]
+        parser.error(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required")
     if missing := [f"--{action.dest}" for action in required if values[action.dest] is None]:
         parser.error(f"missing {', '.join(missing)}: give it as an option or in the config file")
     # For scripts that leave it to the user which parts they run.
     for name in ("do_train", "do_eval", "do_predict"):
         if values.get(name) is True:
             parser.error(f"--{name} has no effect on llm2clip {verb}, which always trains; leave it out")
-    return tuple(_instance(cls, values) for cls in types)
+    instances = tuple(cls(**{each.name: values[each.name] for each in fields(cls) if each.init}) for cls in types)
+    for action in places:
+        setattr(instances[0], action.dest, values[action.dest])
+    return instances
+
+
+def _explicit_switches(arguments: Sequence[str], actions: Iterable[argparse.Action]) -> list[str]:
+    """A switch takes no positional argument behind it: `--check FOLDER` as `--check=true FOLDER`."""
+    switches = {name for action in actions if action.const is True for name in action.option_strings}
+    values = ("true", "false", "yes", "no", "1", "0")
+    return [
+        f"{argument}=true" if argument in switches and after.lower() not in values else argument
+        for argument, after in zip(arguments, [*arguments[1:], ""])
+    ]
 
 
 def named_values(given: Any, option: str) -> dict[str, Any] | None:
@@ -149,7 +207,19 @@ def _json_or_text(value: str) -> Any:
 def _parser(types: Sequence[Any], verb: str, description: str, examples: str) -> Any:
     from transformers import HfArgumentParser
 
-    parser: Any = HfArgumentParser(types, **_wording(verb, "[--config FILE] [options]", description, examples))
+    # Those of a class of training arguments that are not for `__init__` are its own affair.
+    places = [each for each in fields(types[0]) if not each.init and "help" in each.metadata]
+    parser: Any = HfArgumentParser(
+        types,
+        prog=f"llm2clip {verb}",
+        usage=" ".join([f"llm2clip {verb} [--config FILE] [options]", *(each.name.upper() for each in places)]),
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    for each in places:
+        parser.add_argument(each.name, nargs="?", metavar=each.name.upper(), help=each.metadata["help"])
     parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML or JSON file with options; flags override it")
     return parser
 
@@ -195,20 +265,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that is nearest to an unknown one, as the end of a message; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean `{near[0]}`?" if near else ""
-
-
-def _dashed(argument: str) -> str:
-    """`--output_dir=a_b` as `--output-dir=a_b`."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def _instance(cls: type, values: Mapping[str, Any]) -> Any:
-    from dataclasses import fields
-
-    return cls(**{field.name: values[field.name] for field in fields(cls) if field.init})
 
 
 def read_logit_scale(value: str | None, name: str) -> float | str | None:

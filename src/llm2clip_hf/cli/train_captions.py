@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .options import parse_options
+from .options import DataOptions, Dtype, option, parse_options
 from .runs import (
     claim_run,
     is_main_process,
@@ -40,92 +40,41 @@ A file with several sources, of which every batch takes one:
     wiki: {kind: lines, path: wikitext.txt}"""
 
 SHOWN = (
-    "output_dir",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "mini_batch_size",
-    "mini_batch_tokens",
-    "warmup_steps",
-    "scale",
-    "symmetric",
-    "eval_strategy",
-    "eval_steps",
-    "save_steps",
-    "resume_from_checkpoint",
-    "report_to",
-    "seed",
-)
+    "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size mini_batch_size "
+    "mini_batch_tokens warmup_steps scale symmetric eval_strategy eval_steps save_steps resume_from_checkpoint "
+    "report_to seed"
+).split()
 
 
-@dataclass
-class TrainCaptionsOptions:
+@dataclass(kw_only=True)
+class TrainCaptionsOptions(DataOptions):
     llm: str = field(metadata={"help": "Folder or repository of a decoder LLM, or of a stage-1 result to train on."})
-    captions: str | None = field(
-        default=None,
-        metadata={"help": "Captions: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub data set."},
+    captions: str | None = option(
+        "Captions: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub data set."
     )
-    sources: dict | None = field(
-        default=None,
-        metadata={"help": "In a config file, instead of `captions`: several sources by name, see the example."},
+    sources: dict | None = option("In a config file, instead of `captions`: several sources by name, see the example.")
+    hard_negatives: bool = option("Add a random caption of another image as a hard negative (released code).", False)
+    instruction: str | None = option("Instruction before the first caption of each pair; read, not pooled.")
+    test_captions: str | None = option("Captions of the images to measure caption retrieval accuracy on.")
+    test_split: str | None = option(
+        "Split of `test_captions`, which are `captions` if left out; test, or the only one, if left out."
     )
-    caption_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns with captions; found by their names if left out."}
+    num_test_images: int = option("Without `test_captions`: images at the end that are held out; 0 for none.", 1000)
+    max_length: int | None = option("Longest text in tokens; 512 (paper) if left out.")
+    pooling: Literal["mean", "eos", "last"] | None = option(
+        "How the states become one vector; mean (paper) if left out."
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column with the id of the image, for tables with one row per caption."}
+    lora_r: int | None = option("Rank of LoRA; 16 (paper) if left out, 0 trains all.")
+    lora_alpha: int | None = option("Alpha of LoRA; 32 (paper) if left out.")
+    lora_dropout: float | None = option("Dropout of LoRA; 0.05 if left out.")
+    quantization: Literal["4bit", "8bit"] | None = option(
+        "Load the LLM quantised, for one small GPU; saves the adapter alone."
     )
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of `captions`, as `datasets` names them; train, or the only one, if left out."},
+    dtype: Dtype | None = option(
+        "Type of the LLM's weights; the checkpoint's own if left out, float32 with --lora_r 0."
     )
-    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "What to do with null, empty or single captions: stop, or skip and count."}
-    )
-    hard_negatives: bool = field(
-        default=False, metadata={"help": "Add a random caption of another image as a hard negative (released code)."}
-    )
-    instruction: str | None = field(
-        default=None, metadata={"help": "Instruction before the first caption of each pair; read, not pooled."}
-    )
-    test_captions: str | None = field(
-        default=None, metadata={"help": "Captions of the images to measure caption retrieval accuracy on."}
-    )
-    test_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split of `test_captions`, which are `captions` if left out; test, or the only one, if left out."
-        },
-    )
-    num_test_images: int = field(
-        default=1000, metadata={"help": "Without `test_captions`: images at the end that are held out; 0 for none."}
-    )
-    template: str = field(
-        default="auto", metadata={"help": "Chat template to build into the tokenizer: auto, none, or a template."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Longest text in tokens; 512 (paper) if left out."})
-    pooling: Literal["mean", "eos", "last"] | None = field(
-        default=None, metadata={"help": "How the states become one vector; mean (paper) if left out."}
-    )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA; 16 (paper) if left out, 0 trains all."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of LoRA; 32 (paper) if left out."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of LoRA; 0.05 if left out."})
-    quantization: Literal["4bit", "8bit"] | None = field(
-        default=None, metadata={"help": "Load the LLM quantised, for one small GPU; saves the adapter alone."}
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type of the LLM's weights; the checkpoint's own if left out, float32 with --lora_r 0."},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers, e.g. sdpa."})
-    mntp_steps: int = field(default=0, metadata={"help": "Steps of masked next token prediction before stage 1."})
-    adapter_only: bool = field(default=False, metadata={"help": "Save the LoRA adapter instead of a merged LLM."})
-    check: bool = field(
-        default=False,
-        metadata={"help": "Check the LLM, data and settings, print what would run, and stop before the weights."},
-    )
+    mntp_steps: int = option("Steps of masked next token prediction before stage 1.", 0)
+    adapter_only: bool = option("Save the LoRA adapter instead of a merged LLM.", False)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -172,11 +121,10 @@ def prepare(
     check_caption_encoder(
         options.llm,
         find_model(options.llm, "llm"),
-        template=None if options.template == "none" else options.template,
         pooling=options.pooling,
         lora=lora_fields(options),
         quantization=options.quantization,
-        attn_implementation=options.attn_implementation,
+        **options.llm_settings(),
     )
     if options.adapter_only and options.lora_r == 0:
         raise ValueError("`--adapter_only` saves the LoRA adapter, and `--lora_r 0` trains none. Leave one out.")
@@ -204,17 +152,8 @@ def lora_fields(options: TrainCaptionsOptions) -> dict[str, Any] | None:
 
 def check_sources(options: TrainCaptionsOptions) -> None:
     """Refuses entries of `sources` that say too little or what has no effect; `captions` become such an entry."""
-    own = {
-        "captions": {
-            "path": options.captions,
-            "columns": options.caption_columns,
-            "image_column": options.image_column,
-            "split": options.split,
-            "subset": options.subset,
-            "hard_negatives": options.hard_negatives,
-            "instruction": options.instruction,
-        }
-    }
+    entry = {name.removeprefix("caption_"): getattr(options, name) for name in FLAGS_OF_CAPTIONS}
+    own = {"captions": {"path": options.captions, **entry}}
     if options.captions is not None and options.sources is None:
         options.sources = own
     if options.sources != own:
@@ -371,13 +310,12 @@ def train_and_save(
     seed_run(args)
     encoder = build_caption_encoder(
         llm,
-        template=None if options.template == "none" else options.template,
         max_length=options.max_length,
         pooling=options.pooling,
         lora=lora_fields(options),
         quantization=options.quantization,
         dtype=weights_dtype(options),
-        attn_implementation=options.attn_implementation,
+        **options.llm_settings(),
     )
     evaluator = CaptionRetrievalEvaluator(test, show_progress_bar=False) if test else None
     trainer = CaptionContrastiveTrainer(

@@ -2,7 +2,7 @@
 """`llm2clip train-clip`: stage 2, the vision tower learns with the LLM as text encoder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ from .clip_plan import (
     outline_of_llm,
     print_plan,
 )
-from .options import named_values, parse_options
+from .options import EmbeddingOptions, named_values, option, parse_options
 from .runs import (
     bundle,
     check_finished_stores,
@@ -61,142 +61,52 @@ A config file with two caption sources and tar shards:
   output_dir: llm2clip"""
 
 SHOWN = (
-    "output_dir",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "encoder_chunk_size",
-    "vision_layer_decay",
-    "train_vision",
-    "train_text",
-    "integration",
-    "loss_type",
-    "dataloader_num_workers",
-    "eval_strategy",
-    "eval_steps",
-    "save_steps",
-    "resume_from_checkpoint",
-    "report_to",
-    "seed",
-)
+    "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "encoder_chunk_size vision_layer_decay train_vision train_text integration loss_type dataloader_num_workers "
+    "eval_strategy eval_steps save_steps resume_from_checkpoint report_to seed"
+).split()
 
 
-@dataclass
-class TrainClipOptions:
-    model: str | None = field(default=None, metadata={"help": "LLM2CLIP folder to train on, instead of two parts."})
-    vision_model: str | None = field(
-        default=None, metadata={"help": "Vision tower to start from: a backbone, or a CLIP-like model."}
+@dataclass(kw_only=True)
+class TrainClipOptions(EmbeddingOptions):
+    model: str | None = option("LLM2CLIP folder to train on, instead of two parts.")
+    vision_model: str | None = option("Vision tower to start from: a backbone, or a CLIP-like model.")
+    text_model: str | None = option("The LLM, best a result of stage 1.")
+    clip_text_model: str | None = option(
+        "CLIP whose text encoder is trained beside the LLM, with `integration` other than replace."
     )
-    text_model: str | None = field(default=None, metadata={"help": "The LLM, best a result of stage 1."})
-    clip_text_model: str | None = field(
-        default=None,
-        metadata={"help": "CLIP whose text encoder is trained beside the LLM, with `integration` other than replace."},
+    caption_weights: list[str] | None = option(
+        "Weight of each source, e.g. real=0.5 dense=0.5 (paper); equal if left out."
     )
-    data: str | None = field(
-        default=None,
-        metadata={"help": "Images with captions: a folder, a parquet, jsonl or csv file, or a Hub data set."},
+    on_bad_image: Literal["error", "skip"] = option(
+        "Images that cannot be read: stop, or take another row and count.", "error"
     )
-    shards: list[str] | None = field(
-        default=None, metadata={"help": "Tar or parquet shards to stream instead, with braces and wildcards."}
+    text_mode: Literal["stored", "online"] = option(
+        "Captions as stored embeddings (paper), or through the LLM at every step.", "stored"
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images or of paths."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder that paths of images are relative to."})
-    caption_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns with captions, each a source; found by their names if left out."}
+    store: str | None = option("Folder of the embeddings; made if missing. OUTPUT_DIR/store if left out.")
+    test_data: str | None = option("Images with captions to measure retrieval on, like `data`.")
+    test_split: str | None = option(
+        "Split of `test_data`, which is `data` if left out; test, or the only one, if left out itself."
     )
-    caption_fields: list[str] | None = field(
-        default=None,
-        metadata={"help": "For `shards`: where each source's captions are, e.g. real=txt dense=json.long_caption."},
+    zero_shot_data: str | None = option(
+        "Images with labels to measure zero-shot accuracy on: a file, folder or Hub data set, with settings as in "
+        "`evaluate`, e.g. flowers.parquet?label_column=name, or a benchmark of `evaluate`."
     )
-    caption_weights: list[str] | None = field(
-        default=None,
-        metadata={"help": "Weight of each source, e.g. real=0.5 dense=0.5 (paper); equal if left out."},
+    early_stopping_patience: int | None = option(
+        "Stop after so many evaluations without a better `metric_for_best_model`, e.g. zero_shot_top1."
     )
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of `data`, as `datasets` names them; train, or the only one, if left out."},
+    projection_dim: int | None = option("Width of the joint space; 1280 (paper) if left out.")
+    adapter_num_layers: int | None = option("Blocks of the text adaptor; 4 (paper) if left out.")
+    model_config: list[str] | None = option(
+        "Other fields of LLM2CLIPConfig for a new model, e.g. vision_pooling=mean adapter_dropout=0.1, or "
+        "logit_bias_init_value=-10 for the sigmoid loss."
     )
-    subset: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    key_column: str | None = field(
-        default=None, metadata={"help": "Column of a unique key per image, e.g. key in parquet shards of img2dataset."}
+    text_weights: Literal["external", "bundled"] = option(
+        "Whether the saved model names the LLM or holds it, as one of a `model` with its LLM does.", "external"
     )
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "Rows without image or caption: stop, or skip and count."}
-    )
-    on_bad_image: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "Images that cannot be read: stop, or take another row and count."}
-    )
-    text_mode: Literal["stored", "online"] = field(
-        default="stored",
-        metadata={"help": "Captions as stored embeddings (paper), or through the LLM at every step."},
-    )
-    store: str | None = field(
-        default=None, metadata={"help": "Folder of the embeddings; made if missing. OUTPUT_DIR/store if left out."}
-    )
-    store_dtype: Literal["float16", "bfloat16", "float32"] = field(
-        default="float16", metadata={"help": "Type of the stored embeddings."}
-    )
-    max_tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a batch of the LLM."})
-    rows_per_shard: int = field(default=32768, metadata={"help": "Captions per file of the store."})
-    test_data: str | None = field(
-        default=None, metadata={"help": "Images with captions to measure retrieval on, like `data`."}
-    )
-    test_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split of `test_data`, which is `data` if left out; test, or the only one, if left out itself."
-        },
-    )
-    zero_shot_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Images with labels to measure zero-shot accuracy on: a file, folder or Hub data set, with "
-            "settings as in `evaluate`, e.g. flowers.parquet?label_column=name, or a benchmark of `evaluate`."
-        },
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so many evaluations without a better `metric_for_best_model`, e.g. zero_shot_top1."
-        },
-    )
-    template: str = field(default="auto", metadata={"help": "Chat template of the LLM: auto, none, or a template."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens per caption; 512 (paper) if left out."})
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type of the LLM's weights; for stored embeddings that of embed-captions, else its own."},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the LLM."})
-    device: str | None = field(
-        default=None, metadata={"help": "Device for embedding; that of the process if left out."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with `model`."})
-    projection_dim: int | None = field(
-        default=None, metadata={"help": "Width of the joint space; 1280 (paper) if left out."}
-    )
-    adapter_num_layers: int | None = field(
-        default=None, metadata={"help": "Blocks of the text adaptor; 4 (paper) if left out."}
-    )
-    model_config: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Other fields of LLM2CLIPConfig for a new model, e.g. vision_pooling=mean adapter_dropout=0.1, or "
-            "logit_bias_init_value=-10 for the sigmoid loss."
-        },
-    )
-    text_weights: Literal["external", "bundled"] = field(
-        default="external",
-        metadata={"help": "Whether the saved model names the LLM or holds it, as one of a `model` with its LLM does."},
-    )
-    crop_scale: list[float] | None = field(
-        default=None,
-        metadata={"help": "Smallest and largest share of the image to crop; 0.9 1.0 (paper) if left out."},
-    )
-    check: bool = field(
-        default=False,
-        metadata={"help": "Check models, data and settings, print what would run, and stop before the LLM is loaded."},
+    crop_scale: list[float] | None = option(
+        "Smallest and largest share of the image to crop; 0.9 1.0 (paper) if left out."
     )
 
 
@@ -226,39 +136,45 @@ def run(argv: Sequence[str]) -> int:
 
 def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") -> None:
     """Refuses options that do not go together, before anything is loaded."""
-    if (options.model is None) == (options.vision_model is None):
-        raise ValueError("Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.")
-    if options.vision_model is not None and options.text_model is None:
-        raise ValueError("`text_model` is missing: the LLM that the captions are embedded with.")
-    if (options.clip_text_model is None) != (args.integration == "replace"):
-        raise ValueError(
+    stored, new = options.text_mode == "stored", options.vision_model is not None
+    refused = [
+        (
+            (options.model is None) != new,
+            "Give either `model` (an LLM2CLIP folder) or `vision_model` with `text_model`.",
+        ),
+        (new and options.text_model is None, "`text_model` is missing: the LLM that the captions are embedded with."),
+        (
+            (options.clip_text_model is None) != (args.integration == "replace"),
             f"`clip_text_model` ({options.clip_text_model}) names CLIP's own text encoder, which every `integration` "
-            f"but replace ({args.integration}) needs. Give both or neither."
-        )
-    if options.clip_text_model is not None and options.data is None:
-        raise ValueError(
+            f"but replace ({args.integration}) needs. Give both or neither.",
+        ),
+        (
+            options.clip_text_model is not None and options.data is None,
             f"`integration={args.integration}` reads captions as text beside their stored embeddings, which a stream "
-            "of `shards` does not offer. Give `data`."
-        )
-    if (options.data is None) == (options.shards is None):
-        raise ValueError("Give either `data` or `shards`.")
-    if args.train_text == "lora" and options.text_mode == "stored":
-        raise ValueError(
-            "`train_text=lora` changes the LLM, so stored embeddings would be stale. Set `text_mode=online`."
-        )
-    if options.shards and options.caption_fields is None and (options.text_mode == "online" or options.store is None):
-        raise ValueError(
+            "of `shards` does not offer. Give `data`.",
+        ),
+        ((options.data is None) == (options.shards is None), "Give either `data` or `shards`."),
+        (
+            args.train_text == "lora" and stored,
+            "`train_text=lora` changes the LLM, so stored embeddings would be stale. Set `text_mode=online`.",
+        ),
+        (
+            options.shards and options.caption_fields is None and (not stored or options.store is None),
             "`shards` need `caption_fields`, which say where captions are, e.g. `real=txt dense=json.long_caption`, "
-            "or a finished `store`, made with `llm2clip embed-captions --shards`."
-        )
-    if options.store is not None and options.text_mode == "online":
-        raise ValueError(
-            "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out."
-        )
-    if options.caption_fields is not None and options.data is not None:
-        raise ValueError(
-            "`--caption_fields` are for `--shards`. Name the columns of `--data` with `--caption_columns`."
-        )
+            "or a finished `store`, made with `llm2clip embed-captions --shards`.",
+        ),
+        (
+            options.store is not None and not stored,
+            "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out.",
+        ),
+        (
+            options.caption_fields is not None and options.data is not None,
+            "`--caption_fields` are for `--shards`. Name the columns of `--data` with `--caption_columns`.",
+        ),
+    ]
+    for is_wrong, message in refused:
+        if is_wrong:
+            raise ValueError(message)
     scale = options.crop_scale
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(

@@ -3,20 +3,17 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 
-from .caption_pairs import Sides, draw_pair, pair_bits, resolve_sides, side_pairs
-from .columns import learn_kinds, resolve_caption_columns
+from .columns import column_kind, learn_kinds, resolve_caption_columns
 from .reports import BadRows, LoadReport, logger, text_problem
-
-
-if TYPE_CHECKING:
-    import datasets
+from .sampling import Sides, draw_pair, pair_bits, resolve_sides, side_pairs
 
 
 _ID_BITS = (1 << 63) - 1
@@ -75,85 +72,67 @@ for _name in _DERIVING:
         setattr(CaptionPairStream, _name, _keeping_draws(getattr(datasets.IterableDataset, _name)))
 
 
+@dataclass
 class PairDraw:
     """Turns a batch of caption rows into pairs."""
 
-    def __init__(
-        self,
-        columns: Sequence[str],
-        id_column: str | None,
-        id_from_content: bool,
-        seed: int,
-        sides: Sides | None,
-        on_bad_row: str,
-    ) -> None:
-        self._columns = tuple(columns)
-        self._id_column, self._id_from_content = id_column, id_from_content
-        self.seed, self._sides, self._on_bad_row = seed, sides, on_bad_row
-        BadRows(on_bad_row)  # refuses an unknown policy
+    columns: tuple[str, ...]
+    id_column: str | None
+    id_from_content: bool
+    seed: int
+    sides: Sides | None
+    on_bad_row: str
+
+    def __post_init__(self) -> None:
+        BadRows(self.on_bad_row)  # refuses an unknown policy
         # In shared memory: workers that live on see a new epoch, and their counts arrive here.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.counts = torch.zeros(_WORKER_SLOTS, len(_COUNTERS), dtype=torch.int64).share_memory_()
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        bad = BadRows(self._on_bad_row)
-        rows = []
+        bad = BadRows(self.on_bad_row)
+        labels, captions = [], []
         for position, index in enumerate(indices):
-            entries = [batch[column][position] for column in self._columns]
-            place = f"Row {index} of the stream" + (
-                f" (`{self._id_column}` {batch[self._id_column][position]!r}):" if self._id_column else ":"
-            )
-            texts, source_ids = self._clean(entries, place, bad)
-            if not self._is_usable(texts, source_ids):
+            identity = index if self.id_column is None else batch[self.id_column][position]
+            named = f" (`{self.id_column}` {identity!r})" if self.id_column else ""
+            place = f"Row {index} of the stream{named}:"
+            texts, source_ids = self._clean([batch[column][position] for column in self.columns], place, bad)
+            if not (len(set(texts)) > 1 if self.sides is None else side_pairs(texts, source_ids, self.sides)):
                 bad.add("too_few_texts", place, "the image has no two distinct captions to draw from")
-            elif (label := self._label(batch, position, index, texts, place, bad)) is not None:
-                rows.append((label, texts, source_ids))
-        pairs = self._pairs(rows)
-        bad.report.rows_read, bad.report.rows_kept = len(indices), len(rows)
-        bad.report.texts_kept = sum(len(texts) for _, texts, _ in rows)
+                continue
+            label = self._label("\0".join(texts) if self.id_from_content else identity)
+            if label is None:
+                bad.add("bad_rows", place, "the id is neither a non-empty string nor an integer from 0 to 2**63 - 1")
+                continue
+            labels.append(label)
+            captions.append((texts, source_ids))
+        bad.report.rows_read, bad.report.rows_kept = len(indices), len(labels)
+        bad.report.texts_kept = sum(len(texts) for texts, _ in captions)
         self._count(bad.report)
-        return pairs
+        bits = pair_bits(self.seed, int(self.epoch), np.array(labels, dtype=np.int64))
+        drawn = [
+            draw_pair(texts, sources, self.sides, *row_bits)[:2]
+            for (texts, sources), *row_bits in zip(captions, *bits)
+        ]
+        anchors, positives = [anchor for anchor, _ in drawn], [positive for _, positive in drawn]
+        return {"anchor": anchors, "positive": positives, "label": labels}
 
     def _clean(self, entries: Sequence[Any], place: str, bad: BadRows) -> tuple[list[str], list[int]]:
         texts, source_ids = [], []
         for source, entry in enumerate(entries):
             for text in entry if isinstance(entry, (list, tuple)) else [entry]:
                 if problem := text_problem(text):
-                    bad.add("bad_texts", place, f"a caption in column `{self._columns[source]}` {problem}")
+                    bad.add("bad_texts", place, f"a caption in column `{self.columns[source]}` {problem}")
                 else:
                     texts.append(text)
                     source_ids.append(source)
         return texts, source_ids
 
-    def _is_usable(self, texts: list[str], source_ids: list[int]) -> bool:
-        if self._sides is not None:
-            return bool(side_pairs(texts, source_ids, self._sides))
-        return len(set(texts)) > 1
-
-    def _label(
-        self, batch: Mapping[str, Sequence[Any]], position: int, index: int, texts: list[str], place: str, bad: BadRows
-    ) -> int | None:
-        if self._id_from_content:
-            return _hash("\0".join(texts))
-        if self._id_column is None:
-            return index
-        value = batch[self._id_column][position]
-        if isinstance(value, str) and value:
-            return _hash(value)
-        if isinstance(value, int) and 0 <= value <= _ID_BITS:
-            return value
-        bad.add("bad_rows", place, "the id is neither a non-empty string nor an integer from 0 to 2**63 - 1")
-        return None
-
-    def _pairs(self, rows: Sequence[tuple[int, list[str], list[int]]]) -> dict[str, list[Any]]:
-        labels = [label for label, _, _ in rows]
-        bits = pair_bits(self.seed, int(self.epoch), np.array(labels, dtype=np.int64))
-        pairs: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": labels}
-        for (_, texts, source_ids), *row_bits in zip(rows, *bits):
-            anchor, positive, _ = draw_pair(texts, source_ids, self._sides, *row_bits)
-            pairs["anchor"].append(anchor)
-            pairs["positive"].append(positive)
-        return pairs
+    def _label(self, identity: Any) -> int | None:
+        if isinstance(identity, str) and identity:
+            digest = hashlib.blake2b(identity.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+            return int.from_bytes(digest, "little") & _ID_BITS
+        return identity if isinstance(identity, int) and 0 <= identity <= _ID_BITS else None
 
     def _count(self, report: LoadReport) -> None:
         worker = torch.utils.data.get_worker_info()
@@ -167,17 +146,12 @@ class PairDraw:
             )
 
 
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & _ID_BITS
-
-
 _ROWS_PER_BATCH = 64
 _ROWS_TO_LEARN_COLUMNS = 100
 
 
 def stream_caption_pairs(
-    dataset: "datasets.IterableDataset",
+    dataset: datasets.IterableDataset,
     columns: str | Sequence[str] | Mapping[str, str] | None = None,
     *,
     id_column: str | None = None,
@@ -186,7 +160,7 @@ def stream_caption_pairs(
     pair_sources: tuple[str, str] | None = None,
     instruction: str | None = None,
     on_bad_row: str = "error",
-) -> "CaptionPairStream":
+) -> CaptionPairStream:
     """
     Two distinct captions per image from a stream: `CaptionPairDataset` for data that are not on this machine.
 
@@ -232,14 +206,6 @@ def stream_caption_pairs(
     >>> [row["label"] for row in stream], stream.report.rows_kept
     ([0, 1], 2)
     """
-    try:
-        import datasets
-
-        pass
-    except ImportError as error:
-        raise ImportError(
-            "`stream_caption_pairs` needs `datasets`. Install it with `pip install llm2clip-hf[train]`."
-        ) from error
     if not isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
             f"`dataset` must be a `datasets.IterableDataset`, got {type(dataset).__name__}. Use `CaptionPairDataset` "
@@ -263,7 +229,7 @@ def stream_caption_pairs(
 
 
 def _check_identity(
-    dataset: "datasets.IterableDataset", kinds: Mapping[str, str], id_column: str | None, id_from_content: bool
+    dataset: datasets.IterableDataset, kinds: Mapping[str, str], id_column: str | None, id_from_content: bool
 ) -> None:
     if id_column is not None and id_from_content:
         raise ValueError("`id_column` and `id_from_content` exclude each other. Give one of them.")
@@ -276,9 +242,7 @@ def _check_identity(
         )
 
 
-def _column_kinds(dataset: "datasets.IterableDataset") -> dict[str, str]:
-    from .columns import column_kind
-
+def _column_kinds(dataset: datasets.IterableDataset) -> dict[str, str]:
     if dataset.features is not None:
         return {column.name: column_kind(column.type) for column in dataset.features.arrow_schema}
     kinds = learn_kinds(dataset.take(_ROWS_TO_LEARN_COLUMNS), of_null="string")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Captions of images: one table type for every input form, and caption pairs for caption-contrastive tuning.
+Captions of images in one form, whatever they come from, and what two tables of them share.
 
 The captions of an image come from one or several named sources (in the paper: the real caption and a dense one written
 by a multimodal LLM). `CaptionTable` numbers them in one flat order, image by image and source by source, which the
@@ -8,23 +8,19 @@ embedding store and the image-text dataset share.
 """
 
 import hashlib
+import logging
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .columns import describe_kinds, resolve_caption_columns
-from .reports import BadRows, LoadReport, Places, describe_place, text_problem
-from .sources import _clean, good_blocks, open_text_source
+from .reports import LoadReport, text_problem
 
 
-if TYPE_CHECKING:
-    from .columns import TextColumn
-    from .sources import Block, TextSource
-
-
+logger = logging.getLogger(__name__)
 CaptionsOfImage = str | Sequence[str]
 Captions = Sequence[CaptionsOfImage] | Mapping[str, Sequence[CaptionsOfImage]]
 """Per image a caption or a list of captions; or a mapping from source name to such a sequence."""
@@ -234,177 +230,131 @@ def _count_shared(hashes: np.ndarray, counts: np.ndarray) -> int:
     return int((ends - starts)[images[starts] != images[ends - 1]].sum())
 
 
-def load_captions(
-    source: Any,
-    *,
-    columns: str | Sequence[str] | Mapping[str, str] | None = None,
-    image_column: str | None = None,
-    split: str | None = None,
-    subset: str | None = None,
-    default_split: str = "train",
-    on_bad_row: str = "error",
-    min_captions: int = 1,
-) -> CaptionTable:
-    """
-    Captions per image from a file, a folder, a Hub data set or a table.
+TURNS = (("from", "value"), ("role", "content"))  # of LLaVA and ShareGPT4V; of chat templates
+_NOT_THE_MODEL = ("human", "user", "system", "tool")
 
-    The same rows give the same table, with the same `sha256`, whatever form they come in.
+
+def root_column(columns: Iterable[str], name: str) -> str:
+    """The column that holds `name`, which is a column or an entry such as `json.a.b`."""
+    known, parts = set(columns), name.split(".")
+    found = [root for k in range(len(parts), 0, -1) if (root := ".".join(parts[:k])) in known]
+    return found[0] if found else name
+
+
+def entry_of(record: Any, name: str) -> Any:
+    """The value of `name` in a mapping, or of the entry of an inner mapping that it names; None if it is absent."""
+    if not isinstance(record, Mapping):
+        return None
+    root = root_column(record, name)
+    return record.get(root) if root == name else entry_of(record[root], name[len(root) + 1 :])
+
+
+def with_entries(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with the texts inside mappings as further columns (`json.a.b`), and conversations as lists of texts."""
+    if not any(isinstance(value, (list, Mapping)) for value in record.values()):
+        return record
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat[name] = as_texts(value)
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{entry}": inner for entry, inner in with_entries(value).items()}
+    return flat
+
+
+def as_texts(value: Any) -> Any:
+    """What the model says in a conversation, turn by turn, as LLaVA and ShareGPT4V write it; else the value."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
+        return value
+    for speaker, text in TURNS:
+        if all(speaker in turn and text in turn for turn in value):
+            said = [turn[text] for turn in value if turn[speaker] not in _NOT_THE_MODEL]
+            return [_joined(parts) if isinstance(parts, list) else parts for parts in said]
+    return value
+
+
+def _joined(parts: list[Any]) -> str:
+    return " ".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+@dataclass
+class Overlap:
+    """
+    Test data that are in the training data too.
 
     Args:
-        source:
-            Path of a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file; a folder
-            of files of one of these kinds, or one written by `save_to_disk`; a pattern such as `data/part-*.jsonl`;
-            the name of a Hub data set; a `datasets.Dataset` or `DatasetDict`; a mapping from column to values; a
-            sequence of rows (mappings, or the captions themselves). A `Dataset` stays memory-mapped; files are held in
-            memory as Arrow.
-        columns (*optional*):
-            Caption columns, each of strings or of lists of strings; every column is a caption source of its own.
-            A mapping names the sources: `{"dense": "longSV_captions"}`. By default all columns called `caption(s)`,
-            `*_caption(s)`, `raw`, `short` or `long`, in any row or file; without one, `text`, `texts` or `sentences`.
-            Columns that their name calls wrong captions, such as `negative_caption`, are only read if named here.
-        image_column (`str`, *optional*):
-            Column with the id of the image, for tables with several rows per image, such as one row per caption. Rows
-            of equal id become one image, at the place of the first. In COCO's annotation files, `image_id`.
-        split (`str`, *optional*): split of a Hub data set, a `DatasetDict`, or a folder, which has the splits that
-            `datasets` tells by the names of its files; without it `default_split`, or the only one.
-        subset (`str`, *optional*): configuration of a Hub data set.
-        default_split (`str`, defaults to `"train"`): split to take where `split` names none; `"test"` for test data.
-        on_bad_row (`str`, defaults to `"error"`):
-            `"error"` raises at the first row that cannot be read, the first caption that is null, empty or no valid
-            text, and the first image with too few captions. `"skip"` leaves these captions, rows and images out,
-            counts them, and logs one warning.
-        min_captions (`int`, defaults to 1): distinct captions that an image needs; 2 for `CaptionPairDataset`.
+        captions, num_captions (`int`): test captions that are captions of training images, and all test captions.
+        images, num_images (`int`): test images whose file is a training image, byte by byte, and all test images; 0
+            of 0 where only captions were compared.
+        examples (`list[str]`): the first of the captions.
+    """
+
+    captions: int = 0
+    num_captions: int = 0
+    images: int = 0
+    num_images: int = 0
+    examples: list[str] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.captions or self.images)
+
+    def describe(self) -> str:
+        """One line, e.g. `12 of 500 captions and 0 of 100 images of the test data are in the training data too`."""
+        counts = f"{self.captions} of {self.num_captions} captions"
+        if self.num_images:
+            counts += f" and {self.images} of {self.num_images} images"
+        examples = f", e.g. {', '.join(repr(text[:60]) for text in self.examples)}" if self.examples else ""
+        return f"{counts} of the test data are in the training data too{examples}"
+
+    def warn(self) -> None:
+        """Logs a warning if there is anything in common."""
+        if self:
+            logger.warning("%s. Results on these are no test: choose other rows, or another split.", self.describe())
+
+
+def find_overlap(train: Any, test: Any) -> Overlap:
+    """
+    Captions and images that training and test data share.
+
+    Images are compared where both are `ImageTextTable`, by the bytes of their files; only training images of the size
+    of a test image are read.
+
+    Args:
+        train, test (`ImageTextTable` or `CaptionTable`, or captions as it takes them): the two tables.
 
     Returns:
-        `CaptionTable`, whose `report` (`LoadReport`) holds the counts, among them the captions shared by several
-        images.
-
-    Raises:
-        ValueError: if no caption column is found (the message lists the columns), no image is left, or, with
-            `on_bad_row="error"`, a row is bad (the message names file and row).
+        `Overlap`; false where there is nothing in common.
 
     Example:
-    >>> table = load_captions([{"raw_caption": "a cat", "longSV_captions": "a grey cat"}, {"raw_caption": " "}],
-    ...     on_bad_row="skip", min_captions=2)
-    >>> table[0], table.source_names, table.report.bad_texts, table.report.too_few_texts
-    (['a cat', 'a grey cat'], ('raw_caption', 'longSV_captions'), 2, 1)
+    >>> find_overlap([["a cat"], ["a dog"]], [["a dog", "two dogs"]]).describe()
+    "1 of 2 captions of the test data are in the training data too, e.g. 'a dog'"
     """
-    if min_captions < 1:
-        raise ValueError(f"`min_captions` must be positive, got {min_captions}.")
-    bad = BadRows(on_bad_row)
-    # Step (1)
-    sources = open_text_source(source, split, subset, default_split)
-    kinds = kinds_of(sources)
-    chosen = resolve_caption_columns(columns, kinds, sources[0].name)
-    image_column = image_column or sources[0].image_column
-    if image_column is not None and image_column not in kinds:
-        raise ValueError(f"There is no image column `{image_column}`; the table has {describe_kinds(kinds)}.")
-
-    # Steps (2) and (3)
-    texts, places, groups = _read(sources, list(chosen.values()), image_column, bad)
-    first_rows = np.arange(len(places))
-    if image_column is not None:
-        texts, first_rows = _group(texts, groups)
-
-    # Step (4)
-    keep = sum((column.lengths() for column in texts), np.zeros(len(first_rows), dtype=np.int64)) > 0
-    texts, first_rows = _keep(texts, first_rows, keep, places, min_captions, bad)
-    table = CaptionTable(dict(zip(chosen, texts)))
-    keep = table.distinct_counts >= min_captions
-    if not keep.all():
-        texts, _ = _keep(texts, first_rows, keep, places, min_captions, bad)
-        table = CaptionTable(dict(zip(chosen, texts)))
-    _finish_report(table, bad, _name_of(source))
-    return table
+    texts = list(_captions(test).texts())
+    known = set(texts)
+    shared = {text for text in _captions(train).texts() if text in known}
+    found = [text for text in texts if text in shared]
+    overlap = Overlap(len(found), len(texts), examples=list(dict.fromkeys(found))[:3])
+    if hasattr(train, "images") and hasattr(test, "images"):
+        overlap.num_images = len(test)
+        overlap.images = _shared_images(train.images, test.images)
+    return overlap
 
 
-def kinds_of(sources: "list[TextSource]") -> dict[str, str]:
-    """The columns of all tables; of a column that differs, the kind in the first table where it holds texts."""
-    kinds: dict[str, str] = {}
-    for name, kind in [item for source in sources for item in source.kinds.items()]:
-        if kinds.get(name, "other") == "other":
-            kinds[name] = kind
-    return kinds
+def _captions(table: Any) -> CaptionTable:
+    table = getattr(table, "captions", table)
+    return table if isinstance(table, CaptionTable) else CaptionTable(table)
 
 
-def _read(
-    sources: "list[TextSource]", columns: list[str], image_column: str | None, bad: BadRows
-) -> "tuple[list[TextColumn], Places, np.ndarray]":
-    from .columns import TextColumn
-
-    chunks: list[list[TextColumn]] = [[] for _ in columns]
-    places, groups = Places(), _Groups()
-    for block in good_blocks(sources, [*columns, *([image_column] if image_column else [])], bad):
-        arrays, numbers = _clean(block, columns, bad), np.asarray(block.numbers, dtype=np.int64)
-        if image_column is not None:
-            has_id = groups.add(block, image_column, bad)
-            arrays = [column.filter(has_id) for column in arrays]
-            numbers = numbers[has_id]
-        for chunk, column in zip(chunks, arrays):
-            chunk.append(column)
-        places.append(block.file, block.unit, numbers)
-    return [TextColumn.concat(chunk) for chunk in chunks], places, groups.codes()
+def _shared_images(train: Any, test: Any) -> int:
+    sizes = set(test.sizes())
+    digests = {_digest(train[row]) for row, size in enumerate(train.sizes()) if size in sizes and size >= 0}
+    return sum(_digest(test[row]) in digests for row in range(len(test)))
 
 
-class _Groups:
-    """Numbers the image ids in the order of their first row."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-        self._codes: list[np.ndarray] = []
-
-    def add(self, block: "Block", column: str, bad: BadRows) -> np.ndarray:
-        """Whether each row of the block has an id; a row without one is bad."""
-        values = block.columns[column]
-        ids = values if isinstance(values, list) else values.to_pylist()
-        codes = np.full(len(ids), -1, dtype=np.int64)
-        for row, image in enumerate(ids):
-            if image is None or isinstance(image, (list, dict)) or image == "":
-                where = describe_place(block.file, block.unit, block.numbers[row])
-                bad.add("bad_rows", where, f"the image id in column `{column}` is {image!r}")
-            else:
-                codes[row] = self._numbers.setdefault(image, len(self._numbers))
-        has_id = codes >= 0
-        self._codes.append(codes[has_id])
-        return has_id
-
-    def codes(self) -> np.ndarray:
-        """Number of the image of every row."""
-        return np.concatenate(self._codes) if self._codes else np.zeros(0, dtype=np.int64)
+def _digest(image: Any) -> bytes:
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if content is None or isinstance(content, str):
+        content = Path(content or image["path"]).read_bytes()
+    return hashlib.sha256(content).digest()
 
 
-def _group(texts: "list[TextColumn]", groups: np.ndarray) -> "tuple[list[TextColumn], np.ndarray]":
-    """One row per image, and the first row of each image in the ungrouped table."""
-    if not len(groups):
-        return texts, groups
-    order = np.argsort(groups, kind="stable")
-    sizes = np.bincount(groups)
-    first_rows = order[np.concatenate([[0], np.cumsum(sizes)[:-1]])]
-    return [column.group(order, sizes) for column in texts], first_rows
-
-
-def _keep(
-    texts: "list[TextColumn]", first_rows: np.ndarray, keep: np.ndarray, places: Places, needed: int, bad: BadRows
-) -> "tuple[list[TextColumn], np.ndarray]":
-    for row in first_rows[~keep].tolist():
-        bad.add("too_few_texts", places.describe(row), f"the image has fewer than {needed} distinct captions")
-    if not keep.any():
-        raise ValueError(
-            f"No image is left of {bad.report.rows_read} rows read. First problems: {bad.report.examples or 'none'}."
-        )
-    return ([column.filter(keep) for column in texts] if not keep.all() else texts), first_rows[keep]
-
-
-def _finish_report(table: CaptionTable, bad: BadRows, name: str) -> None:
-    bad.report.rows_kept = len(table)
-    bad.report.texts_kept = table.num_captions
-    bad.report.shared_texts = table.num_shared_captions
-    table.report = bad.report
-    bad.report.log(name)
-
-
-def _name_of(source: Any) -> str:
-    return f"`{source}`" if isinstance(source, (str, Path)) else "the caption table"
-
-
-__all__ = ["CaptionTable", "Captions", "load_captions"]
+__all__ = ["CaptionTable", "Captions", "Overlap", "find_overlap"]

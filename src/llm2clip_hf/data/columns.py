@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .caption_entries import TURNS, as_texts, root_column
+from .captions import TURNS, as_texts, root_column
 
 
 logger = logging.getLogger(__name__)
@@ -286,3 +286,14 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_string(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    """The columns of bytes, or of structs with bytes, as those of `datasets.Image` are."""
+
+    def holds_bytes(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            return any(entry.name == "bytes" for entry in kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+    return [column.name for column in schema if holds_bytes(column.type)]

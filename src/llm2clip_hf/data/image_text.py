@@ -15,8 +15,8 @@ from PIL import Image
 
 from .captions import Captions, CaptionTable
 from .images import ImageSource, ImageTransform, load_image, undecoded
-from .reports import SkipLog, SkipReport
-from .sampling import SampleDraws, check_choice, check_sub_captions, checked_weights
+from .reports import SkipLog, SkipReport, check_choice
+from .sampling import SampleDraws, check_sub_captions, checked_weights
 from .store.embedding_store import CaptionEmbeddingStore
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a streamed sample: a drawn caption, its stored LLM embedding, or both."""
+"""
+Image-text pairs from shards that are read in order: the samples of `ImageTextDataset` without random access.
+
+An epoch is an equal share of samples for every rank, and a position in it means the same samples in a resumed run.
+"""
 
 import hashlib
 import os
@@ -10,78 +14,22 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..distributed import is_initialized
-from ..distributed import rank as process_rank
-from ..distributed import world_size as process_count
+from .. import distributed
 from .image_text import PLACEHOLDER, ImageTextCollator
 from .images import ImageTransform, decode_image
-from .reports import SkipLog, SkipReport
-from .sampling import SampleDraws, check_choice, check_sub_captions, checked_weights
-from .shard_index import (
+from .reports import SkipLog, SkipReport, check_choice
+from .sampling import (
     Layout,
-    SamplesPerShard,
+    SampleDraws,
     WorkerPlan,
     batches_of_worker,
-    make_shards,
+    check_sub_captions,
+    checked_weights,
     plan_worker,
-    resolve_counts,
-    warn_of_absent_sources,
 )
+from .shard_index import SamplesPerShard, make_shards, resolve_counts, source_fields, warn_of_absent_sources
 from .shards import RawSample
 from .store.embedding_store import CaptionEmbeddingStore
-
-
-class StreamTexts:
-    """What a sample of a stream has instead of its captions."""
-
-    def __init__(self, fields: Mapping[str, str], store: CaptionEmbeddingStore | None, draws: SampleDraws) -> None:
-        self._fields, self._store, self._draws = fields, store, draws
-
-    def features(self, epoch: int, index: int, raw: RawSample) -> dict[str, Any]:
-        """`llm_embeds`, `text`, or both of the same caption."""
-        texts = [text for captions in raw.captions.values() for text in captions]
-        numbers = [len(captions) for captions in raw.captions.values()]
-        source_ids = np.repeat(np.arange(len(numbers)), numbers)
-        start = 0
-        if self._store is not None:
-            try:
-                row = self._store.index_of(raw.key)
-            except KeyError as error:
-                raise ValueError(f"its key is not in the store `{self._store.path}`") from error
-            start, stop = int(self._store.offsets[row]), int(self._store.offsets[row + 1])
-            stored = self._store.source_ids[start:stop]
-            if self._fields and not np.array_equal(stored, source_ids):
-                expected = np.bincount(stored, minlength=len(numbers)).tolist()
-                raise ValueError(
-                    f"it has {numbers} captions in the sources {list(self._fields)}, but the store "
-                    f"`{self._store.path}` has embeddings of {expected}"
-                )
-            source_ids = stored
-        if not len(source_ids) or not self._draws.weights[source_ids].any():
-            found = {source: len(captions) for source, captions in raw.captions.items()}
-            raise ValueError(f"it has no caption in a source of positive weight (captions: {found})")
-        drawn = self._draws.caption(epoch, index, source_ids)
-        features: dict[str, Any] = {}
-        if self._store is not None:
-            features["llm_embeds"] = self._store.gather([start + drawn])[0].float()
-        if self._fields:
-            features["text"] = self._draws.sub_caption(epoch, index, texts[drawn])
-        return features
-
-
-def source_fields(caption_fields: Mapping[str, str] | None, store: CaptionEmbeddingStore | None) -> dict[str, str]:
-    """The caption fields, where there is a store in the order of its sources, by which captions are numbered."""
-    if caption_fields is None and store is None:
-        raise ValueError("Pass `caption_fields`, for captions as text, or `store`, for stored embeddings, or both.")
-    fields = dict(caption_fields or {})
-    if store is None or caption_fields is None:
-        return fields
-    if set(fields) != set(store.source_names):
-        raise ValueError(
-            f"`caption_fields` names the sources {sorted(fields)}, the store `{store.path}` has "
-            f"{sorted(store.source_names)}. Pass the fields that it was made with."
-        )
-    return {name: fields[name] for name in store.source_names}
 
 
 # So many unusable samples in a row are no accident: the data as a whole cannot be read.
@@ -194,7 +142,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         self.batch_size = 1
         names = store.source_names if store is not None else tuple(fields)
         self._draws = SampleDraws(seed, checked_weights(caption_weights, names), sub_captions)
-        self._texts = StreamTexts(fields, store, self._draws)
+        self._fields = fields
         self._on_bad_image, self._on_bad_sample = on_bad_image, on_bad_sample
         self._skips = SkipLog()
         self._shards = make_shards(shards, fields, image_column, key_column)
@@ -212,8 +160,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         self._position = torch.tensor([-1, 0, 0, _ANY_WORKERS]).share_memory_()
         self.rank, self.world_size = 0, 1
         self.shard_over(*_this_process(rank, world_size))
-
-    # ------------------------------------------------------------------------------------------------ how it is read
 
     def __len__(self) -> int:
         """Samples per rank and epoch."""
@@ -262,19 +208,14 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
         self.batch_size = batch_size
+        collate_fn = ImageTextCollator() if collate_fn is None else collate_fn
         return torch.utils.data.DataLoader(
-            self,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=ImageTextCollator() if collate_fn is None else collate_fn,
-            **kwargs,
+            self, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn, **kwargs
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Read epoch `epoch` from the next iteration on, in worker processes too."""
         self._epoch.fill_(epoch)
-
-    # ----------------------------------------------------------------------------------------------------- resuming
 
     def resume_at(self, epoch: int, batch: int, *, placeholders: bool = False, num_workers: int | None = None) -> None:
         """
@@ -329,13 +270,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         self.set_epoch(state["epoch"])
         self.resume_at(state["epoch"], state["batch"], num_workers=state["num_workers"])
 
-    def locate(self, index: int) -> tuple[str, int]:
-        """Shard and position in it of the sample with the given `index`."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"Sample {index} is out of range for {self.num_samples} samples.")
-        shard = int(np.searchsorted(self._first_index, index, side="right")) - 1
-        return self._shards[shard].name, int(index - self._first_index[shard])
-
     def _identity(self) -> dict[str, Any]:
         lines = [f"{Path(shard.name).name}:{count}" for shard, count in zip(self._shards, self._counts.tolist())]
         return {
@@ -345,8 +279,6 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             "batch_size": self.batch_size,
             "world_size": self.world_size,
         }
-
-    # ------------------------------------------------------------------------------------------------------- reading
 
     def __iter__(self) -> Iterator[Any]:
         """"""
@@ -427,7 +359,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         if raw.problem:
             raise _UnusableSample(f"Cannot use {name}: {raw.problem}.", self._on_bad_sample)
         try:
-            text = self._texts.features(plan.epoch, index, raw)
+            text = self._features(plan.epoch, index, raw)
         except ValueError as error:
             raise _UnusableSample(f"Cannot use {name}: {error}.", self._on_bad_sample) from error
         try:
@@ -439,6 +371,37 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             "index": index,
             **text,
         }
+
+    def _features(self, epoch: int, index: int, raw: RawSample) -> dict[str, Any]:
+        """`llm_embeds`, `text`, or both of the same caption."""
+        numbers = [len(captions) for captions in raw.captions.values()]
+        source_ids = np.repeat(np.arange(len(numbers)), numbers)
+        start = 0
+        if self.store is not None:
+            try:
+                row = self.store.index_of(raw.key)
+            except KeyError as error:
+                raise ValueError(f"its key is not in the store `{self.store.path}`") from error
+            start, stop = int(self.store.offsets[row]), int(self.store.offsets[row + 1])
+            stored = self.store.source_ids[start:stop]
+            if self._fields and not np.array_equal(stored, source_ids):
+                expected = np.bincount(stored, minlength=len(numbers)).tolist()
+                raise ValueError(
+                    f"it has {numbers} captions in the sources {list(self._fields)}, but the store "
+                    f"`{self.store.path}` has embeddings of {expected}"
+                )
+            source_ids = stored
+        if not len(source_ids) or not self._draws.weights[source_ids].any():
+            found = {source: len(captions) for source, captions in raw.captions.items()}
+            raise ValueError(f"it has no caption in a source of positive weight (captions: {found})")
+        drawn = self._draws.caption(epoch, index, source_ids)
+        features: dict[str, Any] = {}
+        if self.store is not None:
+            features["llm_embeds"] = self.store.gather([start + drawn])[0].float()
+        if self._fields:
+            texts = [text for captions in raw.captions.values() for text in captions]
+            features["text"] = self._draws.sub_caption(epoch, index, texts[drawn])
+        return features
 
     def _raw_samples(self, plan: WorkerPlan, positions: Sequence[int]) -> Iterator[RawSample]:
         """The samples at ascending positions, undecoded; opens only the shards that hold one of them."""
@@ -478,8 +441,8 @@ def _this_process(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise ValueError(f"Pass both `rank` and `world_size` or none of them, got {rank} and {world_size}.")
     if rank is not None and world_size is not None:
         return rank, world_size
-    if is_initialized():
-        return process_rank(), process_count()
+    if distributed.is_initialized():
+        return distributed.rank(), distributed.world_size()
     # A script may make its data before the process group; a launcher has set these by then.
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

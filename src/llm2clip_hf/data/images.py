@@ -78,6 +78,15 @@ def undecoded(images: ImageSource) -> ImageSource:
     return images.source.cast_column(images.column_name, ImageFeature(decode=False))[images.column_name]
 
 
+def undecoded_rows(dataset: Any, column: str) -> Any:
+    """The rows of a data set, or of a stream of `datasets`, with the images in `column` undecoded."""
+    from datasets import Image as ImageFeature
+
+    if isinstance((dataset.features or {}).get(column), ImageFeature):
+        return dataset.cast_column(column, ImageFeature(decode=False))
+    return dataset
+
+
 def load_image(images: ImageSource, row: int) -> Image.Image:
     """Image `row` of `images`, decoded, upright and in RGB."""
     try:
@@ -361,4 +370,5 @@ __all__ = [
     "load_image",
     "located",
     "undecoded",
+    "undecoded_rows",
 ]

@@ -53,29 +53,26 @@ class LoadReport:
                 "Left out of %s: %d unreadable rows, %d bad texts, %d rows with too few distinct texts. "
                 "%d of %d rows remain. First: %s",
                 what,
-                self.bad_rows,
-                self.bad_texts,
-                self.too_few_texts,
-                self.rows_kept,
-                self.rows_read,
+                *(self.bad_rows, self.bad_texts, self.too_few_texts, self.rows_kept, self.rows_read),
                 " | ".join(self.examples),
             )
         logger.info(
             "%s: %d rows with %d texts; %d texts are shared by several images, %d lines are no sentences.",
-            what,
-            self.rows_kept,
-            self.texts_kept,
-            self.shared_texts,
-            self.not_sentences,
+            *(what, self.rows_kept, self.texts_kept, self.shared_texts, self.not_sentences),
         )
+
+
+def check_choice(name: str, value: str) -> None:
+    """ValueError unless an option that says what to do with a bad sample is `"error"` or `"skip"`."""
+    if value not in ("error", "skip"):
+        raise ValueError(f'`{name}` must be "error" or "skip", got {value!r}.')
 
 
 class BadRows:
     """The policy for bad rows: raises at the first, or counts them in a report."""
 
     def __init__(self, policy: str) -> None:
-        if policy not in ("error", "skip"):
-            raise ValueError(f'`on_bad_row` must be "error" or "skip", got {policy!r}.')
+        check_choice("on_bad_row", policy)
         self.skip = policy == "skip"
         self.report = LoadReport()
 
@@ -86,6 +83,13 @@ class BadRows:
         setattr(self.report, counter, getattr(self.report, counter) + 1)
         if len(self.report.examples) < MAX_EXAMPLES:
             self.report.examples.append(f"{place} {problem}")
+
+    def finish(self, what: str, rows_kept: int, texts_kept: int, shared_texts: int = 0) -> LoadReport:
+        """The report with what remained, logged."""
+        report = self.report
+        report.rows_kept, report.texts_kept, report.shared_texts = rows_kept, texts_kept, shared_texts
+        report.log(what)
+        return report
 
 
 class Places:

@@ -9,6 +9,8 @@ finalizer of splitmix64 (Steele, Lea and Flood, 2014), vectorized over rows.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +112,7 @@ def choose_sub_caption(text: str, probability: float, draws: Sequence[float]) ->
 
 # Streams of `random_bits`; every kind of choice has its own number. Substitutes count upwards from theirs.
 _SOURCE, _CAPTION, _TRANSFORM, _SUB_CAPTION, _SUBSTITUTE = 0, 1, 2, 3, 1000
+_FIRST_CAPTION, _SECOND_CAPTION, _DIRECTION, _SHARD_ORDER, _BUFFER = 10, 11, 12, 20, 21
 
 
 class SampleDraws:
@@ -145,6 +148,71 @@ class SampleDraws:
         return int(random_bits(self.seed, epoch, np.array([index]), _SUBSTITUTE + attempt)[0] % np.uint64(count))
 
 
+Sides = tuple[frozenset[int], frozenset[int]]
+"""The source numbers of the two sides of a pair."""
+
+
+def resolve_sides(patterns: Sequence[str], source_names: Sequence[str]) -> Sides:
+    """The sources that two name patterns stand for."""
+    if isinstance(patterns, str) or len(patterns) != 2:
+        raise ValueError(f'`pair_sources` must be two name patterns such as ("short*", "long*"), got {patterns!r}.')
+    first, second = (
+        frozenset(number for number, name in enumerate(source_names) if fnmatchcase(name, pattern))
+        for pattern in patterns
+    )
+    for pattern, side in zip(patterns, (first, second)):
+        if not side:
+            raise ValueError(f"`pair_sources`: the pattern {pattern!r} fits none of the sources {list(source_names)}.")
+    if first & second:
+        both = [source_names[number] for number in sorted(first & second)]
+        raise ValueError(f"`pair_sources`: both patterns {tuple(patterns)} fit {both}. Each source has one side.")
+    return first, second
+
+
+def pair_bits(seed: int, epoch: int, rows: np.ndarray) -> list[list[int]]:
+    """The three random numbers per row that `draw_pair` takes."""
+    streams = (_FIRST_CAPTION, _SECOND_CAPTION, _DIRECTION)
+    return [random_bits(seed, epoch, rows, stream).tolist() for stream in streams]
+
+
+def draw_pair(
+    texts: Sequence[str], source_ids: Sequence[int], sides: Sides | None, first: int, second: int, direction: int
+) -> tuple[str, str, int]:
+    """Anchor, positive, and the source of the positive."""
+    if sides is not None:
+        pairs = side_pairs(texts, source_ids, sides)
+        pair = pairs[first % len(pairs)]
+        (anchor, _), (positive, source) = pair if direction >> 63 else pair[::-1]
+        return anchor, positive, source
+    distinct = _first_sources(texts, source_ids)
+    names = list(distinct)
+    anchor_position = first % len(names)
+    # A step of 1 to n - 1 around the circle: uniform over the other captions.
+    positive = names[(anchor_position + 1 + second % (len(names) - 1)) % len(names)]
+    return names[anchor_position], positive, distinct[positive]
+
+
+def side_pairs(
+    texts: Sequence[str], source_ids: Sequence[int], sides: Sides
+) -> list[tuple[tuple[str, int], tuple[str, int]]]:
+    """All pairs of distinct texts, one of each side, each text with its source."""
+    one, two = (
+        _first_sources(
+            [text for text, source in zip(texts, source_ids) if source in side],
+            [source for source in source_ids if source in side],
+        )
+        for side in sides
+    )
+    return [(left, right) for left in one.items() for right in two.items() if left[0] != right[0]]
+
+
+def _first_sources(texts: Sequence[str], source_ids: Sequence[int]) -> dict[str, int]:
+    first: dict[str, int] = {}
+    for text, source in zip(texts, source_ids):
+        first.setdefault(text, source)
+    return first
+
+
 def checked_weights(caption_weights: Mapping[str, float] | None, source_names: tuple[str, ...]) -> np.ndarray:
     """Weights of the sources in their order; equal where none are given."""
     if caption_weights is None:
@@ -169,12 +237,6 @@ def check_sub_captions(sub_captions: float, is_stored: bool) -> None:
             f"`sub_captions` is {sub_captions}, but the captions are stored embeddings, which cannot be cut. Embed "
             "the sentences as a source of their own, see `split_sub_captions`, and give it a weight."
         )
-
-
-def check_choice(name: str, value: str) -> None:
-    """ValueError unless an option that says what to do with a bad sample is `"error"` or `"skip"`."""
-    if value not in ("error", "skip"):
-        raise ValueError(f'`{name}` must be "error" or "skip", got {value!r}.')
 
 
 # Padded tokens that one more pass through the LLM is worth: its launches, and matrices too small to fill a device.
@@ -222,6 +284,90 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int, pads: bool = T
         tokens += lengths[item]
     if batch:
         yield batch
+
+
+class Layout(NamedTuple):
+    """How many readers share the samples: `rank` of `world_size`, `worker` of `num_workers`, and the batch size."""
+
+    rank: int
+    world_size: int
+    worker: int
+    num_workers: int
+    batch_size: int
+
+
+class WorkerPlan(NamedTuple):
+    """The samples of one worker."""
+
+    epoch: int
+    order: np.ndarray
+    shards: np.ndarray
+    starts: np.ndarray
+
+
+def plan_worker(counts: np.ndarray, layout: Layout, *, seed: int, epoch: int, buffer: int) -> WorkerPlan:
+    """The samples of one worker in one epoch, in order."""
+    shards = np.arange(len(counts))
+    if buffer:
+        shards = _generator(seed, epoch, _SHARD_ORDER).permutation(shards)
+    starts = np.concatenate([[0], np.cumsum(counts[shards])]).astype(np.int64)
+    per_rank = int(starts[-1]) // layout.world_size
+    begin, end = worker_range(per_rank, layout)
+    positions = np.arange(begin, end, dtype=np.int64) + layout.rank * per_rank
+    if buffer:
+        # One stream per range, whatever the layout that made it.
+        random = _generator(seed, epoch, _BUFFER, layout.rank, layout.worker)
+        positions = positions[buffer_order(len(positions), buffer, random)]
+    return WorkerPlan(epoch, positions, shards, starts)
+
+
+def worker_range(per_rank: int, layout: Layout) -> tuple[int, int]:
+    """
+    The part of a rank's `per_rank` samples that a worker reads.
+
+    A loader takes batch `i` from worker `i % num_workers`; the one batch that is not full is the last of all.
+    """
+    num_batches = -(-per_rank // layout.batch_size)
+    ends = [0]
+    for worker in range(layout.num_workers):
+        batches = batches_of_worker(num_batches, worker, layout.num_workers)
+        size = batches * layout.batch_size
+        if num_batches and worker == (num_batches - 1) % layout.num_workers:
+            size -= num_batches * layout.batch_size - per_rank
+        ends.append(ends[-1] + size)
+    return ends[layout.worker], ends[layout.worker + 1]
+
+
+def batches_of_worker(num_batches: int, worker: int, num_workers: int) -> int:
+    """How many of the first `num_batches` batches come from `worker`, when the workers take turns."""
+    return max(0, -(-(num_batches - worker) // num_workers))
+
+
+def buffer_order(count: int, buffer: int, random: np.random.Generator) -> np.ndarray:
+    """
+    The order in which a shuffle buffer returns the samples 0 to `count - 1` that flow through it.
+
+    The buffer is filled; then, again and again, a random sample leaves it and the next one enters. Sample `k` never
+    leaves before `k - buffer + 1` others have.
+    """
+    size = min(buffer, count)
+    held = list(range(size))
+    draws = random.random(count).tolist()
+    order = np.empty(count, dtype=np.int64)
+    for position in range(count):
+        slot = int(draws[position] * len(held))
+        order[position] = held[slot]
+        incoming = position + size
+        if incoming < count:
+            held[slot] = incoming
+        else:
+            held[slot] = held[-1]
+            held.pop()
+    return order
+
+
+def _generator(*coordinates: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([value & (2**64 - 1) for value in coordinates]))
 
 
 __all__ = ["choose_sub_caption", "split_sentences", "split_sub_captions", "token_budget_batches"]

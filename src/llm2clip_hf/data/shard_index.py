@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions and keys of image-text shards, to embed them before the images are streamed."""
+"""The shards that patterns stand for, how many samples they hold, and their captions, to embed them beforehand."""
 
+import glob
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .captions import CaptionTable
+from .images import undecoded_rows
 from .reports import BadRows
-from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard, expand_shard_paths
+from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard
+from .store.embedding_store import CaptionEmbeddingStore
 
 
 logger = logging.getLogger(__name__)
 _SAMPLES_TO_LOOK_AT = 64
+_BRACES = re.compile(r"\{([^{}]*)\}")
 SamplesPerShard = int | Sequence[int] | Mapping[str, int] | str | Path
 
 
@@ -23,12 +28,54 @@ def make_shards(shards: Any, fields: dict[str, str], image_column: str | None, k
     """The readers of all shards, in order."""
     if hasattr(shards, "num_shards") and hasattr(shards, "select_columns"):
         image_column = image_column or _find_image_column(shards)
-        dataset = _undecoded(shards, image_column)
+        dataset = undecoded_rows(shards, image_column)
         return [DatasetShard(dataset, k, fields, image_column, key_column) for k in range(dataset.num_shards)]
-    paths = expand_shard_paths(shards)
+    paths = _expand(shards)
     if not paths:
         raise ValueError("`shards` is empty. Pass at least one tar or parquet file.")
     return [_file_shard(path, fields, image_column, key_column) for path in paths]
+
+
+def _expand(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that brace patterns and globs stand for, in order."""
+    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    paths = []
+    for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
+        found = [Path(pattern)] if Path(pattern).is_file() else _matching(pattern)
+        if not found:
+            raise ValueError(f"`{pattern}` matches no file. Check the paths and patterns in `shards`.")
+        paths += found
+    repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    if repeated:
+        raise ValueError(f"Shards are named twice: {repeated[:3]}. Every shard is read once per epoch.")
+    return paths
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files that a glob finds, without statistics, and tables beside tar files, both written by img2dataset."""
+    found = [Path(name) for name in sorted(glob.glob(pattern)) if not name.endswith("_stats.json")]
+    archives = {str(path)[: -len(".tar")] for path in found if path.suffix == ".tar"}
+    return [path for path in found if path.suffix != ".parquet" or str(path)[: -len(".parquet")] not in archives]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, dots, last = match[1].partition("..")
+    if dots and first.isdigit() and last.isdigit():
+        if int(first) > int(last):
+            raise ValueError(f"`{pattern}` counts downwards. Write the smaller number first.")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise ValueError(f"`{pattern}` has braces that are neither `{{000..287}}` nor `{{a,b}}`.")
+    return [
+        text
+        for choice in choices
+        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
 
 
 def resolve_counts(
@@ -95,11 +142,26 @@ def warn_of_absent_sources(shards: Sequence[Shard], counts: np.ndarray, fields: 
             )
 
 
+def source_fields(caption_fields: Mapping[str, str] | None, store: CaptionEmbeddingStore | None) -> dict[str, str]:
+    """The caption fields, where there is a store in the order of its sources, by which captions are numbered."""
+    if caption_fields is None and store is None:
+        raise ValueError("Pass `caption_fields`, for captions as text, or `store`, for stored embeddings, or both.")
+    fields = dict(caption_fields or {})
+    if store is None or caption_fields is None:
+        return fields
+    if set(fields) != set(store.source_names):
+        raise ValueError(
+            f"`caption_fields` names the sources {sorted(fields)}, the store `{store.path}` has "
+            f"{sorted(store.source_names)}. Pass the fields that it was made with."
+        )
+    return {name: fields[name] for name in store.source_names}
+
+
 def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> Shard:
     if path.suffix == ".tgz" or (path.stem if path.suffix in COMPRESSIONS else path.name).endswith(".tar"):
-        return TarShard(path, fields, image_column)
+        return TarShard(str(path), fields, image_column)
     if path.suffix == ".parquet":
-        return ParquetShard(path, fields, image_column, key_column)
+        return ParquetShard(str(path), fields, image_column, key_column)
     raise ValueError(
         f"Shard `{path}` is neither a `.tar` nor a `.parquet` file; `.tar.gz` and `.tar.zst` are read too."
     )
@@ -107,26 +169,15 @@ def _file_shard(path: Path, fields: dict[str, str], image_column: str | None, ke
 
 def _find_image_column(dataset: Any) -> str:
     """`image`, or the only column of images, by the types where they are known, otherwise by the first row."""
-    from datasets import Image
+    from .columns import image_columns
 
-    def holds_image(value: Any) -> bool:
-        return isinstance(value, (Image, bytes)) or (isinstance(value, dict) and "bytes" in value)
-
-    columns: dict[str, Any] = dataset.features or next(iter(dataset.take(1)), {})
-    kinds = {name: getattr(kind, "dtype", "") for name, kind in columns.items()}
-    found = [name for name, kind in columns.items() if holds_image(kind) or kinds[name] in ("binary", "large_binary")]
-    if "image" in columns or len(found) != 1:
-        return "image"
-    return found[0]
-
-
-def _undecoded(dataset: Any, image_column: str) -> Any:
-    from datasets import Image
-
-    features = dataset.features or {}
-    if isinstance(features.get(image_column), Image):
-        return dataset.cast_column(image_column, Image(decode=False))
-    return dataset
+    if dataset.features:
+        names, found = list(dataset.features), image_columns(dataset.features.arrow_schema)
+    else:
+        row: dict[str, Any] = next(iter(dataset.take(1)), {})
+        names = list(row)
+        found = [n for n, v in row.items() if isinstance(v, bytes) or (isinstance(v, dict) and "bytes" in v)]
+    return "image" if "image" in names or len(found) != 1 else found[0]
 
 
 def load_shard_captions(
@@ -181,100 +232,8 @@ def load_shard_captions(
     if not keys:
         raise ValueError(f"The shards hold no sample with a caption in {list(fields.values())}. Check the fields.")
     table = CaptionTable(columns)
-    bad.report.rows_kept = len(keys)
-    bad.report.texts_kept = table.num_captions
-    bad.report.shared_texts = table.num_shared_captions
-    bad.report.log("the shards")
-    table.report = bad.report
+    table.report = bad.finish("the shards", len(keys), table.num_captions, table.num_shared_captions)
     return table, list(keys)
-
-
-# Keeps the streams of shards and of buffers apart.
-_SHARD_STREAM, _BUFFER_STREAM = 20, 21
-
-
-class Layout(NamedTuple):
-    """How many readers share the samples: `rank` of `world_size`, `worker` of `num_workers`, and the batch size."""
-
-    rank: int
-    world_size: int
-    worker: int
-    num_workers: int
-    batch_size: int
-
-
-class WorkerPlan(NamedTuple):
-    """The samples of one worker."""
-
-    epoch: int
-    order: np.ndarray
-    shards: np.ndarray
-    starts: np.ndarray
-
-
-def plan_worker(counts: np.ndarray, layout: Layout, *, seed: int, epoch: int, buffer: int) -> WorkerPlan:
-    """The samples of one worker in one epoch, in order."""
-    shards = np.arange(len(counts))
-    if buffer:
-        shards = _generator(seed, epoch, _SHARD_STREAM).permutation(shards)
-    starts = np.concatenate([[0], np.cumsum(counts[shards])]).astype(np.int64)
-    per_rank = int(starts[-1]) // layout.world_size
-    begin, end = worker_range(per_rank, layout)
-    positions = np.arange(begin, end, dtype=np.int64) + layout.rank * per_rank
-    if buffer:
-        # One stream per range, whatever the layout that made it.
-        random = _generator(seed, epoch, _BUFFER_STREAM, layout.rank, layout.worker)
-        positions = positions[buffer_order(len(positions), buffer, random)]
-    return WorkerPlan(epoch, positions, shards, starts)
-
-
-def worker_range(per_rank: int, layout: Layout) -> tuple[int, int]:
-    """
-    The part of a rank's `per_rank` samples that a worker reads.
-
-    A loader takes batch `i` from worker `i % num_workers`; the one batch that is not full is the last of all.
-    """
-    num_batches = -(-per_rank // layout.batch_size)
-    ends = [0]
-    for worker in range(layout.num_workers):
-        batches = batches_of_worker(num_batches, worker, layout.num_workers)
-        size = batches * layout.batch_size
-        if num_batches and worker == (num_batches - 1) % layout.num_workers:
-            size -= num_batches * layout.batch_size - per_rank
-        ends.append(ends[-1] + size)
-    return ends[layout.worker], ends[layout.worker + 1]
-
-
-def batches_of_worker(num_batches: int, worker: int, num_workers: int) -> int:
-    """How many of the first `num_batches` batches come from `worker`, when the workers take turns."""
-    return max(0, -(-(num_batches - worker) // num_workers))
-
-
-def buffer_order(count: int, buffer: int, random: np.random.Generator) -> np.ndarray:
-    """
-    The order in which a shuffle buffer returns the samples 0 to `count - 1` that flow through it.
-
-    The buffer is filled; then, again and again, a random sample leaves it and the next one enters. Sample `k` never
-    leaves before `k - buffer + 1` others have.
-    """
-    size = min(buffer, count)
-    held = list(range(size))
-    draws = random.random(count).tolist()
-    order = np.empty(count, dtype=np.int64)
-    for position in range(count):
-        slot = int(draws[position] * len(held))
-        order[position] = held[slot]
-        incoming = position + size
-        if incoming < count:
-            held[slot] = incoming
-        else:
-            held[slot] = held[-1]
-            held.pop()
-    return order
-
-
-def _generator(*coordinates: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([value & (2**64 - 1) for value in coordinates]))
 
 
 __all__ = [
@@ -283,5 +242,6 @@ __all__ = [
     "load_shard_captions",
     "make_shards",
     "resolve_counts",
+    "source_fields",
     "warn_of_absent_sources",
 ]

@@ -6,21 +6,20 @@ A shard is read in order. `read(wanted)` returns the samples at the wanted posit
 decoding, or, in tar files, without even reading them.
 """
 
-import glob
 import io
 import itertools
 import json
 import os
-import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .caption_entries import as_texts, entry_of, root_column
+from .captions import as_texts, entry_of, root_column
 from .images import located
 
 
@@ -118,7 +117,6 @@ def _any_member(file: io.FileIO, offset: int) -> tuple[Member | None, int]:
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 _PARQUET_ROWS = 64  # rows decoded at once; an image row is large
-_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class RawSample(NamedTuple):
@@ -143,13 +141,15 @@ class Shard(Protocol):
         """The samples at the ascending positions `wanted`."""
 
 
+@dataclass
 class TarShard:
     """
     A tar file in the webdataset layout: the members of a sample follow each other and share their name up to the dot.
     """
 
-    def __init__(self, path: Path, fields: dict[str, str], image_column: str | None = None) -> None:
-        self.path, self.name, self.fields, self.image_column = path, str(path), fields, image_column
+    name: str
+    fields: dict[str, str]
+    image_column: str | None = None
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of samples, from the headers alone."""
@@ -179,23 +179,18 @@ class TarShard:
         """Every sample in order; None for those that are not wanted."""
         chosen, seen = set(wanted), set[str]()
         try:
-            with open_archive(self.path) as file:
+            with open_archive(Path(self.name)) as file:
                 for position, (key, group) in enumerate(itertools.groupby(_named(file), key=lambda named: named[0])):
                     repeated, parts = key in seen, [(extension, member) for _, extension, member in group]
                     seen.add(key)
                     yield self._sample(file, position, key, parts, repeated) if position in chosen else None
         except (tarfile.TarError, OSError) as error:
             raise ValueError(
-                f"Shard `{self.path}` cannot be read: {error}. Download or write it again, as a plain tar file."
+                f"Shard `{self.name}` cannot be read: {error}. Download or write it again, as a plain tar file."
             ) from error
 
     def _sample(
-        self,
-        file: io.FileIO,
-        position: int,
-        key: str,
-        parts: list[tuple[str, Member]],
-        repeated: bool,
+        self, file: io.FileIO, position: int, key: str, parts: list[tuple[str, Member]], repeated: bool
     ) -> RawSample:
         extensions = [extension for extension, _ in parts]
         images = [extension for extension in extensions if self._is_image(extension)]
@@ -221,12 +216,14 @@ class TarShard:
         return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
+@dataclass
 class ParquetShard:
     """A parquet file with an image column, of `{"bytes": ..., "path": ...}` or of bytes."""
 
-    def __init__(self, path: Path, fields: dict[str, str], image_column: str | None, key_column: str | None) -> None:
-        self.path, self.name, self.fields = path, str(path), fields
-        self.image_column, self.key_column = image_column, key_column
+    name: str
+    fields: dict[str, str]
+    image_column: str | None
+    key_column: str | None
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of rows, from the file's metadata; a file without its metadata cannot be read at all."""
@@ -245,8 +242,7 @@ class ParquetShard:
         with self._open() as file:
             present = file.schema_arrow.names
             image = self.image_column or _find_image_column(self.name, file.schema_arrow)
-            columns = columns_of(self.fields, image, self.key_column, present)
-            _check_columns(self.name, columns, present)
+            columns = _columns_of(self.name, self.fields, image, self.key_column, present)
             first = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -261,8 +257,8 @@ class ParquetShard:
             chosen = wanted[(wanted >= first) & (wanted < first + batch.num_rows)]
             for position in chosen.tolist():
                 row = {name: batch.column(name)[position - first].as_py() for name in columns}
-                row[image] = located(row[image], self.path.parent)
-                yield _row_sample(position, row, self.fields, image, self.key_column, self.path.name)
+                row[image] = located(row[image], Path(self.name).parent)
+                yield _row_sample(position, row, self.fields, image, self.key_column, Path(self.name).name)
             first += batch.num_rows
 
     def _open(self) -> Any:
@@ -270,20 +266,23 @@ class ParquetShard:
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.ParquetFile(self.path)
+            return pyarrow.parquet.ParquetFile(self.name)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"Shard `{self.path}` cannot be read: {error}. Download or write it again.") from error
+            raise ValueError(f"Shard `{self.name}` cannot be read: {error}. Download or write it again.") from error
 
 
+@dataclass
 class DatasetShard:
     """One shard of a `datasets.IterableDataset`."""
 
-    def __init__(
-        self, dataset: Any, number: int, fields: dict[str, str], image_column: str, key_column: str | None
-    ) -> None:
-        self.dataset, self.number, self.fields = dataset, number, fields
-        self.image_column, self.key_column = image_column, key_column
-        self.name = f"shard {number} of {dataset.num_shards}"
+    dataset: Any
+    number: int
+    fields: dict[str, str]
+    image_column: str
+    key_column: str | None
+
+    def __post_init__(self) -> None:
+        self.name = f"shard {self.number} of {self.dataset.num_shards}"
 
     def count(self, damages: list[str] | None = None) -> int:
         """Number of rows, by reading one column of captions or keys."""
@@ -298,8 +297,7 @@ class DatasetShard:
         chosen, last = set(np.asarray(wanted).tolist()), int(wanted[-1])
         for position, row in enumerate(self._rows().skip(first), start=first):
             if position == first:
-                columns = columns_of(self.fields, self.image_column, self.key_column, list(row))
-                _check_columns(self.name, columns, list(row))
+                _columns_of(self.name, self.fields, self.image_column, self.key_column, list(row))  # checks them
             if position in chosen:
                 yield _row_sample(position, row, self.fields, self.image_column, self.key_column, self.name)
             if position >= last:
@@ -309,22 +307,11 @@ class DatasetShard:
         return self.dataset.shard(num_shards=self.dataset.num_shards, index=self.number)
 
 
-def columns_of(fields: dict[str, str], image_column: str, key_column: str | None, present: Sequence[str]) -> list[str]:
-    """Names of the columns that a sample is made of."""
-    names = [image_column, *(root_column(present, field) for field in fields.values())]
-    return list(dict.fromkeys(names + ([key_column] if key_column else [])))
-
-
 def _find_image_column(shard: str, schema: Any) -> str:
-    """`image`, or the only column of bytes or of structs with bytes."""
-    import pyarrow as pa
+    """`image`, or the only column of images."""
+    from .columns import image_columns
 
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(entry.name == "bytes" for entry in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-    found = ["image"] if "image" in schema.names else [column.name for column in schema if holds_bytes(column.type)]
+    found = ["image"] if "image" in schema.names else image_columns(schema)
     if len(found) != 1:
         raise ValueError(
             f"Shard `{shard}` has {len(found)} columns of images {found} among {schema.names}. Name one as "
@@ -333,55 +320,17 @@ def _find_image_column(shard: str, schema: Any) -> str:
     return found[0]
 
 
-def _check_columns(shard: str, wanted: Sequence[str], present: Sequence[str]) -> None:
-    missing = sorted(set(wanted) - set(present))
-    if missing:
+def _columns_of(
+    shard: str, fields: dict[str, str], image_column: str, key_column: str | None, present: Sequence[str]
+) -> list[str]:
+    """The columns that a sample is made of."""
+    names = [image_column, *(root_column(present, field) for field in fields.values()), key_column or image_column]
+    if missing := sorted(set(names) - set(present)):
         raise ValueError(
             f"Shard `{shard}` has no columns {missing}, it has {sorted(present)}. Name the columns in "
             "`caption_fields`, `image_column` and `key_column`."
         )
-
-
-def expand_shard_paths(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that brace patterns and globs stand for, in order."""
-    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
-    paths = []
-    for pattern in (text for entry in patterns for text in _expand_braces(str(entry))):
-        found = [Path(pattern)] if Path(pattern).is_file() else _matching(pattern)
-        if not found:
-            raise ValueError(f"`{pattern}` matches no file. Check the paths and patterns in `shards`.")
-        paths += found
-    repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if repeated:
-        raise ValueError(f"Shards are named twice: {repeated[:3]}. Every shard is read once per epoch.")
-    return paths
-
-
-def _matching(pattern: str) -> list[Path]:
-    """The files that a glob finds, without statistics, and tables beside tar files, both written by img2dataset."""
-    found = [Path(name) for name in sorted(glob.glob(pattern)) if not name.endswith("_stats.json")]
-    archives = {str(path)[: -len(".tar")] for path in found if path.suffix == ".tar"}
-    return [path for path in found if path.suffix != ".parquet" or str(path)[: -len(".parquet")] not in archives]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    first, dots, last = match[1].partition("..")
-    if dots and first.isdigit() and last.isdigit():
-        if int(first) > int(last):
-            raise ValueError(f"`{pattern}` counts downwards. Write the smaller number first.")
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    elif "," in match[1]:
-        choices = match[1].split(",")
-    else:
-        raise ValueError(f"`{pattern}` has braces that are neither `{{000..287}}` nor `{{a,b}}`.")
-    return [
-        text
-        for choice in choices
-        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+    return list(dict.fromkeys(names))
 
 
 def _named(file: io.FileIO) -> Iterator[tuple[str, str, Member]]:
@@ -449,7 +398,6 @@ __all__ = [
     "RawSample",
     "Shard",
     "TarShard",
-    "expand_shard_paths",
     "iterate_members",
     "open_archive",
     "read_member",

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .scenes import DIGITS, SIZES, PlacedDigit, Scene, render, sample_scenes, split_scans
+from .scenes import COLOURS, DIGITS, SIZES, PlacedDigit, Scene, render, sample_scenes, split_scans
 
 
 Digits = tuple[PlacedDigit, ...]
+Relate = Callable[[PlacedDigit, str, PlacedDigit], str]
 ENGLISH_PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the centre", "on the right"),
@@ -47,23 +48,9 @@ SPANISH_PLACES = (
 GERMAN_DIGITS = ("Null", "Eins", "Zwei", "Drei", "Vier", "F\u00fcnf", "Sechs", "Sieben", "Acht", "Neun")
 SPANISH_DIGITS = ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve")
 # German colours and sizes as they stand before a feminine noun (all German digits are feminine).
-GERMAN_COLOURS = {
-    "red": "rote",
-    "green": "gr\u00fcne",
-    "blue": "blaue",
-    "yellow": "gelbe",
-    "white": "wei\u00dfe",
-    "purple": "violette",
-}
+GERMAN_COLOURS = dict(zip(COLOURS, ("rote", "gr\u00fcne", "blaue", "gelbe", "wei\u00dfe", "violette")))
 GERMAN_SIZES = {"small": "kleine", "large": "gro\u00dfe"}
-SPANISH_COLOURS = {
-    "red": "rojo",
-    "green": "verde",
-    "blue": "azul",
-    "yellow": "amarillo",
-    "white": "blanco",
-    "purple": "morado",
-}
+SPANISH_COLOURS = dict(zip(COLOURS, ("rojo", "verde", "azul", "amarillo", "blanco", "morado")))
 SPANISH_SIZES = {"small": "peque\u00f1o", "large": "grande"}
 COMPASS_SIZES = {"small": "tiny", "large": "huge"}
 # Above, below, left of, right of, by the wording that uses the words.
@@ -81,19 +68,21 @@ def _join(parts: list[str], last: str) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" {last} " + parts[-1]
 
 
-def _relation(told: Digits, wording: str) -> tuple[PlacedDigit, str, PlacedDigit] | None:
+def _sentences(clauses: list[str], told: Digits, wording: str, relate: Relate) -> str:
     """
-    How the first digit told stands to the last one: the first, a word of `RELATIONS`, the last.
+    The clauses and, of two digits or more, how the first one told stands to the last one.
 
     Rows come first: only digits of one row are said to be left or right of each other.
     """
-    if len(told) == 1:
-        return None
     first, last = told[0], told[-1]
-    above, below, left, right = RELATIONS[wording]
-    if first.row != last.row:
-        return first, above if first.row < last.row else below, last
-    return first, left if first.column < last.column else right, last
+    if first is not last:
+        above, below, left, right = RELATIONS[wording]
+        if first.row != last.row:
+            word = above if first.row < last.row else below
+        else:
+            word = left if first.column < last.column else right
+        clauses = [*clauses, relate(first, word, last)]
+    return ". ".join(clauses) + "."
 
 
 def _english_name(d: PlacedDigit) -> str:
@@ -116,32 +105,28 @@ def _english_short(told: Digits) -> str:
 def _english_dense(told: Digits) -> str:
     """ "a small red seven at the top left and a large blue two in the centre. the red seven is above ..." """
     parts = [f"a {d.size} {_english_name(d)} {ENGLISH_PLACES[d.row][d.column]}" for d in told]
-    sentences = [_join(parts, "and")]
-    if relation := _relation(told, "english_dense"):
-        first, word, last = relation
-        sentences.append(f"the {_english_name(first)} is {word} the {_english_name(last)}")
-    return ". ".join(sentences) + "."
+    return _sentences(
+        [_join(parts, "and")], told, "english_dense",
+        lambda first, word, last: f"the {_english_name(first)} is {word} the {_english_name(last)}",
+    )  # fmt: skip
 
 
 def _english_corners(told: Digits) -> str:
     """ "the upper left corner holds a red seven of small size; ... over the blue two stands the red seven." """
-    places = [(ENGLISH_CORNERS[d.row][d.column], d) for d in told]
-    sentences = ["; ".join(f"{place} holds a {_english_name(d)} of {d.size} size" for place, d in places)]
-    if relation := _relation(told, "english_corners"):
-        first, word, last = relation
-        sentences.append(f"{word} the {_english_name(last)} stands the {_english_name(first)}")
-    return ". ".join(sentences) + "."
+    parts = [f"{ENGLISH_CORNERS[d.row][d.column]} holds a {_english_name(d)} of {d.size} size" for d in told]
+    return _sentences(
+        ["; ".join(parts)], told, "english_corners",
+        lambda first, word, last: f"{word} the {_english_name(last)} stands the {_english_name(first)}",
+    )  # fmt: skip
 
 
 def _english_compass(told: Digits) -> str:
     """ "tiny, red and north west: seven. huge, blue and amid the frame: two. seven lies northward from two." """
-    sentences = [
-        f"{COMPASS_SIZES[d.size]}, {d.colour} and {ENGLISH_COMPASS[d.row][d.column]}: {DIGITS[d.digit]}" for d in told
-    ]
-    if relation := _relation(told, "english_compass"):
-        first, word, last = relation
-        sentences.append(f"{DIGITS[first.digit]} lies {word} from {DIGITS[last.digit]}")
-    return ". ".join(sentences) + "."
+    places = [(COMPASS_SIZES[d.size], ENGLISH_COMPASS[d.row][d.column], d) for d in told]
+    return _sentences(
+        [f"{size}, {d.colour} and {place}: {DIGITS[d.digit]}" for size, place, d in places], told, "english_compass",
+        lambda first, word, last: f"{DIGITS[first.digit]} lies {word} from {DIGITS[last.digit]}",
+    )  # fmt: skip
 
 
 def _german_short(told: Digits) -> str:
@@ -151,16 +136,12 @@ def _german_short(told: Digits) -> str:
 
 def _german_dense(told: Digits) -> str:
     """ "oben links steht eine kleine rote Sieben, ... . die rote Sieben ist oberhalb der blauen Zwei." """
-    sentences = [
-        ", ".join(
-            f"{GERMAN_PLACES[d.row][d.column]} steht eine {GERMAN_SIZES[d.size]} {_german_name(d)}" for d in told
-        )
-    ]
-    if relation := _relation(told, "german_dense"):
-        first, word, last = relation
-        dative = f"{GERMAN_COLOURS[last.colour]}n {GERMAN_DIGITS[last.digit]}"
-        sentences.append(f"die {_german_name(first)} ist {word} der {dative}")
-    return ". ".join(sentences) + "."
+    parts = [f"{GERMAN_PLACES[d.row][d.column]} steht eine {GERMAN_SIZES[d.size]} {_german_name(d)}" for d in told]
+    return _sentences(
+        [", ".join(parts)], told, "german_dense",
+        lambda first, word, last: f"die {_german_name(first)} ist {word} der {GERMAN_COLOURS[last.colour]}n "
+        f"{GERMAN_DIGITS[last.digit]}",
+    )  # fmt: skip
 
 
 def _spanish_short(told: Digits) -> str:
@@ -170,13 +151,11 @@ def _spanish_short(told: Digits) -> str:
 
 def _spanish_dense(told: Digits) -> str:
     """ "un siete rojo y pequeno arriba a la izquierda, ... . el siete rojo queda encima del dos azul." """
-    sentences = [
-        ", ".join(f"un {_spanish_name(d)} y {SPANISH_SIZES[d.size]} {SPANISH_PLACES[d.row][d.column]}" for d in told)
-    ]
-    if relation := _relation(told, "spanish_dense"):
-        first, word, last = relation
-        sentences.append(f"el {_spanish_name(first)} queda {word} del {_spanish_name(last)}")
-    return ". ".join(sentences) + "."
+    parts = [f"un {_spanish_name(d)} y {SPANISH_SIZES[d.size]} {SPANISH_PLACES[d.row][d.column]}" for d in told]
+    return _sentences(
+        [", ".join(parts)], told, "spanish_dense",
+        lambda first, word, last: f"el {_spanish_name(first)} queda {word} del {_spanish_name(last)}",
+    )  # fmt: skip
 
 
 _TELLERS: dict[str, Callable[[Digits], str]] = {

@@ -87,12 +87,11 @@ def pretrain_language_model(
     batch_size: int,
     learning_rate: float,
     seed: int,
-) -> float:
+) -> None:
     """Next-token training with AdamW and a one-cycle schedule; saves model and tokenizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = random.Random(f"corpus-{seed}")
-    losses: list[float] = []
     progress = tqdm(range(steps), desc="language model")
     model.train()
     for _ in progress:
@@ -104,10 +103,7 @@ def pretrain_language_model(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        progress.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)

@@ -49,6 +49,7 @@ from ..evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot_classification,
 )
+from ..files import write_json_atomically
 from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, apply_text_template
 from ..training import (
     CaptionContrastiveTrainer,
@@ -59,7 +60,7 @@ from ..training import (
 )
 from .captions import PAIRED, DemoData, caption, make_data, text_pairs
 from .language_model import MAX_LENGTH, build_language_model, build_tokenizer, corpus_text, pretrain_language_model
-from .report import STAGE_TITLES, draw_retrieval, format_table, write_metrics
+from .report import STAGE_TITLES, draw_retrieval, format_table
 from .scenes import COLOURS, DIGITS, IMAGE_SIZE, render
 
 
@@ -245,8 +246,9 @@ def make_processor(llm: Path) -> LLM2CLIPProcessor:
 
 
 def train_clip(
-    run: DemoRun, name: str, model: Any, processor: LLM2CLIPProcessor, dataset: Any, learning_rate: float
-) -> None:
+    run: DemoRun, name: str, model: Any, processor: LLM2CLIPProcessor, data: DemoData, learning_rate: float,
+    store: CaptionEmbeddingStore | None = None,
+) -> None:  # fmt: skip
     """(3) One CLIP training: the same trainer, images, steps and batch for all three models."""
     settings = run.settings
     arguments = LLM2CLIPTrainingArguments(
@@ -254,6 +256,9 @@ def train_clip(
         learning_rate=learning_rate,
         vision_layer_decay=1.0,  # the tower starts from scratch
     )
+    captions = data.pair_captions if store is None else None
+    transform = RandomResizedCropTransform.from_image_processor(processor.image_processor, scale=settings.crop_scale)
+    dataset = ImageTextDataset(data.pair_images, captions, store=store, transform=transform, seed=run.seed)
     collator = ImageTextCollator(processor, max_length=MAX_LENGTH)
     LLM2CLIPTrainer(
         model, arguments, data_collator=collator, train_dataset=dataset, processing_class=processor
@@ -272,9 +277,7 @@ def llm2clip(run: DemoRun, data: DemoData, llm: Path, store: CaptionEmbeddingSto
         adapter_num_layers=settings.adapter_layers,
     )
     model = LLM2CLIPModel(config)
-    transform = RandomResizedCropTransform.from_image_processor(processor.image_processor, scale=settings.crop_scale)
-    dataset = ImageTextDataset(data.pair_images, store=store, transform=transform, seed=run.seed)
-    train_clip(run, f"stage2_{llm.name}", model, processor, dataset, settings.clip_learning_rate)
+    train_clip(run, f"stage2_{llm.name}", model, processor, data, settings.clip_learning_rate, store)
     with quiet_loading():  # the raw LLM has a head that the encoder leaves out
         text_model = AutoModel.from_pretrained(llm)
     model.attach_text_model(text_model, text_weights="bundled")
@@ -304,9 +307,7 @@ def baseline(run: DemoRun, data: DemoData, llm: Path) -> tuple[Any, LLM2CLIPProc
             projection_dim=settings.projection_dim,
         )
     )
-    transform = RandomResizedCropTransform.from_image_processor(processor.image_processor, scale=settings.crop_scale)
-    dataset = ImageTextDataset(data.pair_images, data.pair_captions, transform=transform, seed=run.seed)
-    train_clip(run, "baseline", model, processor, dataset, settings.baseline_learning_rate)
+    train_clip(run, "baseline", model, processor, data, settings.baseline_learning_rate)
     return model, processor
 
 
@@ -416,7 +417,7 @@ def run_demo(
         "models": results,
         "seconds": run.seconds,
     }
-    write_metrics(metrics, output / "metrics.json")
+    write_json_atomically(output / "metrics.json", metrics)
     print(f"\n{format_table(metrics)}\n")
     print(f"written   {output / 'metrics.json'}, {output / 'retrieval.png'}")
     print(f"model     AutoModel.from_pretrained({str(output / 'model')!r}, trust_remote_code=True)")

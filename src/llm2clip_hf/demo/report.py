@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,13 +72,6 @@ def _percent(value: float) -> str:
 
 def _both_ways(retrieval: dict[str, float]) -> str:
     return " / ".join(_percent(retrieval[f"{way}_recall@1"]) for way in ("image_to_text", "text_to_image"))
-
-
-def write_metrics(metrics: dict[str, Any], path: Path) -> None:
-    """Writes `metrics.json`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def draw_retrieval(

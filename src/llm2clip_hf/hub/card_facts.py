@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts for a model card: from metrics, from a trainer, and checks of what the Hub takes."""
+"""Facts for model cards: from metrics, trainers and saved models, and checks of what the Hub takes."""
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +14,13 @@ from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..modeling import LLM2CLIPConfig
+from ..modeling.configuration_llm2clip import is_repository
 
+
+FACTS_FILE = "model_card.json"
+STATE_FILE = "trainer_state.json"
+ARGUMENTS_FILE = "training_args.json"
 # Options of a run that say how it was trained; others are about speed, files and logs.
 _OPTIONS = (
     "learning_rate",
@@ -47,7 +56,24 @@ _NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "
 _NO_QUALITY = re.compile(r"(^|_)(loss|runtime|samples_per_second|steps_per_second|(preparation|compilation)_time)$")
 # Metrics that are shares: fractions in results, percent in cards.
 _SHARE = re.compile(r"recall@|top[0-9]|accuracy")
+_META_LLAMA = re.compile(r"meta-llama/.*llama-?(3\.[123]|[23])(?![\d.a-z])", re.IGNORECASE)
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def config_fields(config: LLM2CLIPConfig, license: str | None = None) -> dict[str, Any]:
+    """The fields of the front matter that a config tells."""
+    base = config.text_base_model
+    llama = _META_LLAMA.match(base or "") if config.text_weights == "bundled" else None
+    return {
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction"
+        if config.text_weights == "none"
+        else "zero-shot-image-classification",
+        "tags": ["llm2clip"],
+        "base_model": [base] if is_repository(base) else None,
+        # A bundled LLM of Meta brings its licence with it.
+        "license": license or (f"llama{llama[1]}" if llama else None),
+    }
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
@@ -122,7 +148,12 @@ def metric_text(value: Any) -> str:
     """A cell of a table."""
     if isinstance(value, float):
         return f"{value:.2f}" if 0.1 <= abs(value) < 1e6 or value == 0 else f"{value:.2g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value)
+
+
+def option_rows(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a table of options."""
+    return [(f"`{name}`", f"{value:g}" if isinstance(value, float) else str(value)) for name, value in options.items()]
 
 
 def run_options(args: Any, steps: int) -> dict[str, Any]:
@@ -147,7 +178,7 @@ def trainer_facts(trainer: Any) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
     facts: dict[str, Any] = {
         "hyperparameters": run_options(args, state.global_step),
-        **trainer_state_facts({"log_history": state.log_history}),
+        **_state_facts({"log_history": state.log_history}),
     }
     data = trainer.train_dataset
     if hasattr(data, "__len__"):
@@ -158,7 +189,7 @@ def trainer_facts(trainer: Any) -> dict[str, Any]:
     return facts
 
 
-def trainer_state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
+def _state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
     """What the log of a training run tells: the last value of each metric of its evaluations, and its time."""
     results: dict[str, float] = {}
     runtime: dict[str, Any] = {}
@@ -170,12 +201,62 @@ def trainer_state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"results": results, "runtime": runtime}
 
 
+def stored_facts(root: Path) -> dict[str, Any]:
+    """What lies beside a saved model: the facts of its card, else those of `trainer_state.json` and its options."""
+    stored = _read_json(root / FACTS_FILE)
+    if not stored:
+        state, arguments = _read_json(root / STATE_FILE), _read_json(root / ARGUMENTS_FILE)
+        stored = _state_facts(state)
+        if arguments:
+            stored["hyperparameters"] = run_options(SimpleNamespace(**arguments), state.get("global_step", 0))
+        stored["name"] = root.resolve().name
+    try:
+        stored["eval_results"] = [EvalResult(**entry) for entry in stored.get("eval_results", [])]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"An entry of `eval_results` in `{root / FACTS_FILE}` is not valid: {error}") from error
+    return stored
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` is no valid JSON: {error}. Repair or delete it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` holds {type(content).__name__}, expected an object. Repair or delete it.")
+    return content
+
+
+def encoder_facts(card_data: Any, train_datasets: Sequence[str] | None) -> dict[str, Any]:
+    """What sentence-transformers noted of a run: training sets, unless given, and the metrics of each evaluator."""
+    names = [str(name) for name in train_datasets or ()]
+    for entry in [] if names else getattr(card_data, "train_datasets", None) or []:
+        name, size = entry.get("id") or entry.get("name") or "", entry.get("size")
+        if name and name != "Unnamed Dataset":
+            names.append(name if entry.get("id") or not size else f"{name} ({size} rows)")
+    results = {
+        getattr(evaluator, "name", "") or type(evaluator).__name__: {
+            key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))
+        }
+        for evaluator, metrics in (getattr(card_data, "eval_results_dict", None) or {}).items()
+    }
+    return {"training_data": names, "results": results}
+
+
 __all__ = [
+    "ARGUMENTS_FILE",
+    "FACTS_FILE",
+    "STATE_FILE",
     "check_fields",
+    "config_fields",
+    "encoder_facts",
     "entries_of_results",
     "metric_rows",
     "metric_text",
+    "option_rows",
     "run_options",
+    "stored_facts",
     "trainer_facts",
-    "trainer_state_facts",
 ]

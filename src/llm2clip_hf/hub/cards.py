@@ -1,30 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The model card of a trained model: what its config says, and how it was trained and measured.
+Model cards: of trained and converted models, released checkpoints and caption encoders.
 
-A card is rendered from facts. They lie beside it in `model_card.json`, so that it can be rendered again, with more
-results say, and compared with what is there.
+A card is a template of `templates/`, filled with facts. Those of a trained model lie beside its card in
+`model_card.json`, so that it can be rendered again, with more results say, and compared with what is there.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..files import write_json_atomically, write_text_atomically
 from ..modeling import LLM2CLIPConfig
-from ..modeling.card_llm2clip import card_metadata, card_sections, merged_card, render_card
-from ..modeling.publishing_llm2clip import stated_license
-from .card_facts import check_fields, entries_of_results, metric_text, run_options, trainer_facts, trainer_state_facts
+from ..modeling.configuration_llm2clip import is_repository
+from ..modeling.loading_llm2clip import completed_card, read_card
+from .card_facts import (
+    FACTS_FILE,
+    check_fields,
+    config_fields,
+    entries_of_results,
+    metric_text,
+    option_rows,
+    stored_facts,
+    trainer_facts,
+)
+from .checkpoint_files import RELEASED, ReleasedCheckpoint, find_release
+from .publishing import stated_license
 
 
 CARD_FILE = "README.md"
-FACTS_FILE = "model_card.json"
-STATE_FILE = "trainer_state.json"
-ARGUMENTS_FILE = "training_args.json"
+# In every card of a converted folder, by which a folder is known as one that may be replaced.
+CONVERTED = "<!-- Written by `llm2clip convert`; converting again replaces this folder. -->"
+_TEMPLATES = Path(__file__).parent / "templates"
+# Carries a digest of all other lines, by which a card that nobody edited is known.
+_MARKER = re.compile(r"^<!-- llm2clip_hf card ([0-9a-f]{16}): .*-->\n\n", re.MULTILINE)
+_MARKER_TEXT = "<!-- llm2clip_hf card {digest}: rendered again on every push until somebody edits this file -->\n\n"
+
+
+def _render(template: str, data: ModelCardData | None, /, **facts: Any) -> str:
+    """A card, or, without data, a file without front matter."""
+    parts: Any = jinja2.Template((_TEMPLATES / "parts.md").read_text(encoding="utf-8")).module
+    path = _TEMPLATES / f"{template}.md"
+    if data is None:
+        text = jinja2.Template(path.read_text(encoding="utf-8")).render(parts=parts, **facts)
+    else:
+        text = str(ModelCard.from_template(data, template_path=str(path), parts=parts, **facts))
+    # Sections that are left out leave empty lines.
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _marked(data: ModelCardData, body: str) -> str:
+    front = f"---\n{data.to_yaml()}\n---\n\n"
+    body = body.lstrip("\n")
+    return front + _MARKER_TEXT.format(digest=_digest(front + body)) + body
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_unedited(text: str) -> bool:
+    """Whether a card was rendered by this package and is as it was rendered."""
+    match = _MARKER.search(text)
+    return match is not None and _digest(_MARKER.sub("", text, count=1)) == match[1]
+
+
+def merged_card(existing: str, rendered: str, where: str) -> str:
+    """
+    The card of a repository that has one already.
+
+    A card that nobody edited is rendered anew, with the licence it states. The text of any other card is kept word for
+    word; of its metadata, missing fields are filled in. A file with metadata only, as the Hub makes it for a new
+    repository, gets the new text and keeps its fields.
+    """
+    old, unedited = read_card(existing, where), is_unedited(existing)
+    if old.text.strip() and not unedited:
+        return completed_card(existing, rendered, where)
+    new, kept = ModelCard(rendered), old.data.to_dict()
+    data: Any = new.data
+    if unedited:
+        licence = ("license", "license_name", "license_link")
+        kept = {} if data.license else {key: kept[key] for key in licence if key in kept}
+    if not kept:
+        return rendered
+    for key, value in kept.items():
+        data[key] = value
+    return _marked(data, _MARKER.sub("", new.text, count=1))
 
 
 class LLM2CLIPModelCardData(ModelCardData):
@@ -80,7 +148,7 @@ class LLM2CLIPModelCardData(ModelCardData):
     ) -> None:
         given = {key: value for key, value in kwargs.items() if value}
         check_fields(given)
-        fields = {**card_metadata(config, license), **given}
+        fields = {**config_fields(config, license), **given}
         fields["tags"] = [*_listed(fields["tags"]), *(["llm2clip"] if "llm2clip" not in fields["tags"] else [])]
         fields["base_model"] = _listed(base_model) or fields["base_model"]
         fields["datasets"] = _listed(datasets) or None
@@ -143,14 +211,7 @@ class LLM2CLIPModelCardData(ModelCardData):
         written = json.loads((root / "config.json").read_text(encoding="utf-8"))
         if written.get("model_type") != "llm2clip":
             raise ValueError(f"`{root}` holds a model of type {written.get('model_type')!r}, not an LLM2CLIP.")
-        stored = _read_json(root / FACTS_FILE)
-        if not stored:
-            state, arguments = _read_json(root / STATE_FILE), _read_json(root / ARGUMENTS_FILE)
-            stored = trainer_state_facts(state)
-            if arguments:
-                stored["hyperparameters"] = run_options(SimpleNamespace(**arguments), state.get("global_step", 0))
-            stored["name"] = root.resolve().name
-        stored["eval_results"] = [_eval_result(entry, root) for entry in stored.get("eval_results", [])]
+        stored = stored_facts(root)
         added = {key: value for key, value in fields.items() if value}
         for name in ("results", "runtime"):
             if name in added:
@@ -167,7 +228,7 @@ class LLM2CLIPModelCardData(ModelCardData):
     def facts(self) -> dict[str, Any]:
         """What `model_card.json` holds: the arguments of the class, without the config."""
         # What the config tells is read from it again.
-        known = {**card_metadata(self._config, self.license), "model_name": self.model_name}
+        known = {**config_fields(self._config, self.license), "model_name": self.model_name}
         front = {
             name: value
             for name, value in vars(self).items()
@@ -179,55 +240,35 @@ class LLM2CLIPModelCardData(ModelCardData):
         return {key: value for key, value in found.items() if value}
 
     def __str__(self) -> str:
-        return render_card(self._facts["title"].split("/")[-1], self.to_dict(), self._sections())
-
-    def _sections(self) -> dict[str, str]:
-        known = card_sections(self._config, self._facts["title"], self.license)
-        sections: dict[str, str] = {}
-        for heading, text in known.items():
-            if heading == "Limits":
-                sections |= {name: body for name, body in self._measured().items() if body}
-                text = "\n\n".join(part for part in (text, self._facts["limits"]) if part)
-            sections[heading] = text
-        return sections
-
-    def _measured(self) -> dict[str, str]:
-        facts = self._facts
-        data = "\n".join(f"- {line}" for line in facts["training_data"])
-        options = [
-            (f"`{name}`", f"{value:g}" if isinstance(value, float) else value)
-            for name, value in facts["hyperparameters"].items()
-        ]
+        facts, config = self._facts, self._config
         cost = dict(facts["runtime"])
         emissions = getattr(self, "co2_eq_emissions", None)
         if emissions:
-            grams = emissions.get("emissions") if isinstance(emissions, Mapping) else emissions
-            cost["CO2 equivalent (g)"] = grams
-        rows = [
-            (entry.dataset_name or "evaluation set", entry.metric_name or entry.metric_type, entry.metric_value)
-            for entry in self._all_results
-        ]
-        figures = [f"![{Path(name).stem}]({name})" for name in facts["figures"]]
-        results = _table(("data", "metric", "value"), rows)
-        unit = "Recall and accuracy are in percent." if rows else ""
-        return {
-            "Training data": data,
-            "Training": _table(("option", "value"), options),
-            "Cost of training": _table(("", ""), list(cost.items())),
-            "Results": "\n\n".join(part for part in (results, unit, *figures) if part),
-        }
+            cost["CO2 equivalent (g)"] = emissions.get("emissions") if isinstance(emissions, Mapping) else emissions
+        card = _render(
+            "trained",
+            self,
+            config=config,
+            name=facts["title"],
+            title=facts["title"].split("/")[-1],
+            base=config.text_base_model if is_repository(config.text_base_model) else None,
+            license=self.license,
+            training_data=facts["training_data"],
+            hyperparameters=option_rows(facts["hyperparameters"]),
+            cost=[(name, metric_text(value)) for name, value in cost.items()],
+            results=[
+                (r.dataset_name or "evaluation set", r.metric_name or r.metric_type, metric_text(r.metric_value))
+                for r in self._all_results
+            ],
+            figures=[(name, Path(name).stem) for name in facts["figures"]],
+            limits=facts["limits"],
+        )
+        return _marked(self, ModelCard(card).text)
 
     def text_for(self, existing: str | None, where: str, overwrite: bool = False) -> str:
         """
-        The card to write where there may be one already; see `push_to_hub` for what is kept of it.
-
-        Args:
-            existing (`str`, *optional*): The card that is there.
-            where (`str`): Its name, for errors.
-            overwrite (`bool`, *optional*, defaults to `False`): Whether to replace it.
-
-        Returns:
-            `str`
+        The card to write where `existing`, named `where` in errors, may be there already: what somebody wrote is kept
+        unless `overwrite`.
         """
         return str(self) if existing is None or overwrite else merged_card(existing, str(self), where)
 
@@ -252,11 +293,8 @@ class LLM2CLIPModelCardData(ModelCardData):
         card = root / CARD_FILE
         existing = card.read_text(encoding="utf-8") if card.is_file() else None
         text = self.text_for(existing, f"`{card}`", overwrite)
-        facts = json.dumps(self.facts(), indent=2, ensure_ascii=False) + "\n"
-        for path, content in ((root / FACTS_FILE, facts), (card, text)):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, path)
+        write_json_atomically(root / FACTS_FILE, self.facts())
+        write_text_atomically(card, text)
         return card
 
 
@@ -264,30 +302,146 @@ def _listed(names: str | Iterable[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    if not rows:
-        return ""
-    lines = [list(header), ["---"] * len(header), *([metric_text(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _front(license: str | None = None, base_model: Sequence[str] = (), **fields: Any) -> ModelCardData:
+    fields = {"library_name": "transformers", "tags": ["llm2clip"], **fields}
+    return ModelCardData(license=license, base_model=list(base_model) or None, **fields)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is no valid JSON: {error}. Repair or delete it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` holds {type(content).__name__}, expected an object. Repair or delete it.")
-    return content
+def _shown(name: str) -> str:
+    """A repository as it is, of a path its last part only: where it lies on one machine concerns nobody else."""
+    return Path(name).name if os.path.isabs(name) or Path(name).exists() or name.count("/") > 1 else name
 
 
-def _eval_result(entry: Mapping[str, Any], folder: Path) -> EvalResult:
-    try:
-        return EvalResult(**entry)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"An entry of `eval_results` in `{folder / FACTS_FILE}` is not valid: {error}") from error
+def conversion_card(
+    source: str,
+    kind: str,
+    config: LLM2CLIPConfig | None = None,
+    *,
+    text_model: str | None = None,
+    text_weights: str = "none",
+    new_keys: int = 0,
+    template: str = "",
+) -> str:
+    """The card of a folder that a conversion wrote: of a model with its config, or of an LLM with its template."""
+    release = find_release(source)
+    source, llm = _shown(source), text_model and _shown(text_model)
+    bases = [*([release.repo_id] if release else []), *([llm] if llm and "/" in llm else [])]
+    pipeline = "zero-shot-image-classification" if llm else "image-feature-extraction"
+    return _render(
+        "converted",
+        _front(
+            release.license if release else None,
+            bases,
+            pipeline_tag="feature-extraction" if config is None else pipeline,
+        ),
+        marker=CONVERTED,
+        title=release.name if release else Path(source).stem,
+        source=source,
+        kind=kind,
+        config=config,
+        llm=llm,
+        bundled=text_weights == "bundled",
+        new_keys=new_keys,
+        template=json.dumps(template)[1:-1],
+        release=release,
+    )
 
 
-__all__ = ["CARD_FILE", "FACTS_FILE", "LLM2CLIPModelCardData"]
+def released_card(release: ReleasedCheckpoint) -> str:
+    """The card of a released checkpoint, as `model_cards/` holds it."""
+    data = _front(
+        release.license,
+        [release.repo_id] if release.is_llm else [release.repo_id, release.llm],
+        pipeline_tag="feature-extraction" if release.is_llm else "zero-shot-image-classification",
+    )
+    return _render("released", data, release=release)
+
+
+def write_released_cards(folder: str | Path) -> list[Path]:
+    """Writes the cards of all released checkpoints, and an index of them, `README.md`."""
+    rows = [
+        (
+            f"[{release.name}]({release.name}/README.md)",
+            release.llm.split("/")[1],
+            "-" if release.is_llm else f"{release.parameters:.2f} M",
+            release.license,
+        )
+        for release in RELEASED
+    ]
+    texts = {Path(folder) / CARD_FILE: _render("index", None, rows=rows)}
+    texts |= {Path(folder) / release.name / CARD_FILE: released_card(release) for release in RELEASED}
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return list(texts)
+
+
+def _base_of(name: str) -> tuple[str | None, str]:
+    """The repository that a name, or the card in a folder, stands for, and how a card names it."""
+    base: Any = name
+    if Path(name).is_dir():
+        card = Path(name) / CARD_FILE
+        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+        base = getattr(data, "base_model", None)
+    if not is_repository(base):
+        return None, f"`{Path(name).name}`"
+    return base, f"[{base}](https://huggingface.co/{base})"
+
+
+def encoder_card(
+    name: str,
+    base_model: str,
+    settings: Mapping[str, Any],
+    *,
+    adapter_only: bool = False,
+    training_data: Sequence[str] = (),
+    training_options: Mapping[str, Any] | None = None,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
+    """The card of a caption encoder, whole or as adapters alone."""
+    base, shown = _base_of(base_model)
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if adapter_only and base else None,
+        library_name="peft" if adapter_only else "sentence-transformers",
+        pipeline_tag="feature-extraction",
+        tags=["llm2clip", "caption-encoder", "sentence-similarity", *(["lora"] if adapter_only else [])],
+        datasets=[name for name in training_data if is_repository(name)] or None,
+    )
+    return _render(
+        "encoder",
+        data,
+        name=name,
+        shown=shown,
+        base=base or Path(base_model).name,
+        settings=settings,
+        adapter_only=adapter_only,
+        training_data=training_data,
+        training_options=option_rows(training_options or {}),
+        results=[
+            (evaluator, metric, f"{value:.4f}")
+            for evaluator, values in (results or {}).items()
+            for metric, value in values.items()
+        ],
+    )
+
+
+def mntp_card(name: str, base_model: str) -> str:
+    """The card of an LLM after masked next token prediction."""
+    base, shown = _base_of(base_model)
+    data = _front(base_model=[base] if base else (), pipeline_tag="feature-extraction", tags=["llm2clip", "mntp"])
+    return _render("mntp", data, name=name, shown=shown)
+
+
+__all__ = [
+    "CARD_FILE",
+    "CONVERTED",
+    "LLM2CLIPModelCardData",
+    "conversion_card",
+    "encoder_card",
+    "is_unedited",
+    "merged_card",
+    "mntp_card",
+    "released_card",
+    "write_released_cards",
+]

@@ -1,18 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a published checkpoint, file, folder or repository, into plain tensors; no code in it is ever run."""
+"""Published checkpoints: which there are, and reading a file, folder or repository into tensors without its code."""
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from transformers.image_utils import PILImageResampling
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """A checkpoint that the authors of LLM2CLIP have released: an entry of `released.yaml`."""
+
+    repo_id: str
+    contents: str
+    license: str
+    license_note: str
+    llm: str
+    llm_hidden_size: int
+    projection_dim: int = 0
+    parameters: float = 0.0
+    numbers: Sequence[dict[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repo_id.split("/")[1]
+
+    @property
+    def is_llm(self) -> bool:
+        """Whether it is an LLM alone."""
+        return self.projection_dim == 0
+
+
+RELEASED = tuple(
+    ReleasedCheckpoint(**entry)
+    for entry in yaml.safe_load(Path(__file__).with_name("released.yaml").read_text(encoding="utf-8"))
+)
+# The published LLMs by their widths.
+PUBLISHED_LLMS = {release.llm_hidden_size: release.repo_id for release in RELEASED if release.is_llm}
+
+
+def find_release(source: str | Path) -> ReleasedCheckpoint | None:
+    """The released checkpoint that a source is by its name."""
+    for release in RELEASED:
+        if str(source) == release.repo_id or Path(source).name in (release.name, f"{release.name}.pt"):
+            return release
+    return None
 
 
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
@@ -37,35 +80,52 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass
-class Source:
-    """A checkpoint that has been found, but not read."""
-
-    name: str
-    files: list[Path]
-    folder: Path
-    config: dict[str, Any] | None = None
-    model_config: dict[str, Any] | None = None
-
-
-@dataclass
 class Checkpoint:
-    """A checkpoint as it was found."""
+    """A checkpoint as it was found; without weights until it is read."""
 
     name: str
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     model_config: dict[str, Any] | None = None
     folder: Path | None = None
+    files: Sequence[Path] = ()
 
 
-def find_source(source: str | Path, model_config: str | Path | None = None) -> Source:
+def one_line(error: Exception) -> str:
+    """What an error of a library says, short enough for an error of ours."""
+    return " ".join(str(error).split())[:200]
+
+
+def check_keys(name: str, model: str, most: int | None = None, **groups: Iterable[Any]) -> None:
+    """Every key of a checkpoint must have its place in the model, and every place its key."""
+    found = {kind.replace("_", " "): sorted(map(str, keys)) for kind, keys in groups.items()}
+    problems = [f"{len(keys)} {kind}: {', '.join(keys[:most])}" for kind, keys in found.items() if keys]
+    if problems:
+        raise ValueError(
+            f"The weights of {name!r} do not make up {model}; {'; '.join(problems)}. The checkpoint is incomplete, or "
+            "of another kind."
+        )
+
+
+def check_values(name: str, weights: dict[str, torch.Tensor]) -> None:
+    """Weights are finite floating-point numbers."""
+    for key, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"The weight `{key}` must be floating-point, got {value.dtype}; quantised weights cannot be converted."
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"The weight `{key}` holds NaN or infinite values in {name!r}.")
+
+
+def find_source(source: str | Path, model_config: str | Path | None = None) -> Checkpoint:
     """Finds the files of a checkpoint, and fetches those of a repository."""
     path = Path(source)
     if path.is_file():
         folder, config, files = path.parent, None, [path]
     else:
         folder = path if path.is_dir() else _download(str(source))
-        files = [folder / name for name in pick_weight_files(str(source), (p.name for p in folder.iterdir()))]
+        files = [folder / name for name in _pick_weight_files(str(source), (p.name for p in folder.iterdir()))]
         # A `config.json` beside a `.pt` or open_clip's weights belongs to other files.
         foreign = files[0].suffix in (".pt", ".pth") or files[0].name.startswith("open_clip")
         own_config = folder / "config.json"
@@ -74,20 +134,20 @@ def find_source(source: str | Path, model_config: str | Path | None = None) -> S
         beside = (files[0].with_suffix(".json"), folder / _OPEN_CLIP_CONFIG)
         model_config = next((file for file in beside if file.is_file()), None)
     original = None if model_config is None else _read_json(Path(model_config))
-    return Source(str(source), files, folder, config, original)
+    return Checkpoint(str(source), {}, config, original, folder, files)
 
 
-def read_checkpoint(source: Source) -> Checkpoint:
+def read_checkpoint(source: Checkpoint) -> Checkpoint:
     """Reads all tensors of a checkpoint."""
     weights: dict[str, torch.Tensor] = {}
     for file in source.files:
         weights.update(read_weights(file))
     if not weights:
         raise ValueError(f"{source.name!r} holds no weights. Give a checkpoint of LLM2CLIP.")
-    return Checkpoint(source.name, weights, source.config, source.model_config, source.folder)
+    return replace(source, weights=weights)
 
 
-def pick_weight_files(name: str, file_names: Iterable[str]) -> list[str]:
+def _pick_weight_files(name: str, file_names: Iterable[str]) -> list[str]:
     """
     The files, of all in a folder, that together hold the model.
 
@@ -131,15 +191,14 @@ def _download(name: str) -> Path:
         failure = error
         patterns = [f"*{suffix}" for suffix in (*_SMALL_FILES, *_WEIGHTS)]
     else:
-        patterns = [*pick_weight_files(name, files), *(f for f in files if f.endswith(_SMALL_FILES))]
+        patterns = [*_pick_weight_files(name, files), *(f for f in files if f.endswith(_SMALL_FILES))]
     try:
         # Without a list of files only what the cache holds can be had.
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=failure is not None))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(failure or error).split())[:200]
         raise ValueError(
-            f"{name!r} is neither a file, nor a folder, nor a repository that can be fetched ({reason}). Check the "
-            "name, and the connection."
+            f"{name!r} is neither a file, nor a folder, nor a repository that can be fetched "
+            f"({one_line(failure or error)}). Check the name, and the connection."
         ) from error
 
 
@@ -210,9 +269,8 @@ def read_image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
         try:
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"The image preprocessing of {checkpoint.name!r} cannot be read ({reason}). "
+                f"The image preprocessing of {checkpoint.name!r} cannot be read ({one_line(error)}). "
                 "Code of a repository is never run: put a `preprocessor_config.json` of transformers beside the "
                 "weights, or remove the one that is there for the original's preprocessing."
             ) from error
@@ -222,28 +280,29 @@ def read_image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
     }
     stated = (checkpoint.model_config or {}).get("preprocess_cfg", {})
     fields |= {ours: stated[name] for name, ours in (("mean", "image_mean"), ("std", "image_std")) if name in stated}
-    if stated.get("resize_mode", "shortest") == "squash":
+    choices = {"resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}
+    for name, (usual, other) in choices.items():
+        if stated.get(name, usual) not in (usual, other):
+            raise ValueError(
+                f"`preprocess_cfg.{name}` of {checkpoint.name!r} must be {usual!r} or {other!r}, got {stated[name]!r}."
+            )
+    if stated.get("resize_mode") == "squash":
         fields |= {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    elif stated.get("resize_mode", "shortest") != "shortest":
-        raise ValueError(
-            f"`preprocess_cfg.resize_mode` of {checkpoint.name!r} must be 'shortest' or 'squash', got "
-            f"{stated['resize_mode']!r}."
-        )
-    if stated.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
-        raise ValueError(
-            f"`preprocess_cfg.interpolation` of {checkpoint.name!r} must be 'bicubic' or 'bilinear', got "
-            f"{stated['interpolation']!r}."
-        )
     if stated.get("interpolation") == "bilinear":
         fields["resample"] = PILImageResampling.BILINEAR
     return CLIPImageProcessorPil(**fields)
 
 
 __all__ = [
+    "PUBLISHED_LLMS",
+    "RELEASED",
     "Checkpoint",
-    "Source",
+    "ReleasedCheckpoint",
+    "check_keys",
+    "check_values",
+    "find_release",
     "find_source",
-    "pick_weight_files",
+    "one_line",
     "read_checkpoint",
     "read_image_processor",
     "read_weights",

@@ -18,11 +18,17 @@ from transformers.utils import logging
 
 from ..files import temporary_folder
 from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, text_prefix_length
-from ..modeling.pretrained_llm2clip import load_pretrained_text
-from .checkpoint_files import Checkpoint, Source, find_source, read_checkpoint, read_image_processor
-from .conversion_card import MARKER, ConversionFacts, render_conversion_card
+from ..modeling.loading_llm2clip import load_pretrained_text
+from .cards import CONVERTED, conversion_card
+from .checkpoint_files import (
+    Checkpoint,
+    check_keys,
+    check_values,
+    find_source,
+    read_checkpoint,
+    read_image_processor,
+)
 from .eva_keys import eva_tower, is_eva
-from .released import find_release
 from .text_keys import (
     Adaptor,
     TextModel,
@@ -34,27 +40,6 @@ from .text_keys import (
     save_language_model,
 )
 from .vision_keys import Tower, open_clip_tower, siglip_tower, transformers_clip_tower
-
-
-def check_output(output: Path, source: Path) -> None:
-    """Refuses a target that a conversion must not replace."""
-    if output.exists() and source.exists() and output.resolve() == source.resolve():
-        raise ValueError(f"`output_dir` {str(output)!r} is the source. Give another folder.")
-    if output.is_dir() and any(output.iterdir()):
-        # Modules of sentence-transformers are the only folders that a conversion writes.
-        foreign = sorted(each.name for each in output.iterdir() if each.is_dir() and not each.name[0].isdigit())
-        if foreign or not _holds(output / "README.md", MARKER):
-            named = f", such as {foreign[0]!r}" if foreign else ""
-            raise ValueError(f"`output_dir` {str(output)!r} holds other files{named}. Give a new or empty folder.")
-    elif output.exists() and not output.is_dir():
-        raise ValueError(f"`output_dir` {str(output)!r} is a file. Give a folder.")
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return text in path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 logger = logging.get_logger(__name__)
@@ -70,8 +55,25 @@ _START_LEFT_OVER = re.compile(
 )
 # The LLM of the online setting: named by the user, never taken from there.
 _ONLINE_LLM = (r"text\.text\..*",)
+_MODEL = "the model that they name"
 # Agreement of the written folder with the converted model: rounding of matrix products, nothing else.
 _TOLERANCE = 1e-5
+
+
+def check_output(output: Path, source: Path) -> None:
+    """Refuses a target that a conversion must not replace."""
+    if output.exists() and source.exists() and output.resolve() == source.resolve():
+        raise ValueError(f"`output_dir` {str(output)!r} is the source. Give another folder.")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output_dir` {str(output)!r} is a file. Give a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    card = output / "README.md"
+    # Modules of sentence-transformers are the only folders that a conversion writes.
+    foreign = sorted(each.name for each in output.iterdir() if each.is_dir() and not each.name[0].isdigit())
+    if foreign or not card.is_file() or CONVERTED not in card.read_text(encoding="utf-8", errors="replace"):
+        named = f", such as {foreign[0]!r}" if foreign else ""
+        raise ValueError(f"`output_dir` {str(output)!r} holds other files{named}. Give a new or empty folder.")
 
 
 @dataclass
@@ -178,10 +180,15 @@ def convert_checkpoint(
         if text is not None and text_weights == "bundled":
             _bundle_text_model(model)
         # Step (4)
-        facts = ConversionFacts(
-            found.name, kind, text and text.name, text_weights, len(new_keys), model.config, find_release(found.name)
+        card = conversion_card(
+            found.name,
+            kind,
+            model.config,
+            text_model=text and text.name,
+            text_weights=text_weights,
+            new_keys=len(new_keys),
         )
-        difference = _write(model, checkpoint, text, output, render_conversion_card(facts))
+        difference = _write(model, checkpoint, text, output, card)
     logger.info("%s is %s; left behind: %s", checkpoint.name, kind, ", ".join(dropped) or "nothing")
     return ConversionReport(kind, output, model.config, dropped, new_keys, difference)
 
@@ -212,16 +219,15 @@ def _starting_scale(
     return LLM2CLIPConfig().logit_scale_init_value if given is None else given
 
 
-def _convert_language_model(source: Source, output: Path) -> ConversionReport:
+def _convert_language_model(source: Checkpoint, output: Path) -> ConversionReport:
     kind = "caption-tuned LLM"
     with quiet_transformers():
         language_model = read_language_model(source)
         template = language_model.tokenizer.decode(language_model.tokenizer("{text}")["input_ids"])
-        facts = ConversionFacts(source.name, kind, None, "none", 0, None, find_release(source.name), template)
         config = language_model.model.config
         with temporary_folder(output) as folder:
             difference = save_language_model(language_model, folder)
-            (folder / "README.md").write_text(render_conversion_card(facts), encoding="utf-8")
+            (folder / "README.md").write_text(conversion_card(source.name, kind, template=template), encoding="utf-8")
     return ConversionReport(kind, output, config, language_model.dropped_keys, [], difference)
 
 
@@ -265,13 +271,23 @@ def _transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
             folder, config=vision_config, dtype=torch.float32, output_loading_info=True
         )
     unexpected = [key for key in info["unexpected_keys"] if not _START_LEFT_OVER.fullmatch(key)]
-    _check_keys(checkpoint, sorted(info["missing_keys"]), sorted(unexpected), sorted(info["mismatched_keys"]))
+    _check_loaded(checkpoint, {**info, "unexpected_keys": unexpected})
     tower = Tower(vision_config, _START_TYPES[model_type], droppable=(_START_LEFT_OVER.pattern,))
     for key, value in model.state_dict().items():
         tower.put(f"vision_model.{key}", value)
     # Loading has renamed and checked them.
     tower.source_keys.update(key for key in checkpoint.weights if not _START_LEFT_OVER.fullmatch(key))
     return tower
+
+
+def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    check_keys(
+        checkpoint.name,
+        _MODEL,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        of_another_shape=info["mismatched_keys"],
+    )
 
 
 def _collect(
@@ -302,34 +318,11 @@ def _collect(
     dropped = [
         key
         for key in checkpoint.weights
-        if key in left_out
-        or (
-            key not in ("logit_scale", "logit_bias")
-            and key not in known
-            and any(re.fullmatch(pattern, key) for pattern in droppable)
-        )
+        if key in left_out or (key not in known and any(re.fullmatch(pattern, key) for pattern in droppable))
     ]
-    unexpected = sorted(set(checkpoint.weights) - known - set(dropped))
-    _check_keys(checkpoint, [], unexpected, [])
-    for key, value in weights.items():
-        if not value.is_floating_point():
-            raise ValueError(
-                f"The weight for `{key}` must be floating-point, got {value.dtype}; quantised weights "
-                "cannot be converted."
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"The weight for `{key}` holds NaN or infinite values in {checkpoint.name!r}.")
+    check_keys(checkpoint.name, _MODEL, unexpected=checkpoint.weights.keys() - known - set(dropped))
+    check_values(checkpoint.name, weights)
     return {key: value.float().contiguous() for key, value in weights.items()}, dropped
-
-
-def _check_keys(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], mismatched: list[Any]) -> None:
-    groups = {"missing": missing, "unexpected": unexpected, "of another shape": [str(key) for key in mismatched]}
-    problems = [f"{len(keys)} {name}: {', '.join(keys)}" for name, keys in groups.items() if keys]
-    if problems:
-        raise ValueError(
-            f"The weights of {checkpoint.name!r} do not make up the model that they name; {'; '.join(problems)}. The "
-            "checkpoint is incomplete, or of another kind."
-        )
 
 
 def _build_config(
@@ -408,8 +401,7 @@ def _build_model(
             model.get_parameter(name).copy_(value)
     added = ("visual_projection.", "text_adapter.", "logit_") if is_start else ()
     new = sorted(key for key in info["missing_keys"] if key.startswith(added) and key not in later)
-    missing = sorted(set(info["missing_keys"]) - set(new) - set(later))
-    _check_keys(checkpoint, missing, sorted(info["unexpected_keys"]), sorted(info["mismatched_keys"]))
+    _check_loaded(checkpoint, {**info, "missing_keys": set(info["missing_keys"]) - set(new) - set(later)})
     return model, new
 
 

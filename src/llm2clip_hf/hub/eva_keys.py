@@ -14,23 +14,9 @@ import torch
 from ..modeling import Eva02VisionConfig
 from ..modeling.modeling_eva02 import rotary_table
 from .checkpoint_files import Checkpoint
-from .vision_keys import (
-    HEAD_WIDTH,
-    Table,
-    Tower,
-    check_original,
-    check_stated,
-    count_layers,
-    num_heads,
-    original_vision,
-    read_sizes,
-    split_fused,
-    tensor,
-)
+from .vision_keys import Table, Tower, check_original, check_stated, num_heads, original_vision, read_sizes, tensor
 
 
-# Widths of an attention head of EVA g/14 and of EVA ViT-E/14; they are in no weight.
-_HEAD_WIDTHS = {1408: 88, 1792: 112}
 _ROOT = r"(?:(?:visual|vision_model|vision_tower|trunk)\.)*"
 _BLOCK = _ROOT + r"(?:blocks|layers|encoder\.layers)\.(\d+)\."
 _ATTENTION = _BLOCK + r"(?:attn|self_attn)\."
@@ -46,6 +32,7 @@ _EMBEDDINGS: Table = (
 _TABLE: Table = (
     *_EMBEDDINGS,
     (_BLOCK + r"(?:layer_)?norm([12])\.(weight|bias)", _LAYER + r"layer_norm\2.\3"),
+    (_ATTENTION + r"qkv\.(weight)", _LAYER + r"self_attn.{}_proj.\2"),
     (_ATTENTION + r"([qkv]_proj)\.(weight|bias)", _LAYER + r"self_attn.\2.\3"),
     (_ATTENTION + r"([qv])_bias", _LAYER + r"self_attn.\2_proj.bias"),
     (_ATTENTION + r"(?:inner_attn_ln|norm)\.(weight|bias)", _LAYER + r"self_attn.inner_norm.\2"),
@@ -90,16 +77,14 @@ def eva_tower(checkpoint: Checkpoint) -> Tower:
     tower = Tower(Eva02VisionConfig(), "linear_bias", droppable=(_ROPE, r"(?:.*\.)?position_ids"))
     tower.start_droppable = (r"text\..*", r"text_(?:model|projection)\..*")
     tower.rename(weights, _TABLE)
-    split_fused(tower, weights, _ATTENTION + r"qkv\.(weight)", _LAYER + r"self_attn.{}_proj.\2")
     swiglu = _rename_mlps(tower, weights)
     ours = Checkpoint(checkpoint.name, _with_all_axes(tower), model_config=checkpoint.model_config)
     rope = next((key for key in weights if re.fullmatch(_ROPE, key) and key.endswith("_cos")), None)
     # In a JSON of the original, silence means no; otherwise SwiGLU means EVA02, which has rotary positions.
     rotary = rope is not None or bool(stated.get("rope", swiglu))
+    positions = tensor(ours, _POSITIONS, 3).shape[1]
     fields: dict[str, Any] = {
-        **read_sizes(ours, _PATCHES + "weight", tensor(ours, _POSITIONS, 3).shape[1]),
-        "num_hidden_layers": count_layers(ours, "vision_model.layers."),
-        "intermediate_size": tensor(ours, "vision_model.layers.0.mlp.up_proj.weight", 2).shape[0],
+        **read_sizes(ours, _PATCHES + "weight", positions, "vision_model.layers.", "mlp.up_proj"),
         "use_rotary": rotary,
         "use_swiglu": swiglu,
         "sub_norm": "vision_model.layers.0.self_attn.inner_norm.weight" in tower.weights,
@@ -161,7 +146,8 @@ def _heads_and_grid(
     """Attention heads, and side of the pretraining grid."""
     width = fields["hidden_size"]
     if rope is None:
-        heads = num_heads(checkpoint, stated, width, _HEAD_WIDTHS.get(width, HEAD_WIDTH))
+        head_width = {1408: 88, 1792: 112}.get(width, 64)  # of g/14 and of ViT-E/14; in no weight
+        heads = num_heads(checkpoint, stated, width, head_width)
         return {"num_attention_heads": heads, "rotary_grid_size": int(stated.get("pt_hw_seq_len", 16))}
     head_width = tensor(checkpoint, rope, 2).shape[1]
     check_stated(checkpoint, stated, {"head_width": head_width}, "The model JSON")

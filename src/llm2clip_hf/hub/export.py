@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import temporary_folder
-from ..modeling.modules_llm2clip import pool_image
+from ..modeling.vision_llm2clip import pool_image
 
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}

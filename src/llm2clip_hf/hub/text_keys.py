@@ -21,15 +21,9 @@ from transformers.utils import logging
 from ..modeling import apply_text_template, assert_bidirectional
 from ..modeling.loading_llm2clip import load_text_config, pin_revision
 from ..modeling.processing_llm2clip import record_text_settings
-from .checkpoint_files import Source, read_weights
+from .checkpoint_files import PUBLISHED_LLMS, Checkpoint, check_keys, check_values, one_line, read_weights
 
 
-logger = logging.get_logger(__name__)
-# The published LLMs by their widths.
-PUBLISHED_LLMS = {
-    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
-    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
-}
 _LLAMA3_MARKERS = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 # Fields that name code, classes or files instead of describing the model.
 _NOT_OF_THE_MODEL = ("auto_map", "architectures", "_name_or_path", "model_type", "transformers_version")
@@ -86,10 +80,9 @@ def read_text_model(name: str | None, width: int | None) -> TextModel | None:
         config = load_text_config(name, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"The LLM {name!r} cannot be read ({reason}). Give the repository or folder of a decoder with its "
-            "tokenizer, or 'none'."
+            f"The LLM {name!r} cannot be read ({one_line(error)}). Give the repository or folder of a decoder with "
+            "its tokenizer, or 'none'."
         ) from error
     config = getattr(config, "text_config", None) or config  # of a multimodal model, the language model
     found = getattr(config, "hidden_size", None)
@@ -113,7 +106,7 @@ def is_language_model(config: dict[str, Any] | None) -> bool:
     return all(isinstance(config.get(name), int) for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
 
 
-def read_language_model(source: Source) -> LanguageModel:
+def read_language_model(source: Checkpoint) -> LanguageModel:
     """
     Reads a decoder as a plain bidirectional model of transformers, in the dtype of its checkpoint.
 
@@ -125,18 +118,17 @@ def read_language_model(source: Source) -> LanguageModel:
             AutoTokenizer.from_pretrained(source.folder, config=config, trust_remote_code=False)
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{source.name!r} has no tokenizer that can be read ({reason}). Give the whole folder."
+            f"{source.name!r} has no tokenizer that can be read ({one_line(error)}). Give the whole folder."
         ) from error
     # As in the original; the embeddings do not depend on it.
     tokenizer.padding_side = "left"
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in AutoModel.from_config(config).state_dict().items()}
-    weights, dropped = _language_weights(source, expected)
+        empty = AutoModel.from_config(config)
+    weights, dropped = _language_weights(source, {name: value.shape for name, value in empty.state_dict().items()})
     dtypes = {value.dtype for value in weights.values()}
     with quiet_transformers():
-        model: Any = AutoModel.from_config(config).__class__.from_pretrained(
+        model: Any = type(empty).from_pretrained(
             None, config=config, state_dict=weights, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32
         )
     if len(tokenizer) > config.vocab_size:
@@ -148,7 +140,7 @@ def read_language_model(source: Source) -> LanguageModel:
     return LanguageModel(model.eval(), tokenizer, dropped)
 
 
-def _language_config(source: Source) -> PreTrainedConfig:
+def _language_config(source: Checkpoint) -> PreTrainedConfig:
     fields = dict(source.config or {})
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING and "llama" in model_type.lower():
@@ -165,7 +157,7 @@ def _language_config(source: Source) -> PreTrainedConfig:
     return config
 
 
-def _language_weights(source: Source, expected: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _language_weights(source: Checkpoint, expected: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The decoder's weights by the names of transformers, and the keys that were left behind."""
     weights: dict[str, torch.Tensor] = {}
     dropped, unexpected = [], []
@@ -184,23 +176,15 @@ def _language_weights(source: Source, expected: dict[str, Any]) -> tuple[dict[st
                 unexpected.append(key)
     if any(".lora_" in key for key in unexpected):
         raise ValueError(f"{source.name!r} holds LoRA weights that are not merged. Merge them first, with PEFT.")
-    groups = {
-        "missing": [name for name in expected if name not in weights],
-        "unexpected": unexpected,
-        "of another shape": [name for name, value in weights.items() if value.shape != expected[name]],
-    }
-    problems = [f"{len(keys)} {name}: {', '.join(sorted(keys)[:8])}" for name, keys in groups.items() if keys]
-    if problems:
-        raise ValueError(
-            f"The weights of {source.name!r} do not make up the decoder of its `config.json`; {'; '.join(problems)}."
-        )
-    for name, value in weights.items():
-        if not value.is_floating_point():
-            raise ValueError(
-                f"`{name}` must be floating-point, got {value.dtype}; quantised weights cannot be converted."
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"`{name}` holds NaN or infinite values in {source.name!r}.")
+    check_keys(
+        source.name,
+        "the decoder of its `config.json`",
+        most=8,
+        missing=expected.keys() - weights.keys(),
+        unexpected=unexpected,
+        of_another_shape=[name for name, value in weights.items() if value.shape != expected[name]],
+    )
+    check_values(source.name, weights)
     return weights, sorted(dropped)
 
 
@@ -212,7 +196,8 @@ def save_language_model(language_model: LanguageModel, folder: Path) -> float:
     record_text_settings(model.config, tokenizer, "mean")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    batch = tokenizer(["a red boat", "two dogs run over the grass"], padding=True, return_tensors="pt")
+    texts = ["a red boat", "two dogs run over the grass"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
     before = model(**batch, use_cache=False).last_hidden_state.float()
     written: dict[str, torch.Tensor] = model.state_dict()
     for file in sorted(folder.glob("model*.safetensors")):
@@ -224,9 +209,7 @@ def save_language_model(language_model: LanguageModel, folder: Path) -> float:
         raise ValueError(f"The written folder lacks {', '.join(sorted(written)[:5])}.")
     model.to("meta")
     loaded = AutoModel.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False).eval()
-    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
-        ["a red boat", "two dogs run over the grass"], padding=True
-    )
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(texts, padding=True)
     after = loaded(**batch, use_cache=False).last_hidden_state.float()
     difference = float((before - after).abs().max())
     if again["input_ids"] != batch["input_ids"].tolist() or not difference <= 1e-5 * float(before.abs().max()):
@@ -298,36 +281,28 @@ def _single(module: dict[str, dict[str, str]], prefix: str, number: int) -> dict
     return module[""]
 
 
-def _by_numbers(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
 def _block(
     module: dict[str, dict[str, str]], weights: dict[str, torch.Tensor], width: int, name: str
 ) -> dict[str, dict[str, str]]:
-    """The layers of a residual block by their roles."""
+    """The layers of a residual block by their roles; their shapes are checked with those of the whole model."""
+
+    def by_numbers(name: str) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
     complete = all(set(layer) == {"weight", "bias"} for layer in module.values())
-    norms = [n for n in module if complete and weights[module[n]["weight"]].ndim == 1]
-    linears = [n for n in sorted(module, key=_by_numbers) if complete and weights[module[n]["weight"]].ndim == 2]
+    shapes = {name: weights[module[name]["weight"]].shape for name in sorted(module, key=by_numbers) if complete}
+    norms = [name for name, shape in shapes.items() if len(shape) == 1]
     # The first layer widens, the second narrows; with as many channels as the input, the order of names decides.
-    linears.sort(key=lambda n: weights[module[n]["weight"]].shape[1] != width)
+    linears = sorted((n for n, shape in shapes.items() if len(shape) == 2), key=lambda n: shapes[n][1] != width)
     if len(norms) != 1 or len(linears) != 2 or len(module) != 3:
         raise ValueError(
             f"`{name}` must be a residual block, a LayerNorm and two linear layers with weight and bias, got "
             f"parameters of {sorted(module)}."
         )
-    roles = {"norm": module[norms[0]], "fc1": module[linears[0]], "fc2": module[linears[1]]}
-    hidden = weights[roles["fc1"]["weight"]].shape[0]
-    expected = {"norm": (width,), "fc1": (hidden, width), "fc2": (width, hidden)}
-    for role, shape in expected.items():
-        given = tuple(weights[roles[role]["weight"]].shape)
-        if given != shape:
-            raise ValueError(f"`{roles[role]['weight']}` must have shape {shape}, got {given}.")
-    return roles
+    return {"norm": module[norms[0]], "fc1": module[linears[0]], "fc2": module[linears[1]]}
 
 
 __all__ = [
-    "PUBLISHED_LLMS",
     "Adaptor",
     "LanguageModel",
     "TextModel",

@@ -13,9 +13,8 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from .checkpoint_files import Checkpoint
 
 
-# Width of an attention head where neither the weights nor a config tell it.
-HEAD_WIDTH = 64
-# Pairs (pattern, replacement); a key is renamed by the first pattern that matches the whole of it.
+# Pairs (pattern, replacement); a key is renamed by the first pattern that matches the whole of it. A replacement with
+# `{}` takes fused query, key and value weights apart.
 Table = Sequence[tuple[str, str]]
 
 
@@ -34,10 +33,17 @@ class Tower:
     def rename(self, weights: dict[str, torch.Tensor], table: Table) -> None:
         """Takes every weight that `table` knows."""
         for key, value in weights.items():
-            for pattern, replacement in table:
-                if re.fullmatch(pattern, key):
-                    self.put(re.sub(f"^{pattern}$", replacement, key), value, key)
-                    break
+            found = ((match, name) for pattern, name in table if (match := re.fullmatch(pattern, key)))
+            match, name = next(found, (None, ""))
+            if match is None:
+                continue
+            if "{}" not in name:
+                self.put(match.expand(name), value, key)
+                continue
+            if value.shape[0] % 3:
+                raise ValueError(f"`{key}` must hold queries, keys and values, got {value.shape[0]} rows.")
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                self.put(match.expand(name.format(letter)), part, key)
 
     def put(self, name: str, value: torch.Tensor, *keys: str) -> None:
         if name in self.weights:
@@ -58,7 +64,7 @@ def tensor(checkpoint: Checkpoint, key: str, ndim: int) -> torch.Tensor:
     return value
 
 
-def count_layers(checkpoint: Checkpoint, prefix: str) -> int:
+def _count_layers(checkpoint: Checkpoint, prefix: str) -> int:
     """Highest number after `prefix`, plus one; a layer that is absent shows later as missing weights."""
     numbers = [int(m[1]) for key in checkpoint.weights if (m := re.match(re.escape(prefix) + r"(\d+)\.", key))]
     if not numbers:
@@ -66,8 +72,15 @@ def count_layers(checkpoint: Checkpoint, prefix: str) -> int:
     return max(numbers) + 1
 
 
-def read_sizes(checkpoint: Checkpoint, patches: str, positions: int, has_class_token: bool = True) -> dict[str, int]:
-    """Sizes that a patch convolution `(width, channels, patch, patch)` and a number of positions tell."""
+def read_sizes(
+    checkpoint: Checkpoint, patches: str, positions: int, layers: str, mlp: str, has_class_token: bool = True
+) -> dict[str, Any]:
+    """
+    Sizes that shapes tell.
+
+    From the patch convolution `(width, channels, patch, patch)`, the number of positions, the numbers after `layers`,
+    and the first weight of the MLP of layer 0.
+    """
     width, channels, patch, patch_width = tensor(checkpoint, patches, 4).shape
     grid = math.isqrt(positions - has_class_token)
     if patch != patch_width or grid < 1 or grid * grid != positions - has_class_token:
@@ -75,7 +88,14 @@ def read_sizes(checkpoint: Checkpoint, patches: str, positions: int, has_class_t
             f"Only square images and patches can be converted, got patches of {patch} x {patch_width} pixels and "
             f"{positions} positions in {checkpoint.name!r}."
         )
-    return {"hidden_size": width, "num_channels": channels, "patch_size": patch, "image_size": grid * patch}
+    return {
+        "hidden_size": width,
+        "num_channels": channels,
+        "patch_size": patch,
+        "image_size": grid * patch,
+        "num_hidden_layers": _count_layers(checkpoint, layers),
+        "intermediate_size": tensor(checkpoint, f"{layers}0.{mlp}.weight", 2).shape[0],
+    }
 
 
 def original_vision(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -85,7 +105,7 @@ def original_vision(checkpoint: Checkpoint) -> dict[str, Any]:
     return dict(config.get("vision_cfg", {}))
 
 
-def num_heads(checkpoint: Checkpoint, stated: dict[str, Any], width: int, default: int) -> int:
+def num_heads(checkpoint: Checkpoint, stated: dict[str, Any], width: int, default: int = 64) -> int:
     """Attention heads as a config states them, `heads` or `head_width`; else by the width of a head, `default`."""
     head_width = stated.get("head_width", width // stated["heads"] if stated.get("heads") else default)
     if not isinstance(head_width, int) or head_width < 1 or width % head_width:
@@ -108,25 +128,9 @@ def check_stated(checkpoint: Checkpoint, stated: dict[str, Any], found: dict[str
 
 
 def check_original(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
-    names = {
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "patch_size": "patch_size",
-        "image_size": "image_size",
-    }
-    found = {name: fields[ours] for name, ours in names.items()}
+    names = {"width": "hidden_size", "layers": "num_hidden_layers"}
+    found = {name: fields[names.get(name, name)] for name in ("width", "layers", "patch_size", "image_size")}
     check_stated(checkpoint, original_vision(checkpoint), found, "The model JSON")
-
-
-def split_fused(tower: Tower, weights: dict[str, torch.Tensor], pattern: str, replacement: str) -> None:
-    """Takes fused query, key and value weights apart; `{}` in `replacement` stands for `q`, `k` and `v`."""
-    for key, value in weights.items():
-        if not re.fullmatch(pattern, key):
-            continue
-        if value.shape[0] % 3:
-            raise ValueError(f"`{key}` must hold queries, keys and values, got {value.shape[0]} rows.")
-        for letter, part in zip("qkv", value.chunk(3), strict=True):
-            tower.put(re.sub(f"^{pattern}$", replacement.format(letter), key), part, key)
 
 
 _CLIP_BLOCK = r"visual\.transformer\.resblocks\.(\d+)\."
@@ -137,6 +141,7 @@ _CLIP_TABLE: Table = (
     (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
     (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
     (_CLIP_BLOCK + r"ln_([12])\.(weight|bias)", _CLIP_LAYER + r"layer_norm\2.\3"),
+    (_CLIP_BLOCK + r"attn\.in_proj_(weight|bias)", _CLIP_LAYER + r"self_attn.{}_proj.\2"),
     (_CLIP_BLOCK + r"attn\.out_proj\.(weight|bias)", _CLIP_LAYER + r"self_attn.out_proj.\2"),
     (_CLIP_BLOCK + r"mlp\.c_fc\.(weight|bias)", _CLIP_LAYER + r"mlp.fc1.\2"),
     (_CLIP_BLOCK + r"mlp\.c_proj\.(weight|bias)", _CLIP_LAYER + r"mlp.fc2.\2"),
@@ -168,26 +173,12 @@ def open_clip_tower(checkpoint: Checkpoint, is_start: bool) -> Tower:
     # GELU in open_clip.
     quick_gelu = bool(config.get("quick_gelu", not is_start))
     positions = tensor(checkpoint, "visual.positional_embedding", 2).shape[0]
-    first = "visual.transformer.resblocks.0.mlp.c_fc.weight"
-    fields: dict[str, Any] = {
-        **read_sizes(checkpoint, "visual.conv1.weight", positions),
-        "num_hidden_layers": count_layers(checkpoint, "visual.transformer.resblocks."),
-        "intermediate_size": tensor(checkpoint, first, 2).shape[0],
-        "hidden_act": "quick_gelu" if quick_gelu else "gelu",
-        "layer_norm_eps": 1e-5,
-    }
+    fields = read_sizes(checkpoint, "visual.conv1.weight", positions, "visual.transformer.resblocks.", "mlp.c_fc")
     check_original(checkpoint, fields)
-    fields["num_attention_heads"] = num_heads(
-        checkpoint, original_vision(checkpoint), fields["hidden_size"], HEAD_WIDTH
-    )
+    fields["num_attention_heads"] = num_heads(checkpoint, original_vision(checkpoint), fields["hidden_size"])
+    fields |= {"hidden_act": "quick_gelu" if quick_gelu else "gelu", "layer_norm_eps": 1e-5}
     tower = Tower(CLIPVisionConfig(**fields), "linear", start_droppable=_CLIP_TEXT)
     tower.rename(checkpoint.weights, _CLIP_TABLE)
-    split_fused(
-        tower,
-        checkpoint.weights,
-        _CLIP_BLOCK + r"attn\.in_proj_(weight|bias)",
-        _CLIP_LAYER + r"self_attn.{}_proj.\2",
-    )
     if "visual.proj" in checkpoint.weights:
         # A matrix that is multiplied from the right.
         tower.put("visual_projection.weight", tensor(checkpoint, "visual.proj", 2).T.contiguous(), "visual.proj")
@@ -202,13 +193,9 @@ def transformers_clip_tower(checkpoint: Checkpoint) -> Tower:
             "the whole folder or repository."
         )
     stated = checkpoint.config.get("vision_config") or checkpoint.config
-    prefix = "vision_model.encoder.layers."
+    patches, layers = "vision_model.embeddings.patch_embedding.weight", "vision_model.encoder.layers."
     positions = tensor(checkpoint, "vision_model.embeddings.position_embedding.weight", 2).shape[0]
-    found: dict[str, Any] = {
-        **read_sizes(checkpoint, "vision_model.embeddings.patch_embedding.weight", positions),
-        "num_hidden_layers": count_layers(checkpoint, prefix),
-        "intermediate_size": tensor(checkpoint, prefix + "0.mlp.fc1.weight", 2).shape[0],
-    }
+    found = read_sizes(checkpoint, patches, positions, layers, "mlp.fc1")
     check_stated(checkpoint, stated, found, "`config.json`")
     fields = {name: stated[name] for name in ("hidden_act", "layer_norm_eps", "attention_dropout") if name in stated}
     # What a config of transformers leaves out has the default of its class.
@@ -218,21 +205,17 @@ def transformers_clip_tower(checkpoint: Checkpoint) -> Tower:
             f"`num_attention_heads` of the `config.json` of {checkpoint.name!r} is {heads!r}, which does not divide "
             f"the width {found['hidden_size']} of its tower. Give the `config.json` that belongs to the weights."
         )
-    biased = "visual_projection.bias" in checkpoint.weights
-    tower = Tower(
-        CLIPVisionConfig(**found, **fields, num_attention_heads=heads), "linear_bias" if biased else "linear"
-    )
+    tower = Tower(CLIPVisionConfig(**found, **fields, num_attention_heads=heads), "linear")
     # Stored by old versions of transformers, computed by the others.
-    tower.droppable = (r"vision_model\.embeddings\.position_ids",)
-    ids = re.compile(tower.droppable[0])
+    ids = "vision_model.embeddings.position_ids"
+    tower.droppable = (re.escape(ids),)
     for key, value in checkpoint.weights.items():
-        if key.startswith(("vision_model.", "visual_projection.")) and not ids.fullmatch(key):
+        if key.startswith(("vision_model.", "visual_projection.")) and key != ids:
             tower.put(key, value, key)
+    tower.projection = "linear_bias" if "visual_projection.bias" in tower.weights else "linear"
     return tower
 
 
-# Widths of an attention head of So400m and of gopt; they are in no weight.
-_HEAD_WIDTHS = {1152: 72, 1536: 96}
 # (width, patch, image) of the towers to which timm gives the tanh approximation of GELU. All its others, So400m/14
 # among them, run with the exact one, unlike in transformers.
 _TANH_GELU = {
@@ -249,6 +232,7 @@ _SIGLIP_LAYER = r"vision_model.encoder.layers.\1."
 _SIGLIP_TABLE: Table = (
     (r"visual\.trunk\.patch_embed\.proj\.(weight|bias)", r"vision_model.embeddings.patch_embedding.\1"),
     (_SIGLIP_BLOCK + r"norm([12])\.(weight|bias)", _SIGLIP_LAYER + r"layer_norm\2.\3"),
+    (_SIGLIP_BLOCK + r"attn\.qkv\.(weight|bias)", _SIGLIP_LAYER + r"self_attn.{}_proj.\2"),
     (_SIGLIP_BLOCK + r"attn\.proj\.(weight|bias)", _SIGLIP_LAYER + r"self_attn.out_proj.\2"),
     (_SIGLIP_BLOCK + r"mlp\.(fc[12])\.(weight|bias)", _SIGLIP_LAYER + r"mlp.\2.\3"),
     (r"visual\.trunk\.norm\.(weight|bias)", r"vision_model.post_layernorm.\1"),
@@ -263,26 +247,16 @@ _SIGLIP_TABLE: Table = (
 def siglip_tower(checkpoint: Checkpoint) -> Tower:
     """The SigLIP2 tower of the original implementation: timm's ViT with attention pooling; no projection, usually."""
     positions = tensor(checkpoint, "visual.trunk.pos_embed", 3)
-    fields: dict[str, Any] = {
-        **read_sizes(checkpoint, "visual.trunk.patch_embed.proj.weight", positions.shape[1], has_class_token=False),
-        "num_hidden_layers": count_layers(checkpoint, "visual.trunk.blocks."),
-        "intermediate_size": tensor(checkpoint, "visual.trunk.blocks.0.mlp.fc1.weight", 2).shape[0],
-    }
+    patches, layers = "visual.trunk.patch_embed.proj.weight", "visual.trunk.blocks."
+    fields = read_sizes(checkpoint, patches, positions.shape[1], layers, "mlp.fc1", has_class_token=False)
     check_original(checkpoint, fields)
     width = fields["hidden_size"]
-    fields["num_attention_heads"] = num_heads(
-        checkpoint, original_vision(checkpoint), width, _HEAD_WIDTHS.get(width, HEAD_WIDTH)
-    )
+    head_width = {1152: 72, 1536: 96}.get(width, 64)  # of So400m and of gopt; in no weight
+    fields["num_attention_heads"] = num_heads(checkpoint, original_vision(checkpoint), width, head_width)
     approximate = (width, fields["patch_size"], fields["image_size"]) in _TANH_GELU
     fields["hidden_act"] = "gelu_pytorch_tanh" if approximate else "gelu"
     tower = Tower(SiglipVisionConfig(**fields), "none", start_droppable=(r"text\..*",))
     tower.rename(checkpoint.weights, _SIGLIP_TABLE)
-    split_fused(
-        tower,
-        checkpoint.weights,
-        _SIGLIP_BLOCK + r"attn\.qkv\.(weight|bias)",
-        _SIGLIP_LAYER + r"self_attn.{}_proj.\2",
-    )
     name = "vision_model.embeddings.position_embedding.weight"
     tower.put(name, positions[0], "visual.trunk.pos_embed")
     for kind in ("weight", "bias"):
@@ -297,18 +271,15 @@ def siglip_tower(checkpoint: Checkpoint) -> Tower:
 
 
 __all__ = [
-    "HEAD_WIDTH",
     "Table",
     "Tower",
     "check_original",
     "check_stated",
-    "count_layers",
     "num_heads",
     "open_clip_tower",
     "original_vision",
     "read_sizes",
     "siglip_tower",
-    "split_fused",
     "tensor",
     "transformers_clip_tower",
 ]

@@ -10,8 +10,9 @@ from .configuration_llm2clip import LLM2CLIPConfig
 
 if TYPE_CHECKING:
     from .modeling_eva02 import Eva02VisionModel
-    from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPOutput, LLM2CLIPTextAdapter, assert_bidirectional, pool_text
+    from .modeling_llm2clip import LLM2CLIPModel, LLM2CLIPOutput
     from .processing_llm2clip import LLM2CLIPProcessor, apply_text_template, text_prefix_length
+    from .text_llm2clip import LLM2CLIPTextAdapter, assert_bidirectional, pool_text
     from .vision_llm2clip import LLM2CLIPVisionModel
 
 # Imported when first used: the config must be importable while transformers is still loading its Auto classes.
@@ -20,11 +21,11 @@ _MODULES = {
     "LLM2CLIPModel": "modeling_llm2clip",
     "LLM2CLIPOutput": "modeling_llm2clip",
     "LLM2CLIPProcessor": "processing_llm2clip",
-    "LLM2CLIPTextAdapter": "modeling_llm2clip",
+    "LLM2CLIPTextAdapter": "text_llm2clip",
     "LLM2CLIPVisionModel": "vision_llm2clip",
     "apply_text_template": "processing_llm2clip",
-    "assert_bidirectional": "modeling_llm2clip",
-    "pool_text": "modeling_llm2clip",
+    "assert_bidirectional": "text_llm2clip",
+    "pool_text": "text_llm2clip",
     "text_prefix_length": "processing_llm2clip",
 }
 

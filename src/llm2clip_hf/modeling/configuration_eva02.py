@@ -1,17 +1,6 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Configuration of the EVA02 vision tower, and of the EVA ViT-E that comes before it in the same family."""
 
 import math
@@ -23,38 +12,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # The towers of the published checkpoints, by the names of their original configs (hidden width of a block: EVA02
 # int(width * 2.6667), ViT-E 15360).
+_LARGE = {"hidden_size": 1024, "intermediate_size": 2730, "num_hidden_layers": 24, "num_attention_heads": 16}
+_HUGE = {"hidden_size": 1792, "intermediate_size": 15360, "num_hidden_layers": 64, "num_attention_heads": 16}
+_VIT_E = {"use_rotary": False, "use_swiglu": False, "sub_norm": False, "post_norm": True}
 EVA02_PRESETS: dict[str, dict[str, Any]] = {
     "EVA02-CLIP-B-16": {},
-    "EVA02-CLIP-L-14": {
-        "hidden_size": 1024,
-        "intermediate_size": 2730,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    },
-    "EVA02-CLIP-L-14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 2730,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 336,
-    },
-    "EVA02-CLIP-bigE-14": {
-        "hidden_size": 1792,
-        "intermediate_size": 15360,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "use_rotary": False,
-        "use_swiglu": False,
-        "sub_norm": False,
-        "post_norm": True,
-    },
+    "EVA02-CLIP-L-14": {**_LARGE, "patch_size": 14},
+    "EVA02-CLIP-L-14-336": {**_LARGE, "patch_size": 14, "image_size": 336},
+    "EVA02-CLIP-bigE-14": {**_HUGE, "patch_size": 14, **_VIT_E},
 }
+_SIZES = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
+    "rotary_grid_size"
+).split()
 
 
-def _check_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
@@ -162,17 +135,8 @@ class Eva02VisionConfig(PreTrainedConfig):
         return cls(**{**EVA02_PRESETS[name], **kwargs})
 
     def _check_values(self) -> None:
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_channels",
-            "image_size",
-            "patch_size",
-            "rotary_grid_size",
-        ):
-            _check_int(name, getattr(self, name))
+        for name in _SIZES:
+            check_positive_int(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} and "
@@ -200,5 +164,3 @@ Eva02VisionConfig.register_for_auto_class()
 # class that came first stays: a saved model loads this file once per entry file, and its parts must agree on one.
 if Eva02VisionConfig.model_type not in CONFIG_MAPPING:
     AutoConfig.register(Eva02VisionConfig.model_type, Eva02VisionConfig)
-
-__all__ = ["EVA02_PRESETS", "Eva02VisionConfig"]

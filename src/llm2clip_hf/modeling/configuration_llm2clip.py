@@ -1,24 +1,15 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Configuration of LLM2CLIP: a vision tower, a large language model and the adaptor between them."""
 
 import copy
 import difflib
 import inspect
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -31,11 +22,13 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
         "`pip install -U transformers`."
     )
 
+from huggingface_hub import HfApi, ModelCardData  # noqa: E402
+from huggingface_hub.errors import HFValidationError  # noqa: E402
+from huggingface_hub.utils import validate_repo_id  # noqa: E402
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
-from .card_llm2clip import is_repository  # noqa: E402
-from .configuration_eva02 import Eva02VisionConfig  # noqa: E402
+from .configuration_eva02 import check_positive_int  # noqa: E402
 
 
 # Decoders whose attention stays causal, wholly or for some inputs, when `is_causal=False` is set on their config, or
@@ -82,9 +75,15 @@ def unknown_keyword(where: str, name: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"{where} got `{name}`, which nothing takes. {hint}")
 
 
-def _check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+def is_repository(name: Any) -> bool:
+    """Whether a name is that of a repository on the Hub, `owner/name`, and not of a folder here."""
+    if not isinstance(name, str) or name.count("/") != 1 or Path(name).is_dir():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def without_local_names(fields: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +232,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.vision_base_model = vision_base_model
         self.vision_base_revision = vision_base_revision
         self._resolve_text()
-        self._resolve_vision()
+        if self.vision_hidden_size is None:
+            self.vision_hidden_size = getattr(self.vision_config, "hidden_size", None)
         self._check_values()
         # After the sub-configs, so that keywords such as `attn_implementation` reach them.
         super().__init__(**kwargs)
@@ -242,25 +242,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def from_vision_text_configs(
         cls, vision_config: PreTrainedConfig, text_config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> "LLM2CLIPConfig":
-        """
-        The config of a model of two parts.
-
-        Args:
-            vision_config (`PreTrainedConfig`): Of the vision tower.
-            text_config (`PreTrainedConfig`, *optional*): Of the decoder LLM.
-            kwargs: Further fields of this class, or of every config of transformers.
-
-        Returns:
-            [`LLM2CLIPConfig`]
-
-        Raises:
-            TypeError: for a keyword that is no field.
-            ValueError: see the class.
-        """
+        """The config of a model of two parts; `kwargs` are fields of this class or of every config, nothing else."""
         known = {*config_fields(), *vars(PreTrainedConfig())}
-        for name in kwargs:
-            if name not in known:
-                raise unknown_keyword("`LLM2CLIPConfig.from_vision_text_configs`", name, known)
+        for name in kwargs.keys() - known:
+            raise unknown_keyword("`LLM2CLIPConfig.from_vision_text_configs`", name, known)
         return cls(vision_config=vision_config, text_config=text_config, **kwargs)
 
     def _resolve_text(self) -> None:
@@ -305,19 +290,15 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if self.text_prefix_length is None and self.text_weights == "bundled":
             self.text_prefix_length = 0
 
-    def _resolve_vision(self) -> None:
-        if self.vision_hidden_size is None:
-            self.vision_hidden_size = getattr(self.vision_config, "hidden_size", None)
-
     def _check_values(self) -> None:
         _check_choice("vision_pooling", self.vision_pooling, VISION_POOLINGS)
         _check_choice("vision_projection", self.vision_projection, VISION_PROJECTIONS)
         _check_choice("text_pooling", self.text_pooling, TEXT_POOLINGS)
         _check_choice("text_weights", self.text_weights, TEXT_WEIGHTS)
         for name in ("projection_dim", "adapter_num_layers", "adapter_expansion", "llm_hidden_size"):
-            _check_positive_int(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if self.vision_hidden_size is not None:
-            _check_positive_int("vision_hidden_size", self.vision_hidden_size)
+            check_positive_int("vision_hidden_size", self.vision_hidden_size)
         prefix = self.text_prefix_length
         if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0):
             raise ValueError(f"`text_prefix_length` must be an integer >= 0 or None, got {prefix!r}.")
@@ -346,15 +327,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         return without_local_names(super().to_dict())
 
     def set_vision_width(self, width: int) -> None:
-        """
-        Takes the measured width of the pooled vision vector.
-
-        Args:
-            width (`int`): Of the tower, measured when the model is built.
-
-        Raises:
-            ValueError: if another one was given, or it does not equal `projection_dim` where nothing projects.
-        """
+        """Takes the width of the pooled vision vector, measured when the model is built."""
         if self.vision_hidden_size not in (None, width, getattr(self.vision_config, "hidden_size", None)):
             raise ValueError(
                 f"`vision_hidden_size` is {self.vision_hidden_size}, but the vision tower's pooled vector is {width} "
@@ -377,6 +350,64 @@ def config_fields() -> list[str]:
     return [name for name in parameters if name not in ("self", "kwargs")]
 
 
-LLM2CLIPConfig.register_for_auto_class()
+def pin_text_model(config: Any, text_model: Any = None, text_weights: str | None = None, token: Any = None) -> None:
+    """
+    Makes a config name its external LLM so that everybody gets the same one: repository and commit.
 
-__all__ = ["Eva02VisionConfig", "LLM2CLIPConfig"]
+    The commit is that of the LLM in memory, where the Hub gave it, else the one that `text_base_revision` stands for.
+    """
+    name, revision = config.text_base_model, config.text_base_revision
+    pinned = isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision)
+    if (text_weights or config.text_weights) != "external" or (is_repository(name) and pinned):
+        return
+    if not is_repository(name):
+        raise ValueError(
+            f"The LLM is external, and `config.text_base_model` is {name!r}, which is no repository on the Hub: "
+            "nobody else could load this model. Push the LLM first and set `config.text_base_model` to its "
+            "repository, or push with `text_weights='bundled'`, or with `'none'` for a model of stored embeddings."
+        )
+    loaded = getattr(text_model, "config", None)
+    commit = getattr(loaded, "_commit_hash", None) if getattr(loaded, "_name_or_path", None) == name else None
+    if commit is None:
+        try:
+            commit = HfApi().model_info(name, revision=revision, token=token).sha
+        except Exception as error:
+            # Not found, not allowed or not reached: in any case the name stays without a commit.
+            raise ValueError(
+                f"The commit of the external LLM {name!r} at revision {revision or 'main'!r} cannot be found out: "
+                f"{' '.join(str(error).split())} Set `config.text_base_revision` to its commit hash."
+            ) from error
+    config.text_base_revision = commit
+
+
+def short_card(config: Any, repo_id: str, license: str | None = None, tags: Collection[str] = ()) -> str:
+    """The card of a repository that has none: what the config tells, and how to load the model."""
+    base = config.text_base_model if is_repository(config.text_base_model) else None
+    task = "image-feature-extraction" if config.text_weights == "none" else "zero-shot-image-classification"
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "license": license}
+    fields |= {"tags": ["llm2clip", *tags], "base_model": [base] if base else None}
+    revision = f" at revision `{config.text_base_revision}`" if config.text_base_revision else ""
+    llm = {
+        "bundled": "Its language model is in this repository, under its own licence.",
+        "external": f"Its language model is fetched from `{base}`{revision}, under its own licence.",
+        "none": "It takes stored embeddings of its language model (`llm_embeds`).",
+    }
+    return f"""---
+{ModelCardData(**fields).to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+A CLIP-like model whose texts are read by a large language model ([LLM2CLIP](https://arxiv.org/abs/2411.04997)).
+{llm[config.text_weights]}
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+"""
+
+
+LLM2CLIPConfig.register_for_auto_class()

@@ -1,34 +1,32 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Loading of the parts: a vision tower, and an LLM, whole or as adapters, that a model names or is built from."""
 
-import copy
-import hashlib
+import inspect
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_llm2clip import config_fields, unknown_keyword
+from .text_llm2clip import check_adapter_base, is_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -103,26 +101,35 @@ def pin_revision(name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("revision") is not None:
             raise ValueError(f"{str(name)!r} is a folder, which has no revision {kwargs['revision']!r}. Leave it out.")
         return kwargs
-    options = {key: kwargs[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if kwargs.get(key) is not None}
-    file = cached_file(str(name), "config.json", _raise_exceptions_for_missing_entries=False, **options)
-    commit = extract_commit_hash(file, None)
+    options = {"_raise_exceptions_for_missing_entries": False, **file_keywords(kwargs)}
+    commit = extract_commit_hash(cached_file(str(name), "config.json", **options), None)
     return kwargs if commit is None else {**kwargs, "revision": commit}
 
 
-def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
-    """Keywords for loading an external LLM: those of the model that hold for it too, unless it has its own."""
-    given = dict(given or {})
+def part_keywords(part: str, kwargs: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for loading one part: those of the whole model that hold for it too, unless it has its own."""
     found = {name: kwargs[name] for name in (*HUB_KEYWORDS, "max_memory", "offload_buffers") if name in kwargs}
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    if not isinstance(dtype, dict) and "torch_dtype" not in given:
-        found["dtype"] = dtype
-    found["attn_implementation"] = _attention(kwargs.get("attn_implementation"), kwargs.get("config"))
+    attention, config = kwargs.get("attn_implementation"), kwargs.get("config")
+    if attention is None and isinstance(config, PreTrainedConfig):
+        # Auto classes put the attention that was asked for into the config before they call the model's class.
+        own = getattr(config, f"{part}_config", None)
+        attention = (config if own is None else own)._attn_implementation
+    found["attn_implementation"] = (
+        attention.get(f"{part}_config", attention.get("")) if isinstance(attention, dict) else attention
+    )
     if kwargs.get("device_map") is not None and "device_map" not in given:
-        found["device_map"] = part_device_map(kwargs["device_map"], "text_model")
+        found["device_map"] = part_device_map(kwargs["device_map"], f"{part}_model")
     if kwargs.get("offload_folder") is not None:
         # A folder of its own: the index of a folder names the weights of one model.
-        found["offload_folder"] = os.path.join(kwargs["offload_folder"], "text_model")
+        found["offload_folder"] = os.path.join(kwargs["offload_folder"], f"{part}_model")
     return {name: value for name, value in found.items() if value is not None} | given
+
+
+def external_text_kwargs(kwargs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    """Keywords for loading an external LLM; of the dtypes of a whole model, only a single one holds for it."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    known = dtype is not None and not isinstance(dtype, dict) and "torch_dtype" not in (given or {})
+    return part_keywords("text", kwargs, {**({"dtype": dtype} if known else {}), **(given or {})})
 
 
 def stored_text_weights(name: Any, kwargs: dict[str, Any]) -> str:
@@ -162,16 +169,6 @@ def text_keywords(text_weights: str, kwargs: dict[str, Any], given: dict[str, An
     return None
 
 
-def _attention(requested: Any, config: Any) -> Any:
-    """The attention that was asked for; Auto classes put it into the config before they call the model's class."""
-    if requested is None and isinstance(config, PreTrainedConfig):
-        text_config = getattr(config, "text_config", None)
-        requested = (config if text_config is None else text_config)._attn_implementation
-    if isinstance(requested, dict):
-        requested = requested.get("text_config", requested.get(""))
-    return requested
-
-
 def part_device_map(device_map: Any, part: str) -> Any:
     """The part of a device map that is about one part; one device, or a strategy such as `"auto"`, is for all."""
     if not isinstance(device_map, dict):
@@ -201,6 +198,12 @@ def check_loading_info(name: Any, info: dict[str, Any], ignored: tuple[str, ...]
 def check_complete(name: Any, info: dict[str, Any]) -> None:
     # A head or the other tower may be left over from a pretrained part; nothing may be missing.
     check_loading_info(name, info, ignored=("unexpected_keys", "error_msgs"))
+
+
+def file_keywords(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Of keywords for loading a model, those that say where a single file of it is."""
+    names = (*HUB_KEYWORDS, "revision", "subfolder")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None} if kwargs else {}
 
 
 def source_keywords(kwargs: dict[str, Any] | None, revision: str | None = None) -> dict[str, Any]:
@@ -239,15 +242,8 @@ def find_adapters(name: str, source: dict[str, Any] | None = None) -> dict[str, 
 
 def find_file(name: str, file: str, source: dict[str, Any] | None = None) -> Path | None:
     """A file of a folder or a repository; `None` if it has none of that name."""
-    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
-    found = cached_file(
-        name,
-        file,
-        **where,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
+    found = cached_file(name, file, **file_keywords(source), **quiet)
     return None if found is None else Path(found)
 
 
@@ -282,55 +278,12 @@ def base_keywords(kwargs: dict[str, Any], adapter: dict[str, Any]) -> dict[str, 
     return kept if revision is None else {**kept, "revision": revision}
 
 
-def check_adapter_base(llm: PreTrainedModel, settings: dict[str, Any], name: Any) -> None:
-    """Checks that an LLM, without adapters, is the one that adapters were trained on."""
-    width = settings["hidden_size"]
-    problem = ""
-    if width is not None and llm.config.hidden_size != width:
-        problem = f"its width is {llm.config.hidden_size}, not {width}"
-    else:
-        # float16 holds other values than bfloat16.
-        dtypes = {str(llm.dtype), settings.get("base_dtype")}
-        comparable = len(dtypes) == 1 or "torch.float16" not in dtypes
-        embeddings: Any = llm.get_input_embeddings()
-        states = {"base_embeddings_sha256": {"weight": embeddings.weight}}
-        if not is_quantized(llm):
-            states["base_sha256"] = llm.state_dict()
-        # The digest of all weights is missing where the LLM was quantised.
-        known = {key: state for key, state in states.items() if comparable and settings.get(key)}
-        if any(weights_digest(state) != settings[key] for key, state in known.items()):
-            problem = "its weights are not those that the adapters were trained on"
-    if problem:
-        raise ValueError(
-            f"The LLM in `{llm.config._name_or_path}` is not the base {settings['base_model']!r} of the adapters in "
-            f"`{name}`: {problem}. Give the right LLM as `base_model`."
-        )
-
-
-@torch.no_grad()
-def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of weights rounded to bfloat16, since an LLM may be trained in one precision and used in another."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        tensor = tensor.bfloat16() if tensor.is_floating_point() else tensor
-        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def is_quantized(llm: Any) -> bool:
-    config = getattr(getattr(llm, "config", None), "quantization_config", None)
-    return config is not None and bool(getattr(llm, "is_quantized", False))
-
-
 @torch.no_grad()
 def load_adapters(model: Any, name: str, source: dict[str, Any] | None = None) -> None:
     """Puts adapters into a model of transformers, with the float32 weights that they were trained as."""
-    where = {key: value for key, value in (source or {}).items() if key in (*HUB_KEYWORDS, "revision", "subfolder")}
     conversions = getattr(model, "_weight_conversions", None)
     with torch.random.fork_rng(devices=[]):  # they are drawn first, which must not change what is drawn later
-        info = model.load_adapter(name, adapter_kwargs=where)
+        info = model.load_adapter(name, adapter_kwargs=file_keywords(source))
     # Those of the adapters' names would be applied to all weights when the model is saved.
     model._weight_conversions = conversions
     check_loading_info(name, vars(info) if info is not None else {})
@@ -451,71 +404,127 @@ def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str,
     return AutoTokenizer.from_pretrained(name, **source, **options)
 
 
-def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
-    """Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for."""
-    source = source_keywords(kwargs)
-    options = {key: source[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if source.get(key) is not None}
-    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    single = os.path.isfile(os.path.join(name, options.get("subfolder", ""), SAFE_WEIGHTS_NAME))
-    if single or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
-        return kwargs
-    index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, **missing_is_none, **options)
-    if index is None:
-        return kwargs
-    with open(index, encoding="utf-8") as file:
-        shards: dict[str, str] = json.load(file)["weight_map"]
-    needed = sorted({shard for key, shard in shards.items() if not key.startswith(unused)})
-    can_be_named = len(needed) == 1 or hasattr(PreTrainedConfig, "extra_files")
-    if len(needed) == len(set(shards.values())) or not can_be_named:
-        return kwargs
-    config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        fields = {*config_fields(), *vars(PreTrainedConfig())} - {"dtype"}
-        given = {key: value for key, value in kwargs.items() if key in fields}
-        kwargs = {key: value for key, value in kwargs.items() if key not in fields}
-        config = config_class.from_pretrained(config or name, **source, **given)
-    # The two places where transformers lets a config say which files hold the weights.
-    config = copy.copy(config)
-    config.transformers_weights = needed[0]
-    base = type(config)
-    config.__class__ = type(base.__name__, (base,), {"extra_files": tuple(needed[1:]), "__module__": base.__module__})
-    return {**kwargs, "config": config}
+# What may be pushed: no pickles (`.bin`, `.pt`, `.pth`), hence no optimizers and no training arguments either.
+_PUSHED = [f"*.{end}" for end in ("json", "safetensors", "py", "md", "jinja", "txt", "model", "png", "jpg")]
+# Weights that would be loaded instead of, or beside, the new ones.
+_OLD_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "training_args.bin"]
 
 
-def forget_shards(config: Any) -> None:
-    """Takes back what [`choose_shards`] put into a config: a saved one would look for these files."""
-    if vars(config).pop("transformers_weights", None) is not None:
-        config.__class__ = type(config).__mro__[1]
+_REFUSALS = {
+    401: "The Hub does not accept the token for {repo_id!r} (401). Make a new one with the right to write at "
+    "https://huggingface.co/settings/tokens.",
+    403: "The token may not write to {repo_id!r} (403). Push to a repository of your own or of an organisation that "
+    "you may write for, or propose the change with `create_pr=True`.",
+}
 
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "ENCODER_SETTINGS",
-    "HUB_KEYWORDS",
-    "base_keywords",
-    "check_adapter_base",
-    "check_complete",
-    "check_loading_info",
-    "choose_shards",
-    "external_text_kwargs",
-    "find_adapters",
-    "find_file",
-    "forget_shards",
-    "is_quantized",
-    "load_adapters",
-    "load_pretrained_text",
-    "load_pretrained_tokenizer",
-    "load_text_config",
-    "load_within",
-    "merge_adapters",
-    "part_config",
-    "part_device_map",
-    "pin_revision",
-    "route_keywords",
-    "source_keywords",
-    "source_of_parts",
-    "stored_text_weights",
-    "text_keywords",
-    "weights_digest",
-]
+@contextmanager
+def hub_errors(repo_id: str, token: Any = None) -> Iterator[None]:
+    """Turns what the Hub and the network answer into errors that say what to do."""
+    if token in (None, True) and get_token() is None:
+        raise PermissionError(
+            f"No token to push to {repo_id!r} with. Run `hf auth login`, set HF_TOKEN, or pass `token=`; it needs the "
+            "right to write."
+        )
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            raise  # says what is wrong already
+        cause: BaseException | None = error
+        while cause is not None:
+            kind = type(cause).__module__.split(".")[0]
+            status = getattr(cause.response, "status_code", None) if isinstance(cause, HfHubHTTPError) else None
+            if isinstance(cause, OfflineModeIsEnabled):
+                raise ConnectionError(
+                    f"Offline mode is on, so nothing can be pushed to {repo_id!r}. Unset HF_HUB_OFFLINE."
+                ) from error
+            if status in _REFUSALS:
+                raise PermissionError(_REFUSALS[status].format(repo_id=repo_id)) from error
+            if kind.startswith(("httpx", "httpcore")):
+                raise ConnectionError(
+                    f"The connection broke while pushing to {repo_id!r} ({error} {cause}). A push is one commit at "
+                    "its end: the repository holds all of it or nothing. Push again; files that arrived are not sent "
+                    "twice."
+                ) from error
+            cause = cause.__cause__
+        raise
+
+
+def create_repository(
+    repo_id: str, private: bool | None = None, token: Any = None, revision: str | None = None, exist_ok: bool = True
+) -> str:
+    """Creates a repository, and a branch in it, unless they are there; returns the full name."""
+    api = HfApi(token=token)
+    full_name = str(api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(full_name, branch=revision, exist_ok=True)
+    return full_name
+
+
+def push_folder(
+    folder: str, repo_id: str, message: str | None, description: str | None, token: Any, revision: Any, create_pr: bool
+) -> Any:
+    """Pushes a saved model or processor in one commit, which also removes weights that the new ones replace."""
+    has_weights = any(file.endswith(".safetensors") for file in os.listdir(folder))
+    return HfApi(token=token).upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=_PUSHED,
+        delete_patterns=_OLD_WEIGHTS if has_weights else None,
+        commit_message=message,
+        commit_description=description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def existing_card(repo_id: str, revision: str | None = None, token: Any = None) -> str | None:
+    """The card of a repository, or `None` if it has none."""
+    try:
+        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+    except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+        return None
+    return Path(path).read_text(encoding="utf-8")
+
+
+def read_card(text: str, where: str) -> ModelCard:
+    """A card with its metadata; a `ValueError` that names the card if they are not valid."""
+    try:
+        return ModelCard(text)
+    except Exception as error:
+        # What a parser of YAML raises is its own; whatever it is, the metadata cannot be read.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"The metadata of {where} cannot be read: {reason}. Repair its first lines, or have the card replaced."
+        ) from error
+
+
+def completed_card(existing: str, new: str, where: str) -> str:
+    """A card of somebody's, word for word, with the metadata of a new one that it lacks."""
+    card, other = read_card(existing, where), ModelCard(new)
+    for key, value in other.data.to_dict().items():
+        if key == "tags":
+            card.data[key] = list(dict.fromkeys([*card.data.to_dict().get(key, []), *value]))
+        elif card.data.get(key) is None:
+            card.data[key] = value
+    if not card.text.strip():  # metadata only, as the Hub makes them for a new repository
+        card.text = other.text
+    return str(card)
+
+
+def take_push_options(kwargs: dict[str, Any], folder: Any, push_to_hub: Callable[..., Any]) -> dict[str, Any] | None:
+    """Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments."""
+    if not kwargs.pop("push_to_hub", False):
+        return None
+    names = inspect.signature(push_to_hub).parameters
+    for name in ("license", "model_card", "overwrite_card", "tags"):
+        if name in kwargs and name not in names:
+            raise ValueError(
+                f"`{name}` is for the card of a repository, which a model brings with it, not a processor. Pass it to "
+                "`push_to_hub` of the model."
+            )
+    options = {name: kwargs[name] for name in names if name in kwargs}
+    for name in options.keys() - {"token", "max_shard_size"}:
+        del kwargs[name]
+    return {"repo_id": Path(folder).resolve().name, **options}

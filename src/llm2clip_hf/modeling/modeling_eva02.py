@@ -1,17 +1,6 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """The EVA02 vision tower (arXiv 2303.11331), and the post-norm EVA ViT-E (arXiv 2303.15389)."""
 
 from collections.abc import Callable
@@ -184,28 +173,12 @@ class Eva02VisionAttention(nn.Module):
         return self.out_proj(self.inner_norm(states.reshape(batch, tokens, -1))), weights
 
 
-class Eva02VisionSwiGLU(nn.Module):
-    """`W3 LN(SiLU(W1 x) * (W2 x))`, with biases."""
-
-    def __init__(self, config: Eva02VisionConfig, depth: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.inner_norm: nn.Module = nn.Identity()
-        if config.sub_norm:
-            self.inner_norm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
-        self.down_proj = Eva02VisionOutputLinear(config.intermediate_size, config.hidden_size, depth)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated = F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.down_proj(self.inner_norm(gated))
-
-
 class Eva02VisionMLP(nn.Module):
-    """`W2 LN(GELU(W1 x))`, with biases; the LayerNorm only with `sub_norm`."""
+    """`W3 LN(SiLU(W1 x) * (W2 x))` or, without SwiGLU, `W3 LN(GELU(W2 x))`; the LayerNorm only with `sub_norm`."""
 
     def __init__(self, config: Eva02VisionConfig, depth: int) -> None:
         super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size) if config.use_swiglu else None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.inner_norm: nn.Module = nn.Identity()
         if config.sub_norm:
@@ -213,7 +186,9 @@ class Eva02VisionMLP(nn.Module):
         self.down_proj = Eva02VisionOutputLinear(config.intermediate_size, config.hidden_size, depth)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.inner_norm(F.gelu(self.up_proj(hidden_states))))
+        raised = self.up_proj(hidden_states)
+        raised = F.gelu(raised) if self.gate_proj is None else F.silu(self.gate_proj(hidden_states)) * raised
+        return self.down_proj(self.inner_norm(raised))
 
 
 class Eva02VisionLayer(GradientCheckpointingLayer):
@@ -225,8 +200,7 @@ class Eva02VisionLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Eva02VisionAttention(config, depth)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        mlp_class = Eva02VisionSwiGLU if config.use_swiglu else Eva02VisionMLP
-        self.mlp = mlp_class(config, depth)
+        self.mlp = Eva02VisionMLP(config, depth)
 
     def forward(self, hidden_states: torch.Tensor, rotary: Rotary | None = None, **kwargs: Any) -> torch.Tensor:
         if self.post_norm:
@@ -299,10 +273,8 @@ class Eva02VisionModel(PreTrainedModel):
         if not config.use_rotary:
             return None
         head_dim = config.hidden_size // config.num_attention_heads
-        patch = config.patch_size
-        cos, sin = rotary_table(
-            height // patch, width // patch, head_dim, config.rotary_base, config.rotary_grid_size, device
-        )
+        rows, columns = height // config.patch_size, width // config.patch_size
+        cos, sin = rotary_table(rows, columns, head_dim, config.rotary_base, config.rotary_grid_size, device)
         # The class token is not turned. Computed, not stored: there is no buffer that loading could leave undefined.
         return torch.cat([torch.ones_like(cos[:1]), cos]), torch.cat([torch.zeros_like(sin[:1]), sin])
 
@@ -339,5 +311,3 @@ Eva02VisionModel.register_for_auto_class("AutoModel")
 # For the class that the type stands for, too: it may come from another copy of the configuration file.
 for _config_class in (Eva02VisionConfig, CONFIG_MAPPING[Eva02VisionConfig.model_type]):
     AutoModel.register(_config_class, Eva02VisionModel, exist_ok=True)
-
-__all__ = ["Eva02VisionModel"]

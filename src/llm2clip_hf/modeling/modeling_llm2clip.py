@@ -1,56 +1,40 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """LLM2CLIP: a vision tower and a large language model in one embedding space (arXiv 2411.04997)."""
 
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.amp.autocast_mode import is_autocast_available
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, ZeroShotImageClassificationPipeline
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_llm2clip import LLM2CLIPConfig
-from .inputs_llm2clip import (
+from .configuration_llm2clip import LLM2CLIPConfig, is_repository, pin_text_model, short_card
+from .loading_llm2clip import completed_card, create_repository, existing_card, hub_errors, push_folder
+from .modeling_eva02 import Eva02VisionModel  # noqa: F401 (it registers its type)
+from .pretrained_llm2clip import ATTACH_HINT, LLM2CLIPPreTrainedModel
+from .text_llm2clip import (
+    LLM2CLIPTextAdapter,
     assert_bidirectional,
     check_ids,
     check_llm_embeds,
-    check_pixel_values,
-    measure_vision_tower,
-)
-from .modeling_eva02 import Eva02VisionModel
-from .modules_llm2clip import (
-    LLM2CLIPTextAdapter,
-    build_vision_tower,
     floating_dtype,
-    pool_image,
     pool_text,
 )
-from .pretrained_llm2clip import ATTACH_HINT, LLM2CLIPPreTrainedModel
+from .vision_llm2clip import build_vision_tower, check_pixel_values, measure_vision_tower, pool_image
 
 
 if TYPE_CHECKING:
-    # Not needed here. What a file of the model names like this is copied with it: the classes for
-    # sentence-transformers, for the pipeline of sigmoid models and for the tower alone, imported by who asks for them.
-    from .pipeline_llm2clip import LLM2CLIPZeroShotImageClassificationPipeline  # noqa: F401
+    # Not needed here. What a file of the model names like this is copied with it.
     from .sentence_llm2clip import LLM2CLIPEncoder  # noqa: F401
-    from .vision_llm2clip import LLM2CLIPVisionModel  # noqa: F401
 
 
 @dataclass
@@ -191,6 +175,58 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         if self._text_model_is_frozen:
             self.text_model.eval()
         return self
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        processor: Any = None,
+        license: str | None = None,
+        model_card: Any = None,
+        overwrite_card: bool = False,
+        text_weights: str | None = None,
+        commit_message: str | None = "Upload LLM2CLIP model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """
+        Pushes config, weights (safetensors), code and, where there is none, a short model card, in one commit.
+
+        The repository loads with `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` where only transformers
+        is installed. An external LLM is named with its commit, which also becomes `config.text_base_revision`. The
+        text of a card that is there stays, unless `overwrite_card`; missing metadata are added.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The model carries adapters of `add_adapter`, and a repository gets whole models. Merge them, with "
+                "`llm2clip_hf.training.merge_lora(model)`, or save them and upload that folder with `huggingface_hub`."
+            )
+        config = self.config
+        with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
+            # Whatever can fail here fails before anything is made on the Hub.
+            pin_text_model(config, self.text_model, text_weights, token)
+            restore = config.text_weights, config.text_base_model
+            config.text_weights = text_weights or config.text_weights
+            if not is_repository(config.text_base_model):
+                config.text_base_model = None  # not where it lies on this machine
+            try:
+                if processor is not None:
+                    processor.save_pretrained(folder)
+                self.save_pretrained(folder, text_weights=text_weights, max_shard_size=max_shard_size)
+                repo_id = create_repository(repo_id, private, token, None if create_pr else revision)
+                card = str(model_card or short_card(config, repo_id, license, tags or ()))
+            finally:
+                config.text_weights, config.text_base_model = restore
+            old = None if overwrite_card else existing_card(repo_id, revision, token)
+            if old is not None:
+                card = completed_card(old, card, f"`README.md` in {repo_id!r}")
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            return push_folder(folder, repo_id, commit_message, commit_description, token, revision, create_pr)
 
     def get_llm_embeds(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
@@ -384,13 +420,24 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
 
 
 # Registered for an Auto class, a class copies its code into every folder that it is saved to.
-LLM2CLIPModel.register_for_auto_class("AutoModel")
+class LLM2CLIPZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+    r"""
+    `pipeline("zero-shot-image-classification")` with the probabilities of the model.
 
-__all__ = [
-    "Eva02VisionModel",
-    "LLM2CLIPModel",
-    "LLM2CLIPOutput",
-    "LLM2CLIPTextAdapter",
-    "assert_bidirectional",
-    "pool_text",
-]
+    The pipeline of transformers takes the softmax over the labels, except for models whose type is called SigLIP. A
+    model with a logit bias is trained with the sigmoid loss: the score of a label is the probability that it fits the
+    image, `sigmoid(logits_per_image)`, whatever the other labels are. Saved sigmoid models name this class in their
+    config, so that `pipeline(..., trust_remote_code=True)` uses it. For other models it is the pipeline of
+    transformers, number by number.
+    """
+
+    def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:
+        """Labels with their scores in [0, 1], best first."""
+        if getattr(self.model.config, "logit_bias_init_value", None) is None:
+            return super().postprocess(model_outputs, **kwargs)
+        scores = model_outputs["logits"][0].float().sigmoid().tolist()
+        ranked = sorted(zip(scores, model_outputs["candidate_labels"]), key=lambda pair: -pair[0])
+        return [{"score": score, "label": label} for score, label in ranked]
+
+
+LLM2CLIPModel.register_for_auto_class("AutoModel")

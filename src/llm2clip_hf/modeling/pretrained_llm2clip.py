@@ -1,17 +1,6 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Loading and saving of LLM2CLIP, with its LLM bundled, named or left out."""
 
 import copy
@@ -28,16 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .card_llm2clip import is_repository
-from .configuration_llm2clip import LLM2CLIPConfig, config_fields
-from .inputs_llm2clip import assert_bidirectional
+from .configuration_llm2clip import LLM2CLIPConfig, config_fields, is_repository
 from .loading_llm2clip import (
     base_keywords,
     check_loading_info,
-    choose_shards,
     external_text_kwargs,
     find_adapters,
-    forget_shards,
     load_adapters,
     load_pretrained_text,
     load_pretrained_tokenizer,
@@ -45,18 +30,25 @@ from .loading_llm2clip import (
     route_keywords,
     source_keywords,
     stored_text_weights,
+    take_push_options,
     text_keywords,
 )
-from .modules_llm2clip import (
+from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
+from .text_llm2clip import (
     LLM2CLIPAdapterLinear,
+    assert_bidirectional,
     check_text_fingerprint,
     same_sampled_weights,
     sampled_weights,
     sampled_weights_digest,
 )
-from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
-from .publishing_llm2clip import PushedModel, take_push_options
-from .vision_llm2clip import load_pretrained_vision, pretrained_logit_scale, vision_kwargs
+from .vision_llm2clip import (
+    choose_shards,
+    forget_shards,
+    load_pretrained_vision,
+    pretrained_logit_scale,
+    vision_kwargs,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +63,7 @@ SMALL_LLM = 10**9
 # The pipeline of transformers takes the softmax over the labels, which is not what a sigmoid model means.
 SIGMOID_PIPELINES = {
     "zero-shot-image-classification": {
-        "impl": "pipeline_llm2clip.LLM2CLIPZeroShotImageClassificationPipeline",
+        "impl": "modeling_llm2clip.LLM2CLIPZeroShotImageClassificationPipeline",
         "pt": ["AutoModelForZeroShotImageClassification"],
     }
 }
@@ -87,7 +79,7 @@ SENTENCE_FILES: dict[str, Any] = {
 }
 
 
-class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[misc]
+class LLM2CLIPPreTrainedModel(PreTrainedModel):
     """Base class: what transformers reads from the class, initialisation, loading and saving."""
 
     config: LLM2CLIPConfig
@@ -130,7 +122,7 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
                 init.constant_(module.logit_bias, module.config.logit_bias_init_value)
 
     def attach_text_model(self, text_model: PreTrainedModel, text_weights: str | None = None) -> None:
-        """Gives the model its LLM, frozen."""
+        """Gives the model its LLM, frozen; `text_weights` says where it will be when the model is saved."""
         pooling, prefix = self.config.text_pooling, self.config.text_prefix_length
         if self.config.text_config is None:
             # The defaults of a model that was built without an LLM; what the LLM's folder says counts.
@@ -185,7 +177,13 @@ class LLM2CLIPPreTrainedModel(PushedModel, PreTrainedModel):  # type: ignore[mis
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Loads a model, and its LLM where the model only names it."""
+        """
+        Loads a model, and its LLM where the model only names it, unless `load_text_model=False`.
+
+        `text_model` is an LLM to attach instead; `text_model_kwargs` are for loading it, such as
+        `quantization_config`. Weights that are missing or left over are an error, or, with `output_loading_info`,
+        returned beside the model.
+        """
         adapters, source = None, (kwargs.pop("adapter_kwargs", None) or {})
         # `AutoModel` has followed adapters to the model that they are for.
         if source.get("_adapter_model_path", pretrained_model_name_or_path) != pretrained_model_name_or_path:
@@ -469,6 +467,3 @@ def write_sentence_files(folder: Path) -> None:
         partial = target.with_name(f".{name}.partial")
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, target)
-
-
-__all__ = ["ATTACH_HINT", "LLM2CLIPPreTrainedModel"]

@@ -1,35 +1,30 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Processor of LLM2CLIP, and the text template that travels in its tokenizer."""
 
 import hashlib
 import json
 import os
 import re
+import tempfile
 import warnings
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
-from .inputs_llm2clip import check_images, check_text
-from .loading_llm2clip import load_pretrained_tokenizer, source_of_parts
-from .publishing_llm2clip import PushedProcessor, take_push_options
+from .loading_llm2clip import (
+    create_repository,
+    hub_errors,
+    load_pretrained_tokenizer,
+    push_folder,
+    source_of_parts,
+    take_push_options,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -271,7 +266,29 @@ def record_text_settings(config: Any, tokenizer: Any, pooling: str) -> None:
     vars(config).update(fields, text_template_sha256=template_digest(tokenizer))
 
 
-class LLM2CLIPProcessor(PushedProcessor):
+def _check_images(images: Any) -> None:
+    if isinstance(images, (list, tuple)) and not images:
+        raise ValueError("`images` is an empty list. Give at least one image.")
+    for row, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
+        # Arrays and tensors have a dtype; images of PIL do not, and cannot hold NaN.
+        if hasattr(image, "dtype") and not bool(torch.as_tensor(image).isfinite().all()):
+            raise ValueError(f"Image {row} of `images` holds NaN or infinite values. Remove or repair it.")
+
+
+def _check_text(text: Any) -> str | list[str] | None:
+    if text is None or isinstance(text, str):
+        return text
+    if not isinstance(text, (list, tuple)):
+        raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__}.")
+    if not text:
+        raise ValueError("`text` is an empty list. Give at least one text.")
+    for row, item in enumerate(text):
+        if not isinstance(item, str):
+            raise ValueError(f"Text {row} of `text` must be a string, got {type(item).__name__}.")
+    return list(text)
+
+
+class LLM2CLIPProcessor(ProcessorMixin):  # type: ignore[misc]
     r"""
     Images to `pixel_values`, texts to `input_ids` and `attention_mask`, as an [`LLM2CLIPModel`] takes them.
 
@@ -325,6 +342,23 @@ class LLM2CLIPProcessor(PushedProcessor):
             self.push_to_hub(**push)
         return saved
 
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = "Upload LLM2CLIP processor",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Pushes image processor, tokenizer and code to the Hub, in one commit; the card stays as it is."""
+        with hub_errors(repo_id, token), tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = create_repository(repo_id, private, token, None if create_pr else revision)
+            return push_folder(folder, repo_id, commit_message, commit_description, token, revision, create_pr)
+
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
@@ -371,12 +405,12 @@ class LLM2CLIPProcessor(PushedProcessor):
         r""""""
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` is given. Give at least one of them.")
-        texts = check_text(text)
+        texts = _check_text(text)
         if isinstance(images, (list, tuple)):
             images = [self.read_image(image, f"Image {row} of `images`") for row, image in enumerate(images)]
         else:
             images = self.read_image(images, "The image")
-        check_images(images)
+        _check_images(images)
         if self.tokenizer is None:
             return self._images_alone(images, texts, kwargs)
         batch = super().__call__(images=images, text=texts, **kwargs)
@@ -437,12 +471,3 @@ class LLM2CLIPProcessor(PushedProcessor):
 
 
 LLM2CLIPProcessor.register_for_auto_class()
-
-__all__ = [
-    "LLM2CLIPProcessor",
-    "apply_text_template",
-    "record_text_settings",
-    "template_digest",
-    "text_end_token",
-    "text_prefix_length",
-]

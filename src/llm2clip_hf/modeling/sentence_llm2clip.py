@@ -1,17 +1,6 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """LLM2CLIP inside sentence-transformers: one list of images and texts in, joint embeddings out.
 
 This file travels with every saved model and is named by its `modules.json`, so that
@@ -136,6 +125,3 @@ class LLM2CLIPEncoder(Transformer):
         order = torch.cat([features["text_rows"], features["image_rows"]]).argsort().to(texts.device)
         features["sentence_embedding"] = torch.cat([texts, images.to(texts.device)])[order]
         return features
-
-
-__all__ = ["LLM2CLIPEncoder"]

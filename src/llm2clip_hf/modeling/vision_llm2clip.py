@@ -1,40 +1,264 @@
 # Copyright 2026 The llm2clip_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """The vision tower: loaded to start a model from, and that of a model by itself, a backbone for other models."""
 
+import copy
+import importlib
+import inspect
+import json
+import math
 import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, can_return_tuple
 
-from .configuration_llm2clip import LLM2CLIPConfig
-from .inputs_llm2clip import check_pixel_values, measure_vision_tower
+from .configuration_llm2clip import LLM2CLIPConfig, config_fields
 from .loading_llm2clip import (
-    HUB_KEYWORDS,
     check_complete,
-    choose_shards,
-    forget_shards,
+    file_keywords,
     load_within,
     part_config,
-    part_device_map,
+    part_keywords,
     source_keywords,
 )
-from .modules_llm2clip import build_vision_tower, pool_image, pooler_options, vision_class
+
+
+# Towers without patches of a stated size that put a pooled or class token before the tokens of the image.
+POOLED_TOKEN_FIRST = ("dinov3_convnext", "pvt")
+
+
+def vision_class(vision_config: Any) -> Any:
+    """
+    The class of a vision tower, also where the Auto classes of transformers leave it out (AltCLIP, BLIP, MetaCLIP 2).
+    """
+    config_class = type(vision_config)
+    if config_class not in MODEL_MAPPING:
+        module = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+        found = [name for name in dir(module) if name.endswith("VisionModel")]
+        found = [name for name in found if getattr(getattr(module, name), "config_class", None) is config_class]
+        if not found:
+            raise ValueError(
+                f"transformers has no model of images alone for a config of type {vision_config.model_type!r}. Use a "
+                "vision backbone, such as CLIP, SigLIP, DINOv2, ViT, Swin or ConvNeXt."
+            )
+        AutoModel.register(config_class, getattr(module, found[0]), exist_ok=True)
+    return MODEL_MAPPING[config_class]
+
+
+def pooler_options(vision_config: Any, pooling: str) -> dict[str, Any]:
+    """Keywords that leave out a tower's pooler where its output is not used, and checkpoints often have none (ViT)."""
+    parameters = inspect.signature(vision_class(vision_config).__init__).parameters
+    return {"add_pooling_layer": False} if pooling != "pooler" and "add_pooling_layer" in parameters else {}
+
+
+def build_vision_tower(config: LLM2CLIPConfig) -> Any:
+    """A new vision tower, with no more than its pooling needs."""
+    return AutoModel.from_config(config.vision_config, **pooler_options(config.vision_config, config.vision_pooling))
+
+
+def num_prefix_tokens(vision_config: Any, num_tokens: int, height: int, width: int) -> int:
+    """How many of a tower's tokens stand before those of the image: class, register and pooled tokens."""
+    patch = getattr(vision_config, "patch_size", None)
+    if patch is None:
+        return int(vision_config.model_type in POOLED_TOKEN_FIRST)
+    patch = getattr(vision_config, "patch_stride", None) or patch  # where patches overlap (Hiera)
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    # A tower that merges patches has fewer tokens than patches, and none before them.
+    return max(num_tokens - (height // patch_height) * (width // patch_width), 0)
+
+
+def pool_image(
+    outputs: Any, config: LLM2CLIPConfig, height: int, width: int, patch_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One vector per image."""
+    name, pooling = config.vision_config.model_type, config.vision_pooling
+    if pooling == "pooler":
+        pooled = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(
+                f"The vision tower {name!r} gives no pooled output, so `vision_pooling='pooler'` cannot be used. Set "
+                "`vision_pooling` to 'cls' or 'mean'."
+            )
+        return pooled.flatten(1)
+    states = getattr(outputs, "last_hidden_state", None)
+    if states is not None and states.ndim == 4 and pooling == "mean":  # (batch, channels, height, width)
+        return states.mean((2, 3))
+    if states is None or states.ndim != 3:
+        shape = None if states is None else tuple(states.shape)
+        raise ValueError(
+            f"The vision tower {name!r} gives states of shape {shape}, which have no tokens, so "
+            f"`vision_pooling={pooling!r}` cannot be used. Set it to 'pooler' or 'mean'."
+        )
+    if pooling == "cls":
+        return states[:, 0]
+    if patch_mask is not None:
+        weights = patch_mask.to(states.dtype).unsqueeze(-1)
+        return (states * weights).sum(1) / weights.sum(1)
+    return states[:, num_prefix_tokens(config.vision_config, states.shape[1], height, width) :].mean(1)
+
+
+def check_pixel_values(pixel_values: torch.Tensor, config: LLM2CLIPConfig, check_finite: bool) -> None:
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise ValueError(
+            f"`pixel_values` must be a floating-point tensor, got {got}. Let the processor make it: "
+            "`processor(images=..., return_tensors='pt')`."
+        )
+    vision_config = config.vision_config
+    channels = getattr(vision_config, "num_channels", None)
+    patches = vision_config.model_type == "siglip2_vision_model"  # (batch, patches, values of a patch)
+    if pixel_values.ndim != (3 if patches else 4) or (
+        not patches and channels is not None and pixel_values.shape[1] != channels
+    ):
+        raise ValueError(
+            f"`pixel_values` must have shape (batch, {channels or 'channels'}, height, width), got "
+            f"{tuple(pixel_values.shape)}."
+        )
+    if pixel_values.shape[0] == 0:
+        raise ValueError(f"`pixel_values` is an empty batch, of shape {tuple(pixel_values.shape)}.")
+    # Reading a tensor breaks graphs and costs a synchronisation: only where results are looked at anyway.
+    if not check_finite or torch.compiler.is_compiling() or pixel_values.device.type == "meta":
+        return
+    finite = pixel_values.isfinite().flatten(1).all(1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"Row {row} of `pixel_values` holds NaN or infinite values. Remove or repair that image.")
+
+
+class _RandomNumbers(TorchDispatchMode):
+    """Notes whether random numbers are drawn; attention kernels are marked so for a dropout that is off."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn |= torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def _trial(config: LLM2CLIPConfig, size: tuple[int, int], device: str) -> tuple[Any, Any, bool]:
+    """A tower of the config's own class run on two images: the tower, its outputs, whether it drew random numbers."""
+    vision_config, inputs = config.vision_config, {}
+    channels = getattr(vision_config, "num_channels", None) or 3
+    with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]), _RandomNumbers() as random_numbers:
+        tower = build_vision_tower(config).eval()
+        random_numbers.drawn = False
+        pixel_values = torch.zeros(2, channels, *size)
+        if vision_config.model_type == "siglip2_vision_model":
+            side = math.isqrt(vision_config.num_patches)
+            pixel_values = torch.zeros(2, side * side, channels * vision_config.patch_size**2)
+            inputs["pixel_attention_mask"] = torch.ones(2, side * side, dtype=torch.long)
+            inputs["spatial_shapes"] = torch.tensor([[side, side]] * 2, device="cpu")
+        return tower, tower(pixel_values=pixel_values, **inputs), random_numbers.drawn
+
+
+def measure_vision_tower(config: LLM2CLIPConfig) -> int:
+    """Runs a tower without weights, and checks that it gives one vector per image, the same at each call."""
+    vision_config = copy.deepcopy(config.vision_config)
+    config = copy.copy(config)
+    config.vision_config = vision_config
+    vision_config._attn_implementation = "eager"  # kernels need a device
+    name, pooling = vision_config.model_type, config.vision_pooling
+    size = getattr(vision_config, "image_size", None) or 224
+    size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    try:
+        try:
+            tower, outputs, is_random = _trial(config, size, "meta")
+        except Exception as error:
+            if "meta" not in str(error):
+                raise
+            # It reads values. One layer is enough.
+            if hasattr(vision_config, "num_hidden_layers"):
+                vision_config.num_hidden_layers = 1
+            tower, outputs, is_random = _trial(config, size, "cpu")
+    except Exception as error:  # of the tower: nothing in common but that it does not run
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"The vision tower {name!r} does not run on a batch of images alone ({reason}). "
+            "Use one that does: CLIP, SigLIP, DINOv2, ViT, Swin, ConvNeXt, ..."
+        ) from error
+    if is_random:
+        raise ValueError(
+            f"The vision tower {name!r} draws random numbers in evaluation mode, so the same image would get another "
+            "embedding at each call. Use one that does not; the encoder of ViT-MAE loads as a ViT: "
+            "`ViTModel.from_pretrained(..., add_pooling_layer=False)`."
+        )
+    states: Any = getattr(outputs, "last_hidden_state", None)
+    pooled = pool_image(outputs, config, *size)
+    if len(pooled) != 2 or (states is not None and len(states) != 2):
+        raise ValueError(
+            f"The vision tower {name!r} gives {len(pooled if states is None else states)} output(s) for a batch of 2 "
+            "images, so images would be mixed up. Use one that gives one output per image."
+        )
+    if pooling != "pooler":
+        _check_tokens(tower, states, config, size)
+    return pooled.shape[-1]
+
+
+def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size: tuple[int, int]) -> None:
+    """That there is a class token to pool, or that the tokens to average are those of the image."""
+    vision_config, count = config.vision_config, states.shape[1]
+    others = "'pooler' or 'mean'" if config.vision_pooling == "cls" else "'pooler'"
+    remedy = f"Set `vision_pooling` to {others}."
+    prefix = num_prefix_tokens(vision_config, count, *size) if states.ndim == 3 else 0
+    if config.vision_pooling == "cls":
+        names = [name for name, _ in tower.named_parameters()]
+        if prefix == 0 or not any("cls" in name or "class" in name for name in names):
+            raise ValueError(
+                f"The vision tower {vision_config.model_type!r} has no class token, so `vision_pooling='cls'` would "
+                f"take the top left patch. {remedy}"
+            )
+        return
+    channels_last = states.ndim == 4 and states.shape[1] == states.shape[2] != states.shape[3]
+    # Hierarchical towers do not say how many tokens an image becomes; a square has a square number of them.
+    patches = count - prefix
+    is_square = size[0] != size[1] or states.ndim == 4 or math.isqrt(patches) ** 2 == patches
+    if channels_last or not is_square or hasattr(vision_config, "num_detection_tokens"):
+        raise ValueError(
+            f"The vision tower {vision_config.model_type!r} gives states of shape {tuple(states.shape)}, of which it "
+            f"is not known which are the patches, so `vision_pooling='mean'` cannot be used. {remedy}"
+        )
+
+
+def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
+    """Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for."""
+    source = source_keywords(kwargs)
+    options = file_keywords(kwargs)
+    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    single = os.path.isfile(os.path.join(name, options.get("subfolder", ""), SAFE_WEIGHTS_NAME))
+    if single or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
+        return kwargs
+    index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, **missing_is_none, **options)
+    if index is None:
+        return kwargs
+    with open(index, encoding="utf-8") as file:
+        shards: dict[str, str] = json.load(file)["weight_map"]
+    needed = sorted({shard for key, shard in shards.items() if not key.startswith(unused)})
+    can_be_named = len(needed) == 1 or hasattr(PreTrainedConfig, "extra_files")
+    if len(needed) == len(set(shards.values())) or not can_be_named:
+        return kwargs
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        fields = {*config_fields(), *vars(PreTrainedConfig())} - {"dtype"}
+        given = {key: value for key, value in kwargs.items() if key in fields}
+        kwargs = {key: value for key, value in kwargs.items() if key not in fields}
+        config = config_class.from_pretrained(config or name, **source, **given)
+    # The two places where transformers lets a config say which files hold the weights.
+    config = copy.copy(config)
+    config.transformers_weights = needed[0]
+    base = type(config)
+    config.__class__ = type(base.__name__, (base,), {"extra_files": tuple(needed[1:]), "__module__": base.__module__})
+    return {**kwargs, "config": config}
+
+
+def forget_shards(config: Any) -> None:
+    """Takes back what [`choose_shards`] put into a config: a saved one would look for these files."""
+    if vars(config).pop("transformers_weights", None) is not None:
+        config.__class__ = type(config).__mro__[1]
 
 
 class LLM2CLIPVisionModel(PreTrainedModel):
@@ -153,17 +377,9 @@ class LLM2CLIPVisionModel(PreTrainedModel):
 
 
 def vision_kwargs(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords for loading the vision tower: those of both parts that hold for it, and its own, which win."""
-    names = (*HUB_KEYWORDS, "max_memory", "offload_buffers", "revision", "trust_remote_code")
-    found = {name: shared[name] for name in names if name in shared}
-    attention = shared.get("attn_implementation")
-    if isinstance(attention, dict):
-        attention = attention.get("vision_config", attention.get(""))
-    found["attn_implementation"] = attention
-    found["device_map"] = part_device_map(shared.get("device_map"), "vision_model")
-    if shared.get("offload_folder") is not None:
-        found["offload_folder"] = os.path.join(shared["offload_folder"], "vision_model")
-    return {name: value for name, value in found.items() if value is not None} | given
+    """Keywords for loading the vision tower; it comes from one repository, and is trained, in float32."""
+    source = {name: shared[name] for name in ("revision", "trust_remote_code") if shared.get(name) is not None}
+    return part_keywords("vision", shared, {**source, **given})
 
 
 def load_pretrained_vision(
@@ -222,6 +438,3 @@ def pretrained_logit_scale(name: str, kwargs: dict[str, Any]) -> float:
         f"`logit_scale_init_value` is 'pretrained', but {name!r} has no `logit_scale` of one number. Give a number, "
         "or leave it out."
     )
-
-
-__all__ = ["LLM2CLIPVisionModel", "load_pretrained_vision", "pretrained_logit_scale", "vision_kwargs"]

@@ -25,8 +25,10 @@ from transformers.utils.hub import PushInProgress
 
 from ..distributed import world_size
 from ..files import _REPLACED, UNFINISHED, publish_folder, write_json_atomically
-from ..hub.cards import ARGUMENTS_FILE, CARD_FILE, STATE_FILE
-from ..modeling.publishing_llm2clip import create_repository, existing_card, hub_errors, stated_license
+from ..hub.card_facts import ARGUMENTS_FILE, STATE_FILE
+from ..hub.cards import CARD_FILE
+from ..hub.publishing import stated_license
+from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors
 from .publishing import link_files, push_copy, push_folder, pushable_files
 
 

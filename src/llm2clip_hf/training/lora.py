@@ -25,15 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..modeling.loading_llm2clip import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    ENCODER_SETTINGS,
-    check_adapter_base,
-    find_file,
-    is_quantized,
-    weights_digest,
-)
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_SETTINGS, find_file
+from ..modeling.text_llm2clip import check_adapter_base, is_quantized, weights_digest
 
 
 logger = logging.getLogger(__name__)

@@ -7,15 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..hub.cards import CARD_FILE
-from ..modeling.card_llm2clip import merged_card, read_card
-from ..modeling.publishing_llm2clip import (
-    commit_files,
-    create_repository,
-    existing_card,
-    hub_errors,
-    publishable_files,
-)
+from ..hub.cards import CARD_FILE, merged_card
+from ..hub.publishing import commit_files, publishable_files
+from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors, read_card
 
 
 logger = logging.getLogger(__name__)

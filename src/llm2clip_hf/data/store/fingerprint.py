@@ -92,7 +92,7 @@ def weights_identity(weights: Weights) -> dict[str, FingerprintValue]:
     All weights are read once, one tensor at a time; SHA-256 takes 0.5 to 2 GB per second.
     """
     # Imported when needed: the model classes take seconds, and workers that only read a store do without.
-    from ...modeling.modules_llm2clip import sampled_weights_digest
+    from ...modeling.text_llm2clip import sampled_weights_digest
 
     sha256, bf16_sha256, dtypes = _digests(weights, with_rounded=True)
     identity: dict[str, FingerprintValue] = {
@@ -305,7 +305,7 @@ def require_text_encoder(
     The weights are all read, which `by_sample` spares where a sample of them settles that the LLM made the store.
     """
     # Imported when needed: the model classes take seconds, and workers that only read a store do without.
-    from ...modeling.modules_llm2clip import sampled_weights_digest
+    from ...modeling.text_llm2clip import sampled_weights_digest
 
     if model.config.text_fingerprint:
         require_identity(

@@ -5,17 +5,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...data import CaptionTable
 from ...data.images import ImageSource
-from ...data.sources import ImageTable, open_image_table
 from ...data.store.fingerprint import digest_of, lines_digest
 from ...files import sha256_of_file
 from ..zero_shot import SINGLE_TEMPLATE
 from .definitions import TASKS, TaskDefinition
+
+
+if TYPE_CHECKING:
+    from ...data.image_sources import ImageTable
 
 
 @dataclass(kw_only=True)
@@ -80,7 +83,9 @@ class Location:
     revision: str | None = None
 
 
-def open_table(location: Location, split: str | None = None) -> ImageTable:
+def open_table(location: Location, split: str | None = None) -> "ImageTable":
+    from ...data import open_image_table
+
     task = location.definition
     return open_image_table(
         location.source,
@@ -93,7 +98,7 @@ def open_table(location: Location, split: str | None = None) -> ImageTable:
     )
 
 
-def image_keys(table: ImageTable, task: TaskDefinition, unique: bool = True) -> list[str]:
+def image_keys(table: "ImageTable", task: TaskDefinition, unique: bool = True) -> list[str]:
     """Names of the images for messages; an id that occurs twice is an error."""
     column = task.key_column or ("image_id" if "image_id" in table.columns else None)
     if column is None:
@@ -201,7 +206,7 @@ def load_cross_lingual(location: Location, on_bad_row: str, max_images: int | No
     )
 
 
-def _text_column(table: ImageTable, task: TaskDefinition) -> str:
+def _text_column(table: "ImageTable", task: TaskDefinition) -> str:
     column = task.text_column or next((name for name in _TEXT_COLUMNS if name in table.columns), None)
     if column is None:
         raise ValueError(f"`{table.name}` has no column of texts; it has {table.columns}. Name it as `text_column`.")
@@ -209,7 +214,7 @@ def _text_column(table: ImageTable, task: TaskDefinition) -> str:
 
 
 def _read_parallel_lists(
-    table: ImageTable, task: TaskDefinition, languages: list[Any], found: _Collected
+    table: "ImageTable", task: TaskDefinition, languages: list[Any], found: _Collected
 ) -> tuple[ImageSource, list[str]]:
     column = _text_column(table, task)
     keys = image_keys(table, task)
@@ -226,7 +231,7 @@ def _read_parallel_lists(
 
 
 def _read_language_rows(
-    table: ImageTable, task: TaskDefinition, languages: list[Any], found: _Collected
+    table: "ImageTable", task: TaskDefinition, languages: list[Any], found: _Collected
 ) -> tuple[ImageSource, list[str]]:
     keys = image_keys(table, task, unique=False)
     if keys[0] == "row 0":

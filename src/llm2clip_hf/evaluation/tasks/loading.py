@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...data import CaptionTable, load_captions, load_image_text
+from ...data import CaptionTable
 from ...data.images import ImageSource
-from ...data.sources import holds_image_paths, open_text_source
 from .data import (
     CaptionData,
     Location,
@@ -139,6 +138,8 @@ def _load_retrieval(location: Location, on_bad_row: str, max_images: int | None)
 def _open_captioned(
     location: Location, on_bad_row: str
 ) -> tuple[ImageSource, CaptionTable, list[str], dict[str, Any]]:
+    from ...data import holds_image_paths, load_image_text
+
     task = location.definition
     options: dict[str, Any] = {"caption_columns": task.caption_columns, "on_bad_row": on_bad_row}
     if location.revision is None and holds_image_paths(location.source):
@@ -168,6 +169,8 @@ def _open_captioned(
 
 
 def _load_caption_data(location: Location, on_bad_row: str, max_images: int | None) -> CaptionData:
+    from ...data import load_captions, open_source
+
     task = location.definition
     columns = None if task.caption_columns is None else list(task.caption_columns)
     source: Any = location.source
@@ -177,7 +180,7 @@ def _load_caption_data(location: Location, on_bad_row: str, max_images: int | No
     key = task.key_column
     if key is None and Path(source).suffix in (".jsonl", ".json", ".csv", ".tsv"):
         # One row per caption is a form that tables of image paths may have.
-        kinds = open_text_source(source, task.split, task.subset, "test")[0].kinds
+        kinds = open_source(source, task.split, task.subset, "test")[0].kinds
         key = next((name for name in ("file_name", "image") if name in kinds), None)
     chosen: dict[str, Any] = {"split": task.split, "subset": task.subset, "default_split": "test"}
     if task.where:

@@ -28,6 +28,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...data import embedding_fingerprint
 from ...files import written_into
+from ...hub.card_facts import encoder_facts
+from ...hub.cards import encoder_card
 from ...modeling import LLM2CLIPConfig, apply_text_template, assert_bidirectional, text_prefix_length
 from ...modeling.loading_llm2clip import (
     ADAPTER_WEIGHTS,
@@ -53,7 +55,6 @@ from ..model_checks import quantization_label, quantized_model_kwargs
 from ..publishing import PublishedEncoder
 from . import caption_pooling
 from .caption_pooling import CaptionPooling
-from .card import EncoderCard, stored_results, stored_training_data
 
 
 logger = logging.getLogger(__name__)
@@ -224,16 +225,15 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
     ) -> None:
         """Writes `README.md` into a folder; what sentence-transformers calls for its own, longer card."""
         settings = self.embedding_settings | self._saved_settings() | {"dimension": self.get_embedding_dimension()}
-        card = EncoderCard(
-            name=model_name or Path(path).resolve().name,
-            base_model=settings["base_model"],
-            settings=settings,
+        card = encoder_card(
+            model_name or Path(path).resolve().name,
+            settings["base_model"],
+            settings,
             adapter_only=adapter_only,
-            training_data=stored_training_data(self.model_card_data, train_datasets),
             training_options=self.training_options,
-            results=stored_results(self.model_card_data),
+            **encoder_facts(self.model_card_data, train_datasets),
         )
-        (Path(path) / "README.md").write_text(str(card), encoding="utf-8")
+        (Path(path) / "README.md").write_text(card, encoding="utf-8")
 
 
 def build_caption_encoder(

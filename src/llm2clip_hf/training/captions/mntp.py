@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ...files import written_into
+from ...hub.cards import mntp_card
 from ...modeling import assert_bidirectional
 from ...modeling.loading_llm2clip import find_adapters
 from ..base_trainer import (
@@ -48,7 +49,6 @@ from ..lora import (
     save_adapter_checkpoint,
 )
 from .arguments import MNTPTrainingArguments
-from .card import mntp_card
 
 
 # Label of a position that is no target, as everywhere in transformers.

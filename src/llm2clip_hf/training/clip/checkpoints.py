@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial
 
 from ...hub.cards import LLM2CLIPModelCardData
-from ...modeling.card_llm2clip import is_repository
+from ...modeling.configuration_llm2clip import is_repository
 from ..lora import has_adapters, lora_layers, lora_state
 from ..publishing import LORA_FILE
 from . import clip_text

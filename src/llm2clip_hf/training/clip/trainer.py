@@ -14,10 +14,8 @@ from transformers.trainer_utils import has_length
 from ...data import ImageTextCollator
 from ...files import write_json_atomically
 from ...losses import ContrastiveLoss
-from ...modeling.publishing_llm2clip import (
-    hub_errors,
-    pin_text_model,
-)
+from ...modeling.configuration_llm2clip import pin_text_model
+from ...modeling.loading_llm2clip import hub_errors
 from ..base_trainer import (
     BaseTrainer,
     EpochCallback,

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards say what the config and the run say, are kept when somebody wrote them, and their code runs."""
+"""Cards say what config, run and release say, are kept when somebody wrote them, and their code runs."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import original_models as original
 import pytest
 import tiny_models
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
-from llm2clip_hf.hub import LLM2CLIPModelCardData
+from llm2clip_hf import LLM2CLIPConfig
+from llm2clip_hf.cli import main as cli
+from llm2clip_hf.hub import LLM2CLIPModelCardData, convert_checkpoint
 from llm2clip_hf.hub.card_facts import metric_rows
-from llm2clip_hf.modeling.card_llm2clip import bundled_license, is_repository, is_unedited, merged_card
-from llm2clip_hf.modeling.publishing_llm2clip import publishable_files
+from llm2clip_hf.hub.cards import conversion_card, is_unedited, merged_card, write_released_cards
+from llm2clip_hf.hub.checkpoint_files import RELEASED, find_release
+from llm2clip_hf.hub.publishing import publishable_files
+from llm2clip_hf.modeling.configuration_llm2clip import is_repository
 
 
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESULTS = {
     "flickr30k": {"image_to_text_recall@1": 0.5, "runtime": 3.0, "captions": "five"},
@@ -97,7 +103,6 @@ def test_nested_results_leave_out_what_is_no_metric() -> None:
 )
 def test_licence_is_derived_only_where_it_is_certain(base: str | None, weights: str, expected: str | None) -> None:
     config = tiny_models.config(text_weights=weights, text_base_model=base)
-    assert bundled_license(config) == expected
     data = LLM2CLIPModelCardData(config)
     assert data.license == expected
     assert ("license:" in str(data)) is (expected is not None)
@@ -210,3 +215,110 @@ def test_a_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not any(map(is_repository, ["name", "a/b/c", "/a/b", None, "a b/c"]))
     Path("org/name").mkdir(parents=True)
     assert not is_repository("org/name")
+
+
+# ---------------------------------------------------------------------------------------- released and converted ones
+
+
+def test_committed_cards_are_those_of_the_table(tmp_path: Path) -> None:
+    written = {path.relative_to(tmp_path): path.read_text() for path in write_released_cards(tmp_path)}
+    committed = {path.relative_to(CARDS): path.read_text() for path in CARDS.rglob("*.md")}
+    assert committed == written, "render them again: `write_released_cards('model_cards')` of hub.cards"
+
+
+def test_templates_and_releases_are_in_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((CARDS.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = CARDS.parent / "src" / "llm2clip_hf"
+    held = {path for pattern in settings["llm2clip_hf"] for path in package.glob(pattern)}
+    assert {path for path in package.rglob("*") if path.suffix in (".md", ".yaml", ".typed")} == held
+
+
+@pytest.mark.parametrize("release", RELEASED, ids=lambda r: r.name)
+def test_released_card_says_what_a_user_needs(release: object) -> None:
+    text = (CARDS / release.name / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == release.license and card.data.library_name == "transformers"
+    assert release.repo_id in card.data.base_model
+    command = f"llm2clip convert {release.repo_id} converted"
+    assert (command if release.is_llm else f"{command} --text-model {release.llm}") in text
+    for numbers in release.numbers:
+        assert numbers["source"] in text
+        assert all(value in text for value in numbers["values"].values())
+
+
+def parameters(width: int, projection: int) -> int:
+    """An adaptor of depth 4 and expansion 2, from its definition."""
+    return 4 * (4 * width**2 + 3 * width + 2 * width) + 2 * width + width * projection + projection
+
+
+def test_parameters_of_the_table_are_tower_projection_adaptor_and_temperature() -> None:
+    towers = {
+        "Openai-B-16": 85_799_424 + 768 * 1280,
+        "Openai-L-14-224": 303_179_776 + 1024 * 1280,
+        "Openai-L-14-336": 303_507_456 + 1024 * 1280,
+        "EVA02-B-16": 85_869_312 + 768 * 1280 + 1280,
+        "EVA02-L-14-336": 303_645_632 + 1024 * 1280 + 1280,
+        "Llama3.2-1B-EVA02-L-14-336": 303_645_632 + 1024 * 1280 + 1280,
+    }
+    for release in RELEASED:
+        if not release.is_llm:
+            total = towers[release.name.removeprefix("LLM2CLIP-")] + parameters(release.llm_hidden_size, 1280) + 1
+            assert release.parameters == round(total / 1e6, 2), release.name
+
+
+def test_releases_are_found_by_repository_folder_and_file() -> None:
+    for release in RELEASED:
+        assert find_release(release.repo_id) is release
+        assert find_release(f"/somewhere/{release.name}") is release
+    assert find_release("downloads/LLM2CLIP-EVA02-L-14-336.pt").repo_id == "microsoft/LLM2CLIP-EVA02-L-14-336"
+    assert find_release("epoch_3.pt") is None
+
+
+def test_card_of_a_converted_folder(tmp_path: Path) -> None:
+    s = original.sizes(0)
+    source = tmp_path / "LLM2CLIP-EVA02-B-16.pt"
+    torch.save(original.eva_weights(0, s, fused=False), source)
+    convert_checkpoint(source, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard(text)
+    assert str(tmp_path) not in text
+    assert card.data.license == "apache-2.0" and card.data.base_model == ["microsoft/LLM2CLIP-EVA02-B-16"]
+    assert "llm2clip convert LLM2CLIP-EVA02-B-16.pt OUTPUT_DIR --text-model none" in text
+    assert f"{s['depth']} blocks, {s['llm']} -> {s['out']}" in text
+    assert "91.2 / 81.4" in text and "untrained" not in text
+    torch.save(original.eva_weights(0, s, fused=False), tmp_path / "mine.pt")
+    convert_checkpoint(tmp_path / "mine.pt", tmp_path / "other")
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert "91.2" not in text and ModelCard(text).data.license is None
+
+
+def test_card_of_a_start_and_of_an_llm() -> None:
+    config = LLM2CLIPConfig(llm_hidden_size=32)
+    llm = {"text_model": "some-org/LLM", "text_weights": "bundled"}
+    text = conversion_card("laion/CLIP", "starting tower, clip", config, **llm, new_keys=54)
+    assert "**untrained**: 54 weights" in text
+    assert "llm2clip convert laion/CLIP OUTPUT_DIR --text-model some-org/LLM --text-weights bundled" in text
+    assert ModelCard(text).data.pipeline_tag == "zero-shot-image-classification"
+    release = RELEASED[-1]
+    text = conversion_card(release.repo_id, "LLM", template="<s>{text}\n")
+    assert "every text becomes `<s>{text}\\n` by itself" in text
+    assert f"llm2clip convert {release.repo_id} OUTPUT_DIR\n" in text and "build_caption_encoder" in text
+    assert ModelCard(text).data.license == "llama3.2"
+
+
+@pytest.mark.parametrize("path", [*sorted(CARDS.rglob("*.md")), CARDS.parent / "docs" / "coming_from_the_original.md"])
+def test_code_in_cards_and_guide_is_python(path: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
+        compile(block, str(path), "exec")
+
+
+def test_commands_in_cards_and_guide_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [
+        path.read_text() for path in (*CARDS.rglob("*.md"), CARDS.parent / "docs" / "coming_from_the_original.md")
+    ]
+    commands = re.findall(r"^llm2clip (convert .*)$", "\n".join(texts), re.M)
+    assert len(commands) > len(RELEASED)
+    for command in commands:
+        assert cli.main([*command.split(), "--help"]) == 0, command
+        assert "usage: llm2clip convert" in capsys.readouterr().out
