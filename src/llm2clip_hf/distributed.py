@@ -61,7 +61,22 @@ _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, t
 def all_gather_sizes(
     size: int, device: torch.device, group: Group = None, *, alike: Mapping[str, Tensor | None] | None = None
 ) -> list[int]:
-    """`size` of every rank of `group`, in rank order, in one exchange. Waits for the device."""
+    """
+    `size` of every rank of `group`, in rank order, in one exchange. Waits for the device.
+
+    Args:
+        size (`int`): A number of this rank.
+        device (`torch.device`): Where the exchange takes place.
+        group (*optional*): Process group; the default group when None.
+        alike (mapping from `str` to `torch.Tensor` or `None`, *optional*):
+            Tensors by name whose dtype and trailing sizes must be those of all ranks; `None` where a rank has none.
+
+    Returns:
+        `list[int]`: the sizes.
+
+    Raises:
+        ValueError: on every rank, if the ranks differ in a tensor of `alike`; other bytes would be taken for numbers.
+    """
     count = world_size(group)
     if count == 1:
         return [size]
@@ -116,6 +131,25 @@ def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = No
 
     The gradient of a rank's rows is the sum over ranks of the gradients of its block, so that the mean over ranks
     which DDP takes of the parameter gradients is the gradient of the mean of the ranks' losses.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(n, ...)`):
+            Rows of this rank; every rank calls with the same dtype and trailing shape.
+        group (*optional*):
+            Process group; the default group when None.
+        sizes (`list[int]`, *optional*):
+            Number of rows of each rank if known, e.g. from `all_gather_sizes`; otherwise asked for. Ranks may differ.
+
+    Returns:
+        `torch.Tensor` of shape `(sum of sizes, ...)`; `tensor` itself when there is one process.
+
+    Raises:
+        ValueError: on every rank, if the ranks differ in dtype or width and `sizes` is not given.
+
+    Example:
+
+    >>> all_gather(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
     """
     if world_size(group) == 1:
         return tensor
@@ -185,7 +219,18 @@ def merge_log_sum_exp(partial: Tensor, group: Group = None) -> Tensor:
 
 
 def ring_shift(tensor: Tensor, group: Group = None) -> Callable[[], Tensor]:
-    """Start sending `tensor` to the next rank of `group` and receiving the previous rank's, without gradient."""
+    """
+    Start sending `tensor` to the next rank of `group` and receiving the previous rank's, without gradient.
+
+    Args:
+        tensor (`torch.Tensor`):
+            Same shape and dtype on every rank; must not change until the transfer is complete.
+        group (*optional*):
+            Process group; the default group when None.
+
+    Returns:
+        A function that waits for the transfer and returns the received tensor.
+    """
     count, position = world_size(group), rank(group)
     if count == 1:
         return lambda: tensor

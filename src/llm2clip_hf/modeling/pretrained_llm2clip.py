@@ -122,7 +122,20 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 init.constant_(module.logit_bias, module.config.logit_bias_init_value)
 
     def attach_text_model(self, text_model: PreTrainedModel, text_weights: str | None = None) -> None:
-        """Gives the model its LLM, frozen; `text_weights` says where it will be when the model is saved."""
+        """
+        Gives the model its LLM, frozen.
+
+        Args:
+            text_model (`PreTrainedModel`): A decoder without a head (`AutoModel`), in any dtype, also quantised.
+            text_weights (`str`, *optional*):
+                New value of `config.text_weights`, for example `"bundled"` to save the LLM with the model.
+
+        Raises:
+            ValueError: if its width is not the adaptor's, it was trained with another pooling or template header, it
+                does not attend bidirectionally, or it is not the LLM that `config.text_fingerprint` records (by
+                sampled weights); or if nobody says how long the header is. A model built without an LLM takes pooling
+                and length of the header from the LLM's config, where a folder of stage 1 or `convert` has them.
+        """
         pooling, prefix = self.config.text_pooling, self.config.text_prefix_length
         if self.config.text_config is None:
             # The defaults of a model that was built without an LLM; what the LLM's folder says counts.
@@ -177,12 +190,31 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """
-        Loads a model, and its LLM where the model only names it, unless `load_text_model=False`.
+        r"""
+        Loads a model, and its LLM where the model only names it.
 
-        `text_model` is an LLM to attach instead; `text_model_kwargs` are for loading it, such as
-        `quantization_config`. Weights that are missing or left over are an error, or, with `output_loading_info`,
-        returned beside the model.
+        Args:
+            pretrained_model_name_or_path (`str`): Repository or folder.
+            load_text_model (`bool`, *optional*, defaults to `True`):
+                Whether to load the LLM. Without it the model takes images and stored LLM embeddings, and of a bundled
+                one only those files are fetched that hold other weights too.
+            text_model (`PreTrainedModel`, *optional*): An LLM to attach instead of the bundled or named one.
+            text_model_kwargs (`dict`, *optional*):
+                Arguments for loading an external LLM. Those of the model that concern any part hold for it too, unless
+                they are given here: `dtype`, `attn_implementation`, `device_map`, `quantization_config`, `token`,
+                `cache_dir`, `local_files_only`, ..., but neither `revision` nor `trust_remote_code`. For a bundled LLM
+                `quantization_config`, `dtype` and `attn_implementation` alone.
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Return also the dictionary of missing and unexpected keys instead of raising an error for them.
+            kwargs: As for any transformers model. `dtype` and `quantization_config` are the LLM's; all other parts
+                stay float32.
+
+        Returns:
+            [`LLM2CLIPModel`] in evaluation mode.
+
+        Raises:
+            ValueError: if weights are missing, unexpected or (without `ignore_mismatched_sizes=True`) of another
+                shape, the LLM does not fit, or an argument for loading it cannot be used.
         """
         adapters, source = None, (kwargs.pop("adapter_kwargs", None) or {})
         # `AutoModel` has followed adapters to the model that they are for.
@@ -237,6 +269,31 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         The projection and the adaptor are new, drawn from torch's generator: call `transformers.set_seed` before, on
         all processes alike. `LLM2CLIPProcessor.from_vision_text_pretrained` makes the processor for it from the same
         parts.
+
+        Args:
+            vision_model_name_or_path (`str`):
+                Repository or folder of a vision backbone, or of a CLIP-like model, whose vision tower is taken.
+            text_model_name_or_path (`str`, *optional*):
+                Repository or folder of a decoder LLM, or of a multimodal model, whose language model is taken.
+            text_template (`str`, *optional*, defaults to `"auto"`): See [`apply_text_template`].
+            text_model_kwargs (`dict`, *optional*):
+                Arguments for loading the LLM: `dtype`, `quantization_config`, `revision`, `token`, ...
+            kwargs: Fields of [`LLM2CLIPConfig`], for example `text_weights="external"`; arguments for loading both
+                parts: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`, `revision`,
+                `trust_remote_code`, `attn_implementation`, `device_map` and what goes with it; of these `dtype` and
+                `quantization_config` are the LLM's, as in `from_pretrained`. With `vision_` or `text_` before it, an
+                argument, or a field of the part's own config, is for one part: `vision_revision`, `text_dtype`,
+                `vision_image_size`. `vision_pooling` is `"pooler"` if left out, but `"cls"` for a checkpoint without
+                weights for its pooler. `logit_scale_init_value="pretrained"` keeps the trained temperature of a CLIP;
+                else a new model starts at ln(1 / 0.07), as its projection is new.
+
+        Returns:
+            [`LLM2CLIPModel`] in evaluation mode, with its LLM frozen. Its config records repositories and commits.
+
+        Raises:
+            ValueError: if a part has missing weights, the LLM cannot attend bidirectionally, or `text_pooling` is not
+                the one it was trained with or does not fit its tokenizer.
+            TypeError: for an argument that nothing takes.
         """
         where = f"`{cls.__name__}.from_vision_text_pretrained`"
         own, shared, vision, text = route_keywords(where, kwargs, [*config_fields(), *vars(PreTrainedConfig())])
@@ -297,6 +354,19 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         `from_pretrained` of that folder loads the model that they name, and puts them in.
 
         `AutoModel`, pipelines and, once the processor is saved there too, `SentenceTransformer` load it.
+
+        Args:
+            save_directory (`str`): Folder to write to.
+            text_weights (`str`, *optional*):
+                `"bundled"`, `"external"` or `"none"` for this folder, instead of `config.text_weights`: a training
+                checkpoint, say, leaves a frozen LLM out and names it.
+            kwargs: As for any transformers model; with `push_to_hub=True` also those of
+                [`~LLM2CLIPModel.push_to_hub`].
+
+        Raises:
+            ValueError: if the LLM is to be bundled but is not attached or quantised, or to be external but is not
+                named or not the one that is named (see [`~LLM2CLIPModel.text_model_is_named`]), or if a part, other
+                than by `add_adapter` of the whole model, carries an adapter (LoRA) that has not been merged.
         """
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
         if getattr(self, "_hf_peft_config_loaded", False):
