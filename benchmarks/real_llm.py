@@ -26,8 +26,7 @@ import statistics
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +122,16 @@ def plain_llm(source: str, folder: Path) -> str:
             raise SystemExit(f"The package `{source}` holds {len(files)} gguf files, not one. Give `--llm` the file.")
         path = files[0]
     if not (folder / "config.json").exists():
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except Exception as error:  # transformers and gguf raise what reading happened to raise
+            reason = str(error).partition("\n")[0]
+            raise SystemExit(f"`{path}` is no whole gguf of a decoder LLM and its tokenizer: {reason}") from None
         # The weights are plain now; what is left of the gguf would keep them from being saved.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return str(folder)
 
@@ -188,11 +192,10 @@ def stage_1(
     attention = "eager" if arguments.precision == "bf16" else "sdpa"
     options = {"lora": LORA, "dtype": torch.float32, "attn_implementation": attention, **VARIANTS[variant]}
     encoder = build_caption_encoder(start, **options)
-    learning_rate = arguments.learning_rate
-    if variant == "last-layers":
+    if whole := variant == "last-layers":
         encoder.llm.requires_grad_(False)
         encoder.llm.layers[-arguments.num_layers :].requires_grad_(True)
-        learning_rate = arguments.full_learning_rate
+    learning_rate = arguments.full_learning_rate if whole else arguments.learning_rate
     args = CaptionContrastiveTrainingArguments(
         str(folder),
         max_steps=arguments.steps,
@@ -235,7 +238,7 @@ def mntp(llm: str, train: list, seed: int, folder: Path, arguments: argparse.Nam
         per_device_train_batch_size=2 * arguments.batch_size,
         **common_options(seed, arguments),
     )
-    trainer = MNTPTrainer(llm, args, train_dataset=sum(train, []), model_kwargs={"dtype": torch.float32})
+    trainer = MNTPTrainer(llm, args, train_dataset=train, model_kwargs={"dtype": torch.float32})
     trainer.train()
     trainer.save_model()
     return f"{folder}-mntp"
@@ -248,7 +251,7 @@ def drift(folder: str, dtype: str, test: list[list[str]], count: int) -> dict[st
     table = {}
     for attention in ("eager", "sdpa"):
         encoder = build_caption_encoder(folder, lora=None, dtype=DTYPES[dtype], attn_implementation=attention)
-        with autocast(dtype):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16 autocast"):
             alone = embed_one_by_one(encoder, texts)
             ways = {"alone": alone}
             for side in ("right", "left"):
@@ -260,12 +263,6 @@ def drift(folder: str, dtype: str, test: list[list[str]], count: int) -> dict[st
             cosines = [lowest_cosine(embeds, other) for other in (reference, alone)]
             table[f"{attention}, {way}"] = {"to fp32 alone": cosines[0], "to alone": cosines[1]}
     return {"dtype": dtype, "lowest_cosines": table, METRIC: accuracy}
-
-
-@contextmanager
-def autocast(dtype: str) -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16 autocast"):
-        yield
 
 
 def embed_one_by_one(encoder: CaptionEncoder, texts: list[str]) -> torch.Tensor:
@@ -311,8 +308,7 @@ def print_tables(output: Path) -> None:
         print(f"| {name} | {len(group)} | {mean} | {group[0]['trained_parameters']:,} | {curve} |")
     drifts = {name.removeprefix("drift-"): r for name, r in results.items() if name.startswith("drift-")}
     if drifts:
-        print("\n| LLM and type | CRA | attention, batch | cosine to fp32, alone | to the same type, alone |")
-        print("|---|---|---|---|---|")
+        print("\n| LLM, type | CRA | attention, batch | to fp32, alone | to itself, alone |\n|---|---|---|---|---|")
     for name, result in drifts.items():
         for way, cosines in result["lowest_cosines"].items():
             figures = " | ".join(f"{value:.6f}" for value in cosines.values())
