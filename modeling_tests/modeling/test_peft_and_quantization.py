@@ -205,8 +205,9 @@ def test_only_the_llm_is_quantised(name: str, tmp_path: Path) -> None:
         setattr(text_config, field, value)
     AutoModel.from_config(text_config).save_pretrained(tmp_path / "llm")
     tiny_models.model(
-        "clip", None, text_weights="external", text_base_model=str(tmp_path / "llm"), llm_hidden_size=64
-    ).save_pretrained(tmp_path / "clip")
+        "clip", None, text_weights="external", text_base_model=str(tmp_path / "llm"), llm_hidden_size=64,
+        text_prefix_length=0,
+    ).save_pretrained(tmp_path / "clip")  # fmt: skip
     plain = LLM2CLIPModel.from_pretrained(tmp_path / "clip")
     model = LLM2CLIPModel.from_pretrained(tmp_path / "clip", text_model_kwargs={"quantization_config": config})
 

@@ -11,11 +11,17 @@ import tiny_models
 import torch
 from caption_training import CAPTIONS, arguments, encoder_with_random_lora
 from peft import LoraConfig
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Model, TrainingArguments
 
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.modeling import apply_text_template, pool_text, text_prefix_length
-from llm2clip_hf.training import CaptionContrastiveTrainer, CaptionContrastiveTrainingArguments, build_caption_encoder
+from llm2clip_hf.training import (
+    CaptionContrastiveTrainer,
+    CaptionContrastiveTrainingArguments,
+    MNTPTrainer,
+    MNTPTrainingArguments,
+    build_caption_encoder,
+)
 from llm2clip_hf.training.captions.caption_pooling import CaptionPooling
 from llm2clip_hf.training.lora import lora_config, merged_llm
 
@@ -165,6 +171,19 @@ def test_training_moves_the_adapters_only_and_lowers_the_loss(llm_dir, tmp_path)
         assert bool((parameter != before[name]).any()) == parameter.requires_grad, name
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+
+
+def test_processes_that_are_not_to_write_write_nothing(llm_dir, tmp_path, monkeypatch):
+    """`Trainer.save_model` calls `_save` on every process; a second writer would replace the first one's files."""
+    trainer = CaptionContrastiveTrainer(
+        build_caption_encoder(llm_dir), arguments(tmp_path), CaptionPairDataset(CAPTIONS)
+    )
+    lm_dir = tiny_models.save_llm(tmp_path / "lm", head=AutoModelForCausalLM)
+    mntp = MNTPTrainer(lm_dir, MNTPTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), ["a", "b"])
+    monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
+    for each in (trainer, mntp):
+        each.save_model(str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_pairs_are_drawn_anew_each_epoch(llm_dir, tmp_path):

@@ -393,7 +393,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if name != self.config.text_base_model:
             return True
         if before is None:
-            quantized = getattr(self.text_model.config, "quantization_config", None) is not None
+            configs = (self.config, self.text_model.config)
+            quantized = any(getattr(config, "quantization_config", None) is not None for config in configs)
             return quantized or _same_source(self.text_model.config._name_or_path, name)
         now = sampled_weights(self.text_model)
         return now is None or same_sampled_weights(before, now)

@@ -161,7 +161,8 @@ def sampled_weights(text_model: Any) -> dict[str, torch.Tensor] | None:
     """Up to 1024 values of every parameter of an LLM, on the CPU, by which it is seen later whether it is the same."""
     samples = {}
     for name, parameter in text_model.named_parameters():
-        plain = parameter.dtype in SAMPLED_DTYPES and not parameter.is_meta and not hasattr(parameter, "placements")
+        # No subclass: neither quantized nor sharded.
+        plain = parameter.dtype in SAMPLED_DTYPES and not parameter.is_meta and type(parameter.data) is torch.Tensor
         if not plain or "base_layer." in name or "_fsdp" in name:
             return None
         places = torch.arange(min(1024, parameter.numel()), device=parameter.device) * parameter.numel()

@@ -249,6 +249,8 @@ class MNTPTrainer(BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return  # `save_model` calls this on every process
         llm: Any = self.accelerator.unwrap_model(self.model)
         tokenizer: Any = self.processing_class
         folder = Path(output_dir or str(self.args.output_dir))

@@ -260,6 +260,8 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
 
     # Overridden because a checkpoint of LoRA is its adapters, which `Trainer` would merge or leave out.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return  # `save_model` calls this on every process
         llm = self._encoder().llm
         if not self._is_checkpoint or not has_adapters(llm):
             super()._save(output_dir, state_dict)
