@@ -145,13 +145,13 @@ def test_no_private_name_crosses_a_package() -> None:
                 private = taken.startswith("_") and not taken.startswith("__")
                 if private and imported.startswith("llm2clip_hf.") and module != package and home != package:
                     wrong.append(f"{name} imports {imported}")
-    assert set(wrong) <= {"training.base_trainer imports llm2clip_hf.files._REPLACED"}, wrong
+    assert not wrong, wrong
 
 
 def test_a_folder_holds_at_most_sixteen_files() -> None:
     counts = {path: len(list(path.glob("*.py"))) for path in [ROOT, *ROOT.rglob("*")] if path.is_dir()}
     too_full = {str(path.relative_to(ROOT)): count for path, count in counts.items() if count > 16}
-    assert too_full.keys() <= {"data"}, too_full
+    assert not too_full, too_full
 
 
 def test_third_party_packages_have_one_owner() -> None:

@@ -75,7 +75,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 UNFINISHED = ".unfinished-"
-_REPLACED = ".replaced-"
+REPLACED = ".replaced-"
 
 
 def publish_folder(staging: Path, target: Path) -> None:
@@ -85,7 +85,7 @@ def publish_folder(staging: Path, target: Path) -> None:
             with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
     if target.exists():
-        replaced = target.with_name(f"{_REPLACED}{target.name}")
+        replaced = target.with_name(f"{REPLACED}{target.name}")
         os.replace(target, replaced)
         os.replace(staging, target)
         shutil.rmtree(replaced)
@@ -135,6 +135,3 @@ def written_into(target: Path, last: str, replaced: Sequence[str] = ()) -> Itera
             destination = target / file.relative_to(name)
             destination.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, destination)
-
-
-__all__ = ["temporary_folder"]

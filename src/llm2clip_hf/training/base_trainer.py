@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils.hub import PushInProgress
 
 from ..distributed import world_size
-from ..files import _REPLACED, UNFINISHED, publish_folder, write_json_atomically
+from ..files import REPLACED, UNFINISHED, publish_folder, write_json_atomically
 from ..hub.card_facts import ARGUMENTS_FILE, STATE_FILE
 from ..hub.cards import CARD_FILE
 from ..hub.publishing import stated_license
@@ -317,7 +317,7 @@ class BaseTrainer(Trainer):
         target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = run_dir / f"{UNFINISHED}{target.name}"
         if self.args.should_save:
-            for leftover in (*run_dir.glob(f"{UNFINISHED}*"), *run_dir.glob(f"{_REPLACED}*")):
+            for leftover in (*run_dir.glob(f"{UNFINISHED}*"), *run_dir.glob(f"{REPLACED}*")):
                 shutil.rmtree(leftover)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
