@@ -6,7 +6,7 @@ The paper's story on a real LLM that anyone can install: caption retrieval accur
     python benchmarks/real_llm.py --captions captions_val2017.parquet --output runs
     python benchmarks/real_llm.py --captions captions_val2017.parquet --output runs --parts drift texts
     python benchmarks/real_llm.py --captions captions_val2017.parquet --output runs --seeds 0 1 2 --precision bf16 \
-        --variants mean eos last causal-mean causal-eos mntp last-layers
+        --variants mean no-template eos last causal-mean causal-eos mntp last-layers
 
 `--captions` is a table with a list column `captions`, one row per image. A permutation of seed 0 orders the images;
 the last 1,000 are held out, whatever `--seeds` says. `--llm` is an installed package with one gguf file, a gguf file,
@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "last": {"pooling": "last", "template": None},
     "causal-mean": {"bidirectional": False},
     "causal-eos": {"bidirectional": False, "pooling": "eos"},
+    "no-template": {"template": None},
     "mntp": {},
     "last-layers": {"lora": None},
 }
@@ -192,7 +193,8 @@ def stage_1(
     start = mntp(llm, train, seed, folder, arguments) if variant == "mntp" else llm
     # On a CPU, the backward pass of sdpa in bf16 takes longer than all matrix products.
     attention = "eager" if arguments.precision == "bf16" else "sdpa"
-    options = {"lora": LORA, "dtype": torch.float32, "attn_implementation": attention, **VARIANTS[variant]}
+    dtype = torch.bfloat16 if arguments.precision == "bf16" and variant != "last-layers" else torch.float32
+    options = {"lora": LORA, "dtype": dtype, "attn_implementation": attention, **VARIANTS[variant]}
     encoder = build_caption_encoder(start, **options)
     learning_rate = arguments.learning_rate
     if variant == "last-layers":
@@ -329,7 +331,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["mean"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast in training")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: frozen weights and autocast")
     parser.add_argument("--steps", type=int, default=84)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
