@@ -263,6 +263,15 @@ except ImportError as error:
     assert remote == f"LLM2CLIP {expected}"
 
 
-def test_oldest_transformers_is_that_of_the_metadata() -> None:
+def test_transformers_that_moved_a_name_is_told_the_supported_range(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import llm2clip_hf\ntry: llm2clip_hf.LLM2CLIPModel\nexcept ImportError as e: print(e)"],
+        env=fake_transformers(tmp_path, "6.1.0"), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("`LLM2CLIPModel` cannot be imported with transformers 6.1.0: ")
+    assert done.stdout.endswith('Supported is >=5.17,<6: `pip install "transformers>=5.17,<6"`.\n')
+
+
+def test_supported_transformers_are_those_of_the_metadata() -> None:
     text = (ROOT.parents[1] / "pyproject.toml").read_text()
-    assert f'"transformers>={llm2clip_hf._OLDEST_TRANSFORMERS},' in text
+    assert f'"transformers{llm2clip_hf._SUPPORTED_TRANSFORMERS}"' in text

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor
 
 _OLDEST_TRANSFORMERS = "5.17"
+_SUPPORTED_TRANSFORMERS = f">={_OLDEST_TRANSFORMERS},<6"
 
 
 def _check_transformers() -> None:
@@ -36,8 +37,13 @@ register_with_auto_classes()
 def __getattr__(name: str) -> Any:
     # The model classes take seconds to import; that is due when one is used.
     if name in ("LLM2CLIPConfig", "LLM2CLIPModel", "LLM2CLIPProcessor"):
-        from . import modeling
-
+        try:
+            from . import modeling
+        except ImportError as error:  # what a newer transformers moved or removed
+            raise ImportError(
+                f"`{name}` cannot be imported with transformers {importlib.metadata.version('transformers')}: {error}. "
+                f"Supported is {_SUPPORTED_TRANSFORMERS}: `pip install \"transformers{_SUPPORTED_TRANSFORMERS}\"`."
+            ) from error
         return getattr(modeling, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
