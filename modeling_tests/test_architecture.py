@@ -264,12 +264,13 @@ except ImportError as error:
 
 
 def test_transformers_that_moved_a_name_is_told_the_supported_range(tmp_path: Path) -> None:
+    code = "import llm2clip_hf\ntry: llm2clip_hf.LLM2CLIPModel\nexcept ImportError as error: print(error)"
     done = subprocess.run(
-        [sys.executable, "-c", "import llm2clip_hf\ntry: llm2clip_hf.LLM2CLIPModel\nexcept ImportError as e: print(e)"],
+        [sys.executable, "-c", code],
         env=fake_transformers(tmp_path, "6.1.0"), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.startswith("`LLM2CLIPModel` cannot be imported with transformers 6.1.0: ")
-    assert done.stdout.endswith('Supported is >=5.17,<6: `pip install "transformers>=5.17,<6"`.\n')
+    assert done.stdout.startswith("`LLM2CLIPModel` needs transformers>=5.17,<6, found 6.1.0: ")
+    assert done.stdout.endswith('Install a supported one: `pip install "transformers>=5.17,<6"`.\n')
 
 
 def test_supported_transformers_are_those_of_the_metadata() -> None:

@@ -19,6 +19,7 @@ from llm2clip_hf.evaluation import (
     evaluate_caption_retrieval,
     evaluate_retrieval,
     evaluate_zero_shot_classification,
+    joint_space_statistics,
     retrieval_metrics,
 )
 from llm2clip_hf.evaluation.tasks.definitions import TASKS, resolve_tasks
@@ -120,6 +121,12 @@ def test_retrieval_equals_the_function_in_every_layout(parts: tuple[Any, Any], t
         assert record["counts"] == {"images": 5, "captions": 15}
         digests.add(record["fingerprint"]["captions_sha256"])
     assert len(digests) == 1
+    embeds = [encode_images(parts[0], images(), processor=parts[1])]
+    embeds.append(encode_texts(parts[0], sum(CAPTIONS, []), processor=parts[1]))
+    owners = torch.arange(5).repeat_interleave(3)
+    assert record["joint_space"] == pytest.approx(joint_space_statistics(*embeds, owners), rel=1e-5)
+    with pytest.raises(ValueError, match="`match_precision` must lie between 0 and 1, both excluded, got 95"):
+        evaluate_tasks(*parts, [f"retrieval:{folder}"], match_precision=95)
     assert len(result(parts, f"retrieval:{folder}")["fingerprint"]["annotation_sha256"]) == 64
 
 

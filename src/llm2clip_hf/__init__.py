@@ -40,9 +40,10 @@ def __getattr__(name: str) -> Any:
         try:
             from . import modeling
         except ImportError as error:  # what a newer transformers moved or removed
+            supported = f"transformers{_SUPPORTED_TRANSFORMERS}"
             raise ImportError(
-                f"`{name}` cannot be imported with transformers {importlib.metadata.version('transformers')}: {error}. "
-                f"Supported is {_SUPPORTED_TRANSFORMERS}: `pip install \"transformers{_SUPPORTED_TRANSFORMERS}\"`."
+                f"`{name}` needs {supported}, found {importlib.metadata.version('transformers')}: {error}. Install a "
+                f'supported one: `pip install "{supported}"`.'
             ) from error
         return getattr(modeling, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

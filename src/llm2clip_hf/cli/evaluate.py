@@ -48,6 +48,7 @@ class EvaluateOptions:
         "What to do with rows of own data that cannot be used: stop, or count.", "error"
     )
     max_images: int | None = option("Use the first so many images per task; the result is marked partial.")
+    match_precision: float = option("Precision of the cosine from which on an image and a text are a match.", 0.95)
     published: bool = option("Show published numbers beside the result.", True)
     pictures: bool = option("Draw PNG files into `output_dir`.", True)
     list_tasks: bool = option("List the benchmarks and exit.", False)
@@ -143,6 +144,7 @@ def evaluate(options: EvaluateOptions) -> int:
             max_images=options.max_images,
             device=device,
             cache_dir=options.cache_dir,
+            match_precision=options.match_precision,
             show_progress=is_main_process(),
         )
     if not is_main_process():
@@ -156,6 +158,7 @@ def evaluate(options: EvaluateOptions) -> int:
             "batch_size": options.batch_size,
             "dtype": options.dtype,
             "max_length": options.max_length,
+            "match_precision": options.match_precision,
             "text_model": options.text_model,
             "text_embeddings": options.text_embeddings,
         },

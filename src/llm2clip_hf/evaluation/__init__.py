@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .caption_accuracy import evaluate_caption_retrieval
 from .dense_features import dense_image_features
 from .encoding import encode_images, encode_texts
+from .joint_space import composition_accuracy, joint_space_statistics, match_threshold, winoground_scores
 from .linear_probe import evaluate_linear_probe
 from .metrics import caption_retrieval_accuracy, mean_per_class_recall, retrieval_metrics, top_k_accuracy
 from .mteb_wrapper import MTEBEncoder
@@ -27,6 +28,7 @@ __all__ = [
     "MTEBEncoder",
     "build_zero_shot_classifier",
     "caption_retrieval_accuracy",
+    "composition_accuracy",
     "dense_image_features",
     "embed_texts",
     "encode_images",
@@ -38,11 +40,14 @@ __all__ = [
     "evaluate_zero_shot_classification",
     "evaluate_zero_shot_segmentation",
     "format_report",
+    "joint_space_statistics",
+    "match_threshold",
     "mean_per_class_recall",
     "resolve_tasks",
     "retrieval_metrics",
     "to_eval_results",
     "top_k_accuracy",
+    "winoground_scores",
 ]
 
 

@@ -436,7 +436,7 @@ def _compare(
             f"`image_embeds` {tuple(image_embeds.shape)} and `text_embeds` {tuple(text_embeds.shape)} must have the "
             "same width. Both must come from the joint space, after the projections."
         )
-    owners = _checked_owners(text_to_image, len(images), len(texts)).to(images.embeds.device, torch.int64)
+    owners = checked_owners(text_to_image, len(images), len(texts)).to(images.embeds.device, torch.int64)
     return count_pairs(images, texts, owners, chunk_size), owners
 
 
@@ -454,7 +454,7 @@ def _count_classes(logits: torch.Tensor, labels: torch.Tensor) -> Counts:
     return Counts((logits > right).sum(dim=1), equal - 1, torch.ones_like(equal))
 
 
-def _checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
+def checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
     if text_to_image.shape != (num_texts,) or text_to_image.is_floating_point():
         raise ValueError(
             f"`text_to_image` must hold one integer per caption ({num_texts}), got shape "

@@ -137,6 +137,7 @@ def _task_lines(name: str, task: Mapping[str, Any]) -> list[str]:
             recalls = "".join(f"   R@{k} {100 * metrics[f'{direction}_recall@{k}']:5.1f}" for k in (1, 5, 10))
             rank = metrics[f"{direction}_median_rank"]
             lines.append(f"  {mean}{title}{recalls}   median rank {rank:g}")
+        lines += _joint_space_lines(task.get("joint_space", {}))
         if "languages" in task:
             lines += _language_lines(task["languages"])
     else:
@@ -147,6 +148,25 @@ def _task_lines(name: str, task: Mapping[str, Any]) -> list[str]:
         ]
     if task["skipped"]:
         lines.append(f"  left out: {', '.join(f'{what} {count}' for what, count in task['skipped'].items())}")
+    return lines
+
+
+def _joint_space_lines(values: Mapping[str, float]) -> list[str]:
+    """What a cosine means, and how images and texts lie."""
+    lines = []
+    if "match_threshold" in values:
+        percent = {name: f"{100 * values[f'match_{name}']:.1f}" for name in ("precision", "recall")}
+        lines.append(
+            f"  match from cosine {values['match_threshold']:.3f} on: precision {percent['precision']}, recall "
+            f"{percent['recall']} (as many other pairs as matches; mean cosine {values['matching_cosine']:.3f} and "
+            f"{values['other_cosine']:.3f})"
+        )
+    if values:
+        uniformity = "/".join(f"{values[f'{name}_uniformity']:.2f}" for name in ("image", "text"))
+        lines.append(
+            f"  modality gap {values['modality_gap']:.2f}   alignment {values['alignment']:.2f}   "
+            f"uniformity image/text {uniformity}"
+        )
     return lines
 
 

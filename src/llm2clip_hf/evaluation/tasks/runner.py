@@ -22,6 +22,7 @@ from ...data import CaptionEmbeddingStore, CaptionTable
 from ...data.images import ImageSource
 from ..caption_accuracy import evaluate_caption_retrieval
 from ..embedding_cache import EmbeddingCache, cached_images, cached_llm_embeds, cached_texts
+from ..joint_space import FEWEST_MATCHES, joint_space_statistics, match_threshold
 from ..metrics import retrieval_metrics
 from ..retrieval import check_store
 from ..zero_shot import build_zero_shot_classifier, classification_metrics
@@ -102,6 +103,7 @@ def evaluate_tasks(
     max_images: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | Path | None = None,
+    match_precision: float = 0.95,
     show_progress: bool = False,
 ) -> Evaluation:
     """
@@ -122,6 +124,8 @@ def evaluate_tasks(
         device (*optional*): device to move the model to first.
         cache_dir (`str` or `Path`, *optional*): folder to keep the embeddings of retrieval tasks and of images in, see
             `evaluate_retrieval`.
+        match_precision (`float`, defaults to 0.95): precision of `match_threshold`, which retrieval tasks of 100
+            captions and more tell, with the statistics of the joint space, under `joint_space`.
         show_progress (`bool`, defaults to `False`): show progress bars.
 
     Returns:
@@ -136,6 +140,8 @@ def evaluate_tasks(
     >>> evaluate_tasks(model, processor, ["coco"], data_root="data").results["coco"]["metrics"]  # doctest: +SKIP
     {'image_to_text_recall@1': 0.724, ...}
     """
+    if not 0 < match_precision < 1:
+        raise ValueError(f"`match_precision` must lie between 0 and 1, both excluded, got {match_precision}.")
     plan = resolve_tasks(tasks)
     stores = [CaptionEmbeddingStore.open(path) for path in text_embeddings]
     # Opened before anything is encoded: the last task's missing file must not end a run of hours.
@@ -145,7 +151,7 @@ def evaluate_tasks(
     if device is not None:
         model.to(device)
     cache = None if cache_dir is None else EmbeddingCache(cache_dir, model)
-    runner = _Runner(model, processor, batch_size, max_length, cache, show_progress)
+    runner = _Runner(model, processor, batch_size, max_length, cache, match_precision, show_progress)
     outcome = Evaluation({}, {})
     for task in plan:
         start = time.perf_counter()
@@ -218,9 +224,11 @@ class _Runner:
         batch_size: int,
         max_length: int | None,
         cache: EmbeddingCache | None,
+        match_precision: float,
         show_progress: bool,
     ) -> None:
         self.model, self.processor, self.max_length, self.cache = model, processor, max_length, cache
+        self.match_precision = match_precision
         self.options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
 
     def run(self, data: TaskData, stored: StoredTexts | None = None) -> tuple[dict[str, Any], list[GalleryRow]]:
@@ -261,8 +269,21 @@ class _Runner:
             text_embeds = _finite(embeds, lambda row: f"text {texts[row][:80]!r}").to(self._device)
         image_embeds = self._images(data.images, data.keys)
         metrics = retrieval_metrics(image_embeds, text_embeds, owners)
+        record["joint_space"] = self._joint_space(image_embeds, text_embeds, owners)
         gallery = _gallery(image_embeds, text_embeds, texts, owners.tolist())
         return {"metrics": metrics, **record}, gallery
+
+    def _joint_space(self, images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor) -> dict[str, float]:
+        if min(len(images), len(texts)) < 2:
+            return {}
+        statistics = joint_space_statistics(images, texts, owners)
+        if len(texts) < FEWEST_MATCHES:
+            return statistics
+        try:
+            return match_threshold(images, texts, owners, precision=self.match_precision) | statistics
+        except ValueError as error:  # an untrained model has no such cosine, and results all the same
+            logger.warning("%s", error)
+            return statistics
 
     def _cross_lingual(self, data: CrossLingualData) -> tuple[dict[str, Any], list[GalleryRow]]:
         image_embeds = self._images(data.images, data.keys)
