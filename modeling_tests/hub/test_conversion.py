@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from stub_hub import cached_repository
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -278,12 +279,7 @@ def save_llm(folder: Path) -> Path:
 
 
 def test_repository_with_the_whole_model_beside_its_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, revision = eva_model(), "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--some-org--eva"
-    snapshot = repository / "snapshots" / revision
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
+    model, snapshot = eva_model(), cached_repository(tmp_path / "hub", "some-org/eva")
     write(original.eva(model), snapshot / "LLM2CLIP-EVA.pt")
     save_file({"vision_model.other": torch.ones(2)}, snapshot / "model.safetensors")
     (snapshot / "config.json").write_text(json.dumps({"projection_dim": 99}))

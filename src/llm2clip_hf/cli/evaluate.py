@@ -118,8 +118,10 @@ def evaluate(options: EvaluateOptions) -> int:
     from ..evaluation.tasks.definitions import resolve_tasks
     from ..evaluation.tasks.report import describe_hardware, format_report
     from ..evaluation.tasks.runner import evaluate_tasks
+    from ..modeling.loading_llm2clip import pin_revision
 
     tasks = resolve_tasks(options.tasks)  # before the model, which may take minutes to load
+    revision = pin_revision(options.model, {"revision": options.revision}).get("revision")
     device = process_device(options.device)
     with process_group(device):
         model, processor = load_model_and_processor(
@@ -127,7 +129,7 @@ def evaluate(options: EvaluateOptions) -> int:
             processor=options.processor,
             text_model=options.text_model,
             load_text_model=not options.text_embeddings,
-            revision=options.revision,
+            revision=revision,
             dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
         )
@@ -149,7 +151,7 @@ def evaluate(options: EvaluateOptions) -> int:
         return 0
     record: dict[str, Any] = {
         "model": describe_model(
-            model, str(options.model), options.revision, processor=processor, text_model=options.text_model
+            model, str(options.model), revision, processor=processor, text_model=options.text_model
         ),
         "tasks": evaluation.results,
         "settings": {
