@@ -99,7 +99,7 @@ def test_any_model_by_the_same_command(
         (["--model", "clip", "--text_model", "clip", "--tasks", "DATA"], "a text encoder of its own"),
         (["--model", "clip"], "at least one of `--tasks`"),
         (["--model", "ours", "--text_model", "llm", "--text_embeddings", "s", "--tasks", "DATA"], "Give one of"),
-        (["--show", "nowhere"], "`nowhere` cannot be read"),
+        (["--show", "nowhere"], "`nowhere` does not exist. Give a folder"),
         (["--show", "training"], "results.json` is no result of `llm2clip evaluate`"),
     ],
 )

@@ -603,7 +603,7 @@ def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no `config.json`"):
         convert_checkpoint(folder, tmp_path / "out")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json' is not readable JSON"):
+    with pytest.raises(ValueError, match=r"config.json` is no valid JSON"):
         convert_checkpoint(folder, tmp_path / "out")
     (folder / "config.json").write_text(json.dumps({"vision_config": {"hidden_size": 96}}))
     with pytest.raises(ValueError, match=r"`hidden_size` is 96 but 128 in the weights"):

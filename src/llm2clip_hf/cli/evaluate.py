@@ -92,18 +92,15 @@ def list_tasks() -> int:
 
 def show(options: EvaluateOptions) -> int:
     """Prints the tables of results that are on disk."""
-    import json
     from pathlib import Path
 
-    from ..evaluation.tasks.report import format_report
+    from ..evaluation import format_report
+    from ..files import read_json_object
 
     path = Path(str(options.show))
     path = path / RESULTS_FILE if path.is_dir() else path
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`{path}` cannot be read: {error}. Give a folder that `evaluate` wrote.") from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("model", "tasks")):
+    record = read_json_object(path, "Give a folder that `evaluate` wrote.")
+    if not all(isinstance(record.get(part), dict) for part in ("model", "tasks")):
         raise ValueError(
             f"`{path}` is no result of `llm2clip evaluate`: it has no `model` with `tasks`. The training verbs write "
             "a file of that name too; give a folder that `evaluate` wrote."
