@@ -33,7 +33,7 @@ LAYERS = {
     "__init__": 4,
     "__main__": 5,
 }
-ALLOWED = {("training", "evaluation"), ("training", "hub")}
+ALLOWED = {("training", "evaluation"), ("training", "hub"), ("hub", "evaluation")}
 OWNERS = {
     "triton": ("ops.contrastive_triton",),
     "accelerate": ("training",),

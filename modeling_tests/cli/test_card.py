@@ -80,7 +80,7 @@ def test_card_of_somebody_keeps_its_text(folder: Path) -> None:
     ("options", "message"),
     [
         (["--license", "My Licence"], "`license` must be an identifier of the Hub"),
-        (["--results", "missing.json"], "The results file `missing.json` does not exist."),
+        (["--results", "missing.json"], "`missing.json` does not exist. Give a file of results"),
         (["--figure", "plot.png"], "The picture 'plot.png' is not in"),
         (["--base-model", "a/b/c"], "`base_model` names 'a/b/c'"),
     ],

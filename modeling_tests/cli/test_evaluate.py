@@ -2,16 +2,19 @@
 """`llm2clip evaluate` on LLM2CLIP and on CLIP, from folders: what it prints, what it writes, how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny_models
 import torch
 from evaluation_data import CAPTIONS, clip, picture, siglip, write_image_folder, write_parquet
+from stub_hub import COMMIT, cached_repository
 from transformers import AutoProcessor
 
 from llm2clip_hf import LLM2CLIPModel
@@ -96,7 +99,7 @@ def test_any_model_by_the_same_command(
         (["--model", "clip", "--text_model", "clip", "--tasks", "DATA"], "a text encoder of its own"),
         (["--model", "clip"], "at least one of `--tasks`"),
         (["--model", "ours", "--text_model", "llm", "--text_embeddings", "s", "--tasks", "DATA"], "Give one of"),
-        (["--show", "nowhere"], "`nowhere` cannot be read"),
+        (["--show", "nowhere"], "`nowhere` does not exist. Give a folder"),
         (["--show", "training"], "results.json` is no result of `llm2clip evaluate`"),
     ],
 )
@@ -116,6 +119,17 @@ def test_failures_are_one_line_and_write_nothing(
 def test_a_processor_from_elsewhere_serves(folders: Path) -> None:
     argv = ["evaluate", "--model", str(folders / "bare"), "--processor", str(folders / "clip")]
     assert cli.main([*argv, "--tasks", str(folders / "data"), "--max_images", "3"]) == 0
+
+
+@pytest.mark.parametrize("given", [[], ["--revision", "main"]])
+def test_a_result_names_the_commit_of_a_repository(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    shutil.copytree(folders / "clip", cached_repository(tmp_path, "org/clip"), dirs_exist_ok=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    argv = ["--model", "org/clip", "--tasks", folders / "data", "--max_images", 2, *given]
+    record = run_and_read(tmp_path / "out", *argv)["model"]
+    assert (record["name"], record["revision"]) == ("org/clip", COMMIT)
 
 
 def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from llm2clip_hf.demo import captions as text
+from llm2clip_hf.demo import report
 from llm2clip_hf.demo.captions import (
     PAIRED,
     WORDINGS,
@@ -27,11 +28,11 @@ from llm2clip_hf.demo.captions import (
 )
 from llm2clip_hf.demo.language_model import build_tokenizer
 from llm2clip_hf.demo.report import (
-    CRA_TITLES,
+    CRA_SETS,
     MODEL_TITLES,
-    RETRIEVAL_TITLES,
+    PICTURE_QUERIES,
+    RETRIEVAL_SETS,
     STAGE_TITLES,
-    draw_retrieval,
     format_table,
 )
 from llm2clip_hf.demo.scenes import (
@@ -46,6 +47,7 @@ from llm2clip_hf.demo.scenes import (
     sample_scenes,
     split_scans,
 )
+from llm2clip_hf.evaluation.tasks.pictures import draw_gallery
 
 
 @pytest.fixture(scope="module")
@@ -313,12 +315,12 @@ def made_up_metrics() -> dict[str, Any]:
         "seed": 0,
         "settings": {"num_held_out": 77},
         "caption_retrieval_accuracy": {
-            when: {name: next(values) for name in CRA_TITLES} for when in ("before", "after")
+            when: {name: next(values) for name in CRA_SETS} for when in ("before", "after")
         },
         "models": {
             model: {
                 name: {"image_to_text_recall@1": next(values), "text_to_image_recall@1": next(values)}
-                for name in RETRIEVAL_TITLES
+                for name in RETRIEVAL_SETS
             }
             | {"zero_shot": {"zero_shot_top1": next(values)}}
             for model in MODEL_TITLES
@@ -340,9 +342,9 @@ def test_table_shows_what_the_metrics_hold() -> None:
         return f"{100 * value:.1f}"
 
     cra = metrics["caption_retrieval_accuracy"]
-    for name, title in CRA_TITLES.items():
+    for name, (*_, title) in CRA_SETS.items():
         assert cells(table, title) == [shown(cra["before"][name]), shown(cra["after"][name])]
-    for name, title in RETRIEVAL_TITLES.items():
+    for name, (_, title) in RETRIEVAL_SETS.items():
         expected = [
             shown(metrics["models"][model][name][f"{way}_recall@1"])
             for model in MODEL_TITLES
@@ -357,17 +359,21 @@ def test_table_shows_what_the_metrics_hold() -> None:
     assert "77 scenes" in table
 
 
-def test_picture_frames_the_right_image_only(tmp_path: Path) -> None:
-    images = [Image.new("RGB", (12, 12), (value, value, value)) for value in (10, 20, 30)]
-    queries = [("dense", "a small red seven", 1)]
-    lime = {}
-    for name, ranking in {"found": [0, 1], "missed": [0, 2]}.items():
-        path = tmp_path / f"{name}.png"
-        draw_retrieval(images, queries, {"cc_llm": [ranking], "clip_from_scratch": [[2, 0]]}, path)
-        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-        lime[name] = int(((pixels - (0, 255, 0)) == 0).all(-1).sum())
-    assert lime["found"] > 100
-    assert lime["missed"] == 0
+def test_picture_shows_what_both_models_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, drawn = small_data(), []
+    right = [scene for scene, _ in PICTURE_QUERIES]
+    # The one model finds the scenes, the other one everything but them.
+    monkeypatch.setattr(report, "encode_images", lambda model, images, processor: torch.eye(len(images)))
+    monkeypatch.setattr(
+        report, "encode_texts", lambda sign, texts, processor: sign * torch.eye(len(data.held_out))[right]
+    )
+    monkeypatch.setattr(report, "draw_gallery", lambda *arguments: drawn.append(arguments) or draw_gallery(*arguments))
+    report.draw(data, {"cc_llm": (1, None), "clip_from_scratch": (-1, None)}, tmp_path / "retrieval.png", top=3)
+    ((_, rows, _, note),) = drawn
+    for row, (scene, wording) in zip(rows, PICTURE_QUERIES, strict=True):
+        assert (row.query, row.right, row.found[0]) == (caption(data.held_out[scene], wording), scene, scene)
+        assert len(row.found) == 6 and scene not in row.found[1:]
+    assert "(c) CC-tuned LLM + CLIP training, then of (a)" in note
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny_models
@@ -18,6 +19,7 @@ from evaluation_data import clip, siglip
 from PIL import Image as PILImage
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score
+from stub_hub import COMMIT, cached_repository
 from torch.utils.data import DataLoader
 
 from llm2clip_hf import LLM2CLIPProcessor
@@ -379,6 +381,18 @@ def test_changed_weights_never_meet_kept_results(mteb: Any, tmp_path: Path, monk
     assert changed[1] == run(mteb, MTEBEncoder(model, processor), text_to_image())["ndcg_at_10"]
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     assert MTEBEncoder(model, processor).mteb_model_meta.revision not in (first[0], changed[0])
+
+
+def test_a_repository_is_loaded_with_name_and_commit(
+    mteb: Any, encoder: MTEBEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cached_repository(tmp_path, "org/boats")
+    encoder.model.save_pretrained(snapshot)
+    encoder.processor.save_pretrained(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main"):
+        meta = MTEBEncoder.from_pretrained("org/boats", revision, device="cpu").mteb_model_meta
+        assert (meta.name, meta.revision) == ("org/boats", COMMIT)
 
 
 def test_a_folder_is_loaded_with_name_and_digest(mteb: Any, encoder: MTEBEncoder, tmp_path: Path) -> None:

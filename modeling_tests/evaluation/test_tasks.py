@@ -22,8 +22,9 @@ from llm2clip_hf.evaluation import (
     joint_space_statistics,
     retrieval_metrics,
 )
+from llm2clip_hf.evaluation.tasks.data import locate
 from llm2clip_hf.evaluation.tasks.definitions import TASKS, resolve_tasks
-from llm2clip_hf.evaluation.tasks.loading import load_task_data, locate
+from llm2clip_hf.evaluation.tasks.loading import load_task_data
 from llm2clip_hf.evaluation.tasks.report import PUBLISHED
 from llm2clip_hf.evaluation.tasks.runner import evaluate_tasks
 

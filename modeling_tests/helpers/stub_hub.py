@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_stub"  # of the user `someone`, who writes for `org` as well
 OWNERS = {"someone", "org"}
 
@@ -108,6 +109,15 @@ def stub_hub() -> Iterator[StubHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def cached_repository(cache: Path, repo_id: str) -> Path:
+    """The folder of the files of a repository at `COMMIT`, its `main`, in the cache of the Hub's client."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    return repository / "snapshots" / COMMIT
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -15,8 +15,8 @@ from PIL import Image
 
 from llm2clip_hf import LLM2CLIPConfig
 from llm2clip_hf.cli import main as cli
+from llm2clip_hf.evaluation.tasks.report import metric_rows
 from llm2clip_hf.hub import LLM2CLIPModelCardData, convert_checkpoint
-from llm2clip_hf.hub.card_facts import metric_rows
 from llm2clip_hf.hub.cards import conversion_card, is_unedited, merged_card, write_released_cards
 from llm2clip_hf.hub.checkpoint_files import RELEASED, find_release
 from llm2clip_hf.hub.publishing import publishable_files

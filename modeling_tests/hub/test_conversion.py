@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from stub_hub import cached_repository
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -278,12 +279,7 @@ def save_llm(folder: Path) -> Path:
 
 
 def test_repository_with_the_whole_model_beside_its_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, revision = eva_model(), "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--some-org--eva"
-    snapshot = repository / "snapshots" / revision
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
+    model, snapshot = eva_model(), cached_repository(tmp_path / "hub", "some-org/eva")
     write(original.eva(model), snapshot / "LLM2CLIP-EVA.pt")
     save_file({"vision_model.other": torch.ones(2)}, snapshot / "model.safetensors")
     (snapshot / "config.json").write_text(json.dumps({"projection_dim": 99}))
@@ -607,7 +603,7 @@ def test_folders_that_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no `config.json`"):
         convert_checkpoint(folder, tmp_path / "out")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json' is not readable JSON"):
+    with pytest.raises(ValueError, match=r"config.json` is no valid JSON"):
         convert_checkpoint(folder, tmp_path / "out")
     (folder / "config.json").write_text(json.dumps({"vision_config": {"hidden_size": 96}}))
     with pytest.raises(ValueError, match=r"`hidden_size` is 96 but 128 in the weights"):

@@ -48,6 +48,19 @@ def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
     write_text_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The content of a JSON file that a user names or may have edited; `remedy` ends the message of an error."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"`{path}` does not exist. {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{path}` is no valid JSON: {error}. {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` holds {type(content).__name__}, expected an object. {remedy}")
+    return content
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file through `write_atomically`."""
 

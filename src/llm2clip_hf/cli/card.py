@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip card`: the model card of a saved model, from its config, its training log and its results."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,19 +83,13 @@ def _fields(options: CardOptions) -> dict[str, Any]:
 
 
 def _results(files: Sequence[str]) -> dict[str, Any]:
-    from ..evaluation.tasks.report import to_eval_results
+    from ..evaluation import to_eval_results
+    from ..files import read_json_object
 
     results: dict[str, Any] = {}
     entries: list[Any] = []
     for file in files:
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"The results file `{file}` does not exist.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"The results file `{file}` is no valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"The results file `{file}` holds {type(content).__name__}, expected an object.")
+        content = read_json_object(Path(file), "Give a file of results, as the other verbs write them.")
         if "tasks" in content:  # of `llm2clip evaluate`
             entries += to_eval_results(content)
         else:

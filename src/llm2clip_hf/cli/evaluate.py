@@ -93,18 +93,15 @@ def list_tasks() -> int:
 
 def show(options: EvaluateOptions) -> int:
     """Prints the tables of results that are on disk."""
-    import json
     from pathlib import Path
 
-    from ..evaluation.tasks.report import format_report
+    from ..evaluation import format_report
+    from ..files import read_json_object
 
     path = Path(str(options.show))
     path = path / RESULTS_FILE if path.is_dir() else path
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`{path}` cannot be read: {error}. Give a folder that `evaluate` wrote.") from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("model", "tasks")):
+    record = read_json_object(path, "Give a folder that `evaluate` wrote.")
+    if not all(isinstance(record.get(part), dict) for part in ("model", "tasks")):
         raise ValueError(
             f"`{path}` is no result of `llm2clip evaluate`: it has no `model` with `tasks`. The training verbs write "
             "a file of that name too; give a folder that `evaluate` wrote."
@@ -119,8 +116,10 @@ def evaluate(options: EvaluateOptions) -> int:
     from ..evaluation.tasks.definitions import resolve_tasks
     from ..evaluation.tasks.report import describe_hardware, format_report
     from ..evaluation.tasks.runner import evaluate_tasks
+    from ..modeling.loading_llm2clip import pin_revision
 
     tasks = resolve_tasks(options.tasks)  # before the model, which may take minutes to load
+    revision = pin_revision(options.model, {"revision": options.revision}).get("revision")
     device = process_device(options.device)
     with process_group(device):
         model, processor = load_model_and_processor(
@@ -128,7 +127,7 @@ def evaluate(options: EvaluateOptions) -> int:
             processor=options.processor,
             text_model=options.text_model,
             load_text_model=not options.text_embeddings,
-            revision=options.revision,
+            revision=revision,
             dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
         )
@@ -151,7 +150,7 @@ def evaluate(options: EvaluateOptions) -> int:
         return 0
     record: dict[str, Any] = {
         "model": describe_model(
-            model, str(options.model), options.revision, processor=processor, text_model=options.text_model
+            model, str(options.model), revision, processor=processor, text_model=options.text_model
         ),
         "tasks": evaluation.results,
         "settings": {

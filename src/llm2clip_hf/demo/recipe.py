@@ -12,7 +12,6 @@ The demo: a miniature of LLM2CLIP, from raw text and raw pixels to a saved model
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -32,7 +31,6 @@ from transformers import (
     CLIPVisionConfig,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from ..data import (
     CaptionEmbeddingStore,
@@ -42,14 +40,8 @@ from ..data import (
     RandomResizedCropTransform,
     embed_captions,
 )
-from ..evaluation import (
-    CaptionRetrievalEvaluator,
-    encode_images,
-    encode_texts,
-    evaluate_retrieval,
-    evaluate_zero_shot_classification,
-)
-from ..files import write_json_atomically
+from ..files import temporary_folder, write_json_atomically
+from ..hub.text_keys import quiet_transformers
 from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, apply_text_template
 from ..training import (
     CaptionContrastiveTrainer,
@@ -58,10 +50,10 @@ from ..training import (
     LLM2CLIPTrainingArguments,
     build_caption_encoder,
 )
-from .captions import PAIRED, DemoData, caption, make_data, text_pairs
+from .captions import DemoData, make_data, text_pairs
 from .language_model import MAX_LENGTH, build_language_model, build_tokenizer, corpus_text, pretrain_language_model
-from .report import STAGE_TITLES, draw_retrieval, format_table
-from .scenes import COLOURS, DIGITS, IMAGE_SIZE, render
+from .report import STAGE_TITLES, draw, format_table, measure, measure_cra
+from .scenes import IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -105,22 +97,6 @@ FAST = DemoSettings(
     num_text=2_000, num_pairs=400, num_held_out=100, num_single=100, lm_steps=40, cc_steps=20, clip_steps=20
 )
 
-# What is measured: retrieval with captions in these wordings, by the name of the column.
-RETRIEVAL_SETS = {
-    "short": "english_short",
-    "dense": "english_dense",
-    "dense_unseen_wording": "english_compass",
-    "dense_german": "german_dense",
-    "dense_spanish": "spanish_dense",
-}
-# Two captions of a held-out scene, the second one told in the opposite order.
-CRA_SETS = {
-    "english_wordings": ("english_dense", "english_compass"),
-    "english_german": ("english_dense", "german_dense"),
-    "english_spanish": ("english_dense", "spanish_dense"),
-}
-ZERO_SHOT_TEMPLATES = tuple(f"a {colour} {{}}" for colour in COLOURS)
-
 
 @dataclass
 class DemoRun:
@@ -157,17 +133,6 @@ class DemoRun:
         }
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keeps the loading reports of transformers off the screen."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def pretrain(run: DemoRun, data: DemoData) -> Path:
     """(0) The raw LLM: model and tokenizer in a folder."""
     settings, folder = run.settings, run.folder / "llm_raw"
@@ -186,21 +151,11 @@ def pretrain(run: DemoRun, data: DemoData) -> Path:
     return folder
 
 
-def measure_cra(encoder: Any, data: DemoData) -> dict[str, float]:
-    """Caption retrieval accuracy on the held-out scenes, per set of `CRA_SETS`."""
-    accuracies = {}
-    for name, (first, second) in CRA_SETS.items():
-        captions = [[caption(s, first), caption(s, second, backwards=True)] for s in data.held_out]
-        evaluator = CaptionRetrievalEvaluator(captions, batch_size=128)
-        accuracies[name] = evaluator(encoder)["caption_retrieval_accuracy"]
-    return accuracies
-
-
 def tune_captions(run: DemoRun, data: DemoData, llm: Path) -> tuple[Path, dict[str, dict[str, float]]]:
     """(1) The CC-tuned LLM in a folder, and CRA before and after."""
     settings, folder = run.settings, run.folder / "llm_cc"
     # LoRA as in the paper; dropout has no use where no caption is seen twice.
-    with quiet_loading():
+    with quiet_transformers():
         encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora={"lora_dropout": 0.0}).to("cpu")
     before = measure_cra(encoder, data)
     # Recomputed activations would save memory that a small model does not need. The option's name is newer than 5.17.
@@ -217,7 +172,7 @@ def tune_captions(run: DemoRun, data: DemoData, llm: Path) -> tuple[Path, dict[s
 
 def embed(run: DemoRun, data: DemoData, llm: Path) -> CaptionEmbeddingStore:
     """(2) The captions of the pairs, embedded once."""
-    with quiet_loading():
+    with quiet_transformers():
         encoder = build_caption_encoder(str(llm), max_length=MAX_LENGTH, lora=None).to("cpu")
     folder = run.folder / f"embeddings_{llm.name}"
     return embed_captions(encoder, data.pair_captions, folder, fingerprint=encoder.fingerprint())
@@ -278,7 +233,7 @@ def llm2clip(run: DemoRun, data: DemoData, llm: Path, store: CaptionEmbeddingSto
     )
     model = LLM2CLIPModel(config)
     train_clip(run, f"stage2_{llm.name}", model, processor, data, settings.clip_learning_rate, store)
-    with quiet_loading():  # the raw LLM has a head that the encoder leaves out
+    with quiet_transformers():  # the raw LLM has a head that the encoder leaves out
         text_model = AutoModel.from_pretrained(llm)
     model.attach_text_model(text_model, text_weights="bundled")
     return model, processor
@@ -311,64 +266,11 @@ def baseline(run: DemoRun, data: DemoData, llm: Path) -> tuple[Any, LLM2CLIPProc
     return model, processor
 
 
-def measure(model: Any, processor: LLM2CLIPProcessor, data: DemoData) -> dict[str, Any]:
-    """(4) Retrieval in all wordings and languages, and zero-shot classification of single digits."""
-    images = [render(scene) for scene in data.held_out]
-    results: dict[str, Any] = {}
-    for name, wording in RETRIEVAL_SETS.items():
-        captions = [caption(scene, wording) for scene in data.held_out]
-        results[name] = evaluate_retrieval(model, images, captions, processor=processor, batch_size=128)
-    single = data.held_out_single
-    results["zero_shot"] = evaluate_zero_shot_classification(
-        model,
-        [render(scene) for scene in single],
-        [scene.digits[0].digit for scene in single],
-        DIGITS,
-        ZERO_SHOT_TEMPLATES,
-        processor=processor,
-        batch_size=128,
-    )
-    return results
-
-
-# Queries of the picture: position of the held-out scene, wording.
-PICTURE_QUERIES = (
-    (0, "english_dense"),
-    (0, "german_dense"),
-    (0, "spanish_dense"),
-    (1, "english_short"),
-    (1, "english_compass"),
-    (1, "spanish_dense"),
-    (2, "english_dense"),
-    (2, "german_dense"),
-)
-
-
-def draw(data: DemoData, models: dict[str, tuple[Any, LLM2CLIPProcessor]], path: Path, top: int = 5) -> None:
-    """The picture: the first held-out scenes as queries, and what models (a) and (c) find for them."""
-    images = [render(scene) for scene in data.held_out]
-    queries = [
-        (wording.replace("_", ", ") + ("" if wording in PAIRED else " (never paired with an image)"), scene, wording)
-        for scene, wording in PICTURE_QUERIES
-    ]
-    told = [(kind, caption(data.held_out[scene], wording), scene) for kind, scene, wording in queries]
-    found = {}
-    for name in ("cc_llm", "clip_from_scratch"):
-        model, processor = models[name]
-        image_embeds = encode_images(model, images, processor=processor)
-        text_embeds = encode_texts(model, [text for _, text, _ in told], processor=processor)
-        found[name] = (text_embeds @ image_embeds.T).topk(top).indices.tolist()
-    draw_retrieval(images, told, found, path)
-
-
 def save_model(model: Any, processor: LLM2CLIPProcessor, folder: Path) -> None:
     """Writes model and processor into one folder, which appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for stale in (temporary, folder):
-        shutil.rmtree(stale, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    os.replace(temporary, folder)
+    with temporary_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
 
 
 def run_demo(

@@ -8,7 +8,7 @@ from .dense_features import dense_image_features
 from .encoding import encode_images, encode_texts
 from .joint_space import composition_accuracy, joint_space_statistics, match_threshold, winoground_scores
 from .linear_probe import evaluate_linear_probe
-from .metrics import caption_retrieval_accuracy, mean_per_class_recall, retrieval_metrics, top_k_accuracy
+from .metrics import caption_retrieval_accuracy, retrieval_metrics
 from .mteb_wrapper import MTEBEncoder
 from .retrieval import evaluate_retrieval
 from .segmentation import evaluate_zero_shot_segmentation
@@ -16,7 +16,12 @@ from .tasks.definitions import resolve_tasks
 from .tasks.report import format_report, to_eval_results
 from .tasks.runner import evaluate_tasks
 from .text_towers import embed_texts
-from .zero_shot import build_zero_shot_classifier, evaluate_zero_shot_classification
+from .zero_shot import (
+    build_zero_shot_classifier,
+    evaluate_zero_shot_classification,
+    mean_per_class_recall,
+    top_k_accuracy,
+)
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ on the device of the embeddings.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -316,13 +317,13 @@ def retrieval_metrics(
     >>> metrics["image_to_text_recall@1"], metrics["text_to_image_mean_rank"]
     (1.0, 1.0)
     """
-    _check_cutoffs(ks)
+    check_cutoffs(ks)
     counts, owners = _compare(image_embeds, text_embeds, text_to_image, chunk_size)
     metrics: dict[str, float] = {}
     for direction, each in (("image_to_text", counts.image), ("text_to_image", counts.text)):
         metrics |= {f"{direction}_recall@{k}": hit_rate(each, k) for k in ks}
         rank = expected_rank(each)
-        metrics[f"{direction}_median_rank"] = _median(rank)
+        metrics[f"{direction}_median_rank"] = float(np.median(rank.cpu().numpy()))
         metrics[f"{direction}_mean_rank"] = rank.mean().item()
     return metrics | {f"image_to_text_caption_recall@{k}": caption_recall(counts, owners, k) for k in ks}
 
@@ -354,7 +355,7 @@ def caption_retrieval_accuracy(
     >>> caption_retrieval_accuracy(torch.eye(3), torch.eye(3)[[0, 2, 1]], ks=(1,))["caption_retrieval_accuracy"]
     0.3333333333333333
     """
-    _check_cutoffs(ks)
+    check_cutoffs(ks)
     if first.shape != second.shape:
         raise ValueError(
             f"`first` {tuple(first.shape)} and `second` {tuple(second.shape)} must have the same shape: one caption "
@@ -373,58 +374,6 @@ def caption_retrieval_accuracy(
     return metrics
 
 
-def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """
-    Share of samples whose class is among the `k` highest logits.
-
-    Classes that tie with the right one share the places at random: two classes of the same name get half each.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, C)`): score of each class.
-        labels (`torch.LongTensor` of shape `(N,)`): right class in `[0, C)`.
-        ks (sequence of `int`, defaults to `(1, 5)`): cut-offs, each at most `C`.
-
-    Returns:
-        `dict[str, float]`: `top1`, `top5`, ..., in `[0, 1]`.
-
-    Raises:
-        ValueError: if shapes disagree, a row of logits is not finite, a label is out of range, or a cut-off is not
-            between 1 and `C`.
-
-    Example:
-    >>> top_k_accuracy(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([1, 2]), ks=(1, 2))
-    {'top1': 0.5, 'top2': 1.0}
-    """
-    _check_cutoffs(ks, at_most=logits.shape[-1])
-    counts = _count_classes(logits, labels)
-    return {f"top{k}": hit_rate(counts, k) for k in ks}
-
-
-def mean_per_class_recall(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """
-    Top-1 accuracy of each class, averaged over the classes that occur in `labels`.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, C)`): score of each class.
-        labels (`torch.LongTensor` of shape `(N,)`): right class in `[0, C)`.
-
-    Returns:
-        `float` in `[0, 1]`.
-
-    Raises:
-        ValueError: as for `top_k_accuracy`.
-
-    Example:
-    >>> mean_per_class_recall(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
-    0.5
-    """
-    hits = hit_probability(_count_classes(logits, labels), k=1)
-    labels = labels.to(hits.device)
-    samples = torch.bincount(labels)
-    hits_per_class = torch.zeros(len(samples), dtype=torch.float64, device=hits.device).index_add_(0, labels, hits)
-    return (hits_per_class[samples > 0] / samples[samples > 0]).mean().item()
-
-
 def _compare(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int
 ) -> tuple[PairCounts, torch.Tensor]:
@@ -440,20 +389,6 @@ def _compare(
     return count_pairs(images, texts, owners, chunk_size), owners
 
 
-def _count_classes(logits: torch.Tensor, labels: torch.Tensor) -> Counts:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(
-            f"`logits` {tuple(logits.shape)} and `labels` {tuple(labels.shape)} must have the shapes (N, C) and (N,) "
-            "with N > 0."
-        )
-    check_rows(~logits.isfinite().all(dim=1), "logits", "is not finite")
-    labels = labels.to(logits.device)
-    check_rows((labels < 0) | (labels >= logits.shape[1]), "labels", f"is not a class in [0, {logits.shape[1]})")
-    right = logits.gather(1, labels[:, None])
-    equal = (logits == right).sum(dim=1)
-    return Counts((logits > right).sum(dim=1), equal - 1, torch.ones_like(equal))
-
-
 def checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
     if text_to_image.shape != (num_texts,) or text_to_image.is_floating_point():
         raise ValueError(
@@ -466,23 +401,15 @@ def checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int)
     return text_to_image
 
 
-def _check_cutoffs(ks: Sequence[int], at_most: int | None = None) -> None:
+def check_cutoffs(ks: Sequence[int], at_most: int | None = None) -> None:
     for k in ks:
         if k < 1 or (at_most is not None and k > at_most):
             limit = "" if at_most is None else f" and at most {at_most}, the number of classes"
             raise ValueError(f"Cut-offs in `ks` must be at least 1{limit}, got {k}.")
 
 
-def _median(ranks: torch.Tensor) -> float:
-    ordered = ranks.sort().values
-    middle = len(ordered) // 2
-    return (ordered[middle].item() + ordered[(len(ordered) - 1) // 2].item()) / 2
-
-
 __all__ = [
     "TIE_TOLERANCE",
     "caption_retrieval_accuracy",
-    "mean_per_class_recall",
     "retrieval_metrics",
-    "top_k_accuracy",
 ]

@@ -60,7 +60,7 @@ def describe_model(
     config = model.config
     described = {
         "name": name,
-        "revision": revision or getattr(config, "_commit_hash", None),
+        "revision": revision,
         "class": type(model).__name__,
         "model_type": config.model_type,
         "dtype": _dtypes_of(model, inside=False),

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import decode_image
 from ..data.store.fingerprint import digest_of, model_digest, tokenizer_digest
+from ..modeling.loading_llm2clip import pin_revision
 from .encoding import encode_batches, encode_images, encode_texts, longest_text, normalize, tokenize
 from .model_loading import load_model_and_processor
 
@@ -117,6 +118,7 @@ class MTEBEncoder:
         Raises:
             ValueError: if the model has no joint space of images and texts, or there is no processor.
         """
+        revision = pin_revision(name, {"revision": revision}).get("revision")
         model, loaded = load_model_and_processor(
             name,
             processor=processor,
@@ -131,8 +133,7 @@ class MTEBEncoder:
             model,
             loaded,
             name=f"local/{Path(name).resolve().name}" if is_folder else name if "/" in name else None,
-            # The commit says what the repository holds; of a folder only the weights say it.
-            revision=None if is_folder else getattr(model.config, "_commit_hash", None) or revision,
+            revision=revision,  # of a repository its commit; of a folder only the weights say what it holds
             languages=languages,
             experiment={key: value for key, value in own.items() if value is not None},
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import ImageSource
 from .encoding import encode_images, encode_texts
-from .metrics import mean_per_class_recall, top_k_accuracy
+from .metrics import Counts, check_cutoffs, check_rows, hit_probability, hit_rate
 
 
 # The single-template protocol of the paper (Table 3).
@@ -200,9 +200,77 @@ def classification_metrics(logits: torch.Tensor, targets: torch.Tensor, prefix: 
     return metrics | {f"{prefix}_mean_per_class_recall": mean_per_class_recall(logits, targets)}
 
 
+def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """
+    Share of samples whose class is among the `k` highest logits.
+
+    Classes that tie with the right one share the places at random: two classes of the same name get half each.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, C)`): score of each class.
+        labels (`torch.LongTensor` of shape `(N,)`): right class in `[0, C)`.
+        ks (sequence of `int`, defaults to `(1, 5)`): cut-offs, each at most `C`.
+
+    Returns:
+        `dict[str, float]`: `top1`, `top5`, ..., in `[0, 1]`.
+
+    Raises:
+        ValueError: if shapes disagree, a row of logits is not finite, a label is out of range, or a cut-off is not
+            between 1 and `C`.
+
+    Example:
+    >>> top_k_accuracy(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([1, 2]), ks=(1, 2))
+    {'top1': 0.5, 'top2': 1.0}
+    """
+    check_cutoffs(ks, at_most=logits.shape[-1])
+    counts = _count_classes(logits, labels)
+    return {f"top{k}": hit_rate(counts, k) for k in ks}
+
+
+def mean_per_class_recall(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    Top-1 accuracy of each class, averaged over the classes that occur in `labels`.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, C)`): score of each class.
+        labels (`torch.LongTensor` of shape `(N,)`): right class in `[0, C)`.
+
+    Returns:
+        `float` in `[0, 1]`.
+
+    Raises:
+        ValueError: as for `top_k_accuracy`.
+
+    Example:
+    >>> mean_per_class_recall(torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
+    0.5
+    """
+    hits = hit_probability(_count_classes(logits, labels), k=1)
+    labels = labels.to(hits.device)
+    samples = torch.bincount(labels)
+    hits_per_class = torch.zeros(len(samples), dtype=torch.float64, device=hits.device).index_add_(0, labels, hits)
+    return (hits_per_class[samples > 0] / samples[samples > 0]).mean().item()
+
+
+def _count_classes(logits: torch.Tensor, labels: torch.Tensor) -> Counts:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise ValueError(
+            f"`logits` {tuple(logits.shape)} and `labels` {tuple(labels.shape)} must have the shapes (N, C) and (N,) "
+            "with N > 0."
+        )
+    check_rows(~logits.isfinite().all(dim=1), "logits", "is not finite")
+    labels = labels.to(logits.device)
+    check_rows((labels < 0) | (labels >= logits.shape[1]), "labels", f"is not a class in [0, {logits.shape[1]})")
+    right = logits.gather(1, labels[:, None])
+    equal = (logits == right).sum(dim=1)
+    return Counts((logits > right).sum(dim=1), equal - 1, torch.ones_like(equal))
+
+
 __all__ = [
     "SINGLE_TEMPLATE",
     "build_zero_shot_classifier",
     "evaluate_zero_shot_classification",
     "fill_template",
+    "mean_per_class_recall",
+    "top_k_accuracy",
 ]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts for model cards: from metrics, trainers and saved models, and checks of what the Hub takes."""
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,8 @@ from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..evaluation.tasks.report import metric_rows
+from ..files import read_json_object
 from ..modeling import LLM2CLIPConfig
 from ..modeling.configuration_llm2clip import is_repository
 
@@ -50,12 +51,6 @@ _OPTIONS = (
 )
 # Of these, 0 or less means that they are not used.
 _OFF_AT_ZERO = ("max_steps", "warmup_steps", "label_smoothing_factor")
-# What results files say besides results.
-_NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "training")
-# Times, and the loss, whose value depends on the size of the batch.
-_NO_QUALITY = re.compile(r"(^|_)(loss|runtime|samples_per_second|steps_per_second|(preparation|compilation)_time)$")
-# Metrics that are shares: fractions in results, percent in cards.
-_SHARE = re.compile(r"recall@|top[0-9]|accuracy")
 _META_LLAMA = re.compile(r"meta-llama/.*llama-?(3\.[123]|[23])(?![\d.a-z])", re.IGNORECASE)
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -119,31 +114,6 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (str, int, float))
 
 
-def metric_rows(results: Mapping[str, Any], data: str = "") -> Iterator[tuple[str, str, float]]:
-    """Rows `(data set, metric, value)` of nested results; what is not a number, or no result, is left out."""
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            if name not in _NO_METRICS:
-                yield from metric_rows(value, f"{data} / {name}" if data else str(name))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not _NO_QUALITY.search(name):
-            yield data, str(name), value
-
-
-def entries_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    """Nested results as entries like those of `evaluation.report.to_eval_results`: recall and accuracy in percent."""
-    return [
-        EvalResult(
-            task_type="zero-shot-image-classification" if metric.startswith("zero_shot") else "image-text-retrieval",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-"),
-            dataset_name=data,
-            metric_type=metric.replace("@", "_at_"),
-            metric_name=metric.replace("_", " "),
-            metric_value=round(100 * value, 2) if _SHARE.search(metric) else value,
-        )
-        for data, metric, value in metric_rows(results)
-    ]
-
-
 def metric_text(value: Any) -> str:
     """A cell of a table."""
     if isinstance(value, float):
@@ -203,9 +173,11 @@ def _state_facts(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def stored_facts(root: Path) -> dict[str, Any]:
     """What lies beside a saved model: the facts of its card, else those of `trainer_state.json` and its options."""
-    stored = _read_json(root / FACTS_FILE)
+    stored, state, arguments = (
+        read_json_object(root / name, "Repair or delete it.") if (root / name).is_file() else {}
+        for name in (FACTS_FILE, STATE_FILE, ARGUMENTS_FILE)
+    )
     if not stored:
-        state, arguments = _read_json(root / STATE_FILE), _read_json(root / ARGUMENTS_FILE)
         stored = _state_facts(state)
         if arguments:
             stored["hyperparameters"] = run_options(SimpleNamespace(**arguments), state.get("global_step", 0))
@@ -215,18 +187,6 @@ def stored_facts(root: Path) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"An entry of `eval_results` in `{root / FACTS_FILE}` is not valid: {error}") from error
     return stored
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is no valid JSON: {error}. Repair or delete it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` holds {type(content).__name__}, expected an object. Repair or delete it.")
-    return content
 
 
 def encoder_facts(card_data: Any, train_datasets: Sequence[str] | None) -> dict[str, Any]:
@@ -252,8 +212,6 @@ __all__ = [
     "check_fields",
     "config_fields",
     "encoder_facts",
-    "entries_of_results",
-    "metric_rows",
     "metric_text",
     "option_rows",
     "run_options",

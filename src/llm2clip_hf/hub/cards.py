@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..evaluation.tasks.report import to_eval_results
 from ..files import write_json_atomically, write_text_atomically
 from ..modeling import LLM2CLIPConfig
 from ..modeling.configuration_llm2clip import is_repository
@@ -25,7 +26,6 @@ from .card_facts import (
     FACTS_FILE,
     check_fields,
     config_fields,
-    entries_of_results,
     metric_text,
     option_rows,
     stored_facts,
@@ -165,7 +165,7 @@ class LLM2CLIPModelCardData(ModelCardData):
         }
         self._given_results = list(eval_results or [])
         self._given_license = license
-        self._all_results = [*self._given_results, *entries_of_results(self._facts["results"])]
+        self._all_results = [*self._given_results, *to_eval_results(self._facts["results"])]
         entries = [entry for entry in self._all_results if entry.dataset_name]
         super().__init__(model_name=name.split("/")[-1] if entries else None, eval_results=entries or None, **fields)
 

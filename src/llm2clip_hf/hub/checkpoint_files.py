@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published checkpoints: which there are, and reading a file, folder or repository into tensors without its code."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,8 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from transformers.image_utils import PILImageResampling
+
+from ..files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ _CHOICES = (
     r".*",
 )
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
+_AGAIN = "Get it again."
 # Where training scripts put the weights among optimizer states and counters.
 _WRAPPERS = ("state_dict", "module", "model")
 # What distributed training and compilation put before every name.
@@ -129,11 +131,11 @@ def find_source(source: str | Path, model_config: str | Path | None = None) -> C
         # A `config.json` beside a `.pt` or open_clip's weights belongs to other files.
         foreign = files[0].suffix in (".pt", ".pth") or files[0].name.startswith("open_clip")
         own_config = folder / "config.json"
-        config = _read_json(own_config) if own_config.is_file() and not foreign else None
+        config = read_json_object(own_config, _AGAIN) if own_config.is_file() and not foreign else None
     if model_config is None and config is None:
         beside = (files[0].with_suffix(".json"), folder / _OPEN_CLIP_CONFIG)
         model_config = next((file for file in beside if file.is_file()), None)
-    original = None if model_config is None else _read_json(Path(model_config))
+    original = None if model_config is None else read_json_object(Path(model_config), _AGAIN)
     return Checkpoint(str(source), {}, config, original, folder, files)
 
 
@@ -200,16 +202,6 @@ def _download(name: str) -> Path:
             f"{name!r} is neither a file, nor a folder, nor a repository that can be fetched "
             f"({one_line(failure or error)}). Check the name, and the connection."
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not readable JSON: {error}. Get it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

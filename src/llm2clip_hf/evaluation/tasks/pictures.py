@@ -113,8 +113,8 @@ def draw_languages(languages: Mapping[str, Mapping[str, float]], title: str) -> 
     return figure
 
 
-def draw_gallery(images: ImageSource, rows: Sequence[GalleryRow], title: str) -> "Figure":
-    """Queries, each with its best images; right ones are framed."""
+def draw_gallery(images: ImageSource, rows: Sequence[GalleryRow], title: str, note: str | None = None) -> "Figure":
+    """Queries, each with its best images; right ones are framed; `note` is the line below the title."""
     from matplotlib.patches import Rectangle
 
     top = max(len(row.found) for row in rows)
@@ -122,8 +122,8 @@ def draw_gallery(images: ImageSource, rows: Sequence[GalleryRow], title: str) ->
     width, height = text_width + cell * top + 0.25, 0.75 + (cell + 0.22) * len(rows)
     figure = _figure(width, height, constrained=False)
     figure.text(0.14 / width, 1 - 0.2 / height, title, fontsize=11, fontweight="bold", color=_INK, va="top")
-    figure.text(0.14 / width, 1 - 0.45 / height, f"queries and their first {top} images; right ones are framed, with "
-                "cosines", fontsize=8, color="#68707b", va="top")  # fmt: skip
+    note = note or f"queries and their first {top} images; right ones are framed, with cosines"
+    figure.text(0.14 / width, 1 - 0.45 / height, note, fontsize=8, color="#68707b", va="top")
     families = _families()
     for number, row in enumerate(rows):
         bottom = (height - 0.72 - (cell + 0.22) * (number + 1) + 0.22) / height

@@ -3,7 +3,8 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,18 @@ _UNITS = "R@1 in percent, image to text/text to image."
 _AVERAGE = (
     "avg: mean of the five sets, computed from the columns; some averages printed in the paper's Table 1 are not."
 )
+_TYPES = {
+    "retrieval": "image-text-retrieval",
+    "cross-lingual": "image-text-retrieval",
+    "zero-shot": "zero-shot-image-classification",
+    "cra": "sentence-similarity",
+}
+# What results files say besides results.
+_NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "training")
+# Times, and the loss, whose value depends on the size of the batch.
+_NO_QUALITY = re.compile(r"(^|_)(loss|runtime|samples_per_second|steps_per_second|(preparation|compilation)_time)$")
+# Metrics that are shares: fractions in results, percent in cards.
+_SHARE = re.compile(r"recall@|top[0-9]|accuracy")
 _CELL, _SCORE_NAMES = 11, {"zero-shot": "zero_shot_top1", "cra": "caption_retrieval_accuracy"}
 
 
@@ -95,9 +108,11 @@ def _is_published(column: str) -> bool:
 
 def _scores(task: Mapping[str, Any]) -> tuple[float, ...]:
     """Percent of a task's main metrics."""
-    metrics = task["metrics"]
-    names = _RETRIEVAL if task["kind"] in _RETRIEVAL_KINDS else (_SCORE_NAMES[task["kind"]],)
-    return tuple(100 * metrics[name] for name in names)
+    return _percent(task["metrics"], _main_metrics(task))
+
+
+def _main_metrics(task: Mapping[str, Any]) -> tuple[str, ...]:
+    return _RETRIEVAL if task["kind"] in _RETRIEVAL_KINDS else (_SCORE_NAMES[task["kind"]],)
 
 
 def _comparison(model: str, own: dict[str, tuple[float, ...]], columns: Sequence[str]) -> list[str]:
@@ -177,8 +192,8 @@ def _language_lines(languages: Mapping[str, Mapping[str, float]]) -> list[str]:
     return ["    " + "    ".join(cells[start : start + 4]) for start in range(0, len(cells), 4)]
 
 
-def _percent(metrics: Mapping[str, float]) -> tuple[float, ...]:
-    return tuple(100 * metrics[name] for name in _RETRIEVAL)
+def _percent(metrics: Mapping[str, float], names: Sequence[str] = _RETRIEVAL) -> tuple[float, ...]:
+    return tuple(100 * metrics[name] for name in names)
 
 
 def describe_hardware(device: Any) -> dict[str, Any]:
@@ -190,16 +205,28 @@ def describe_hardware(device: Any) -> dict[str, Any]:
     return described
 
 
+def metric_rows(results: Mapping[str, Any], data: str = "") -> Iterator[tuple[str, str, float]]:
+    """Rows `(data set, metric, value)` of nested results; what is not a number, or no result, is left out."""
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            if name not in _NO_METRICS:
+                yield from metric_rows(value, f"{data} / {name}" if data else str(name))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not _NO_QUALITY.search(name):
+            yield data, str(name), value
+
+
 def to_eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     """
     Entries for the metadata of a model card (`model-index`).
 
     Args:
-        record (mapping): the content of `results.json`. Partial results are refused.
+        record (mapping):
+            The content of a `results.json`: of `llm2clip evaluate`, where partial results are refused; or of
+            training, metrics by name, or such dictionaries by data set, as deep as needed.
 
     Returns:
-        `list[EvalResult]`: one per task and main metric, in percent; of a cross-lingual task the mean of its
-            languages.
+        `list[EvalResult]`: of `llm2clip evaluate` one per task and main metric, of a cross-lingual task the mean of
+            its languages; else one per metric. Recall and accuracy are in percent.
 
     Raises:
         ValueError: if a result is of a part of the images only.
@@ -211,32 +238,40 @@ def to_eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     >>> result.dataset_name, result.metric_value
     ('CRA on COCO', 29.5)
     """
-    types = {
-        "retrieval": "image-text-retrieval",
-        "cross-lingual": "image-text-retrieval",
-        "zero-shot": "zero-shot-image-classification",
-        "cra": "sentence-similarity",
-    }
+    if "tasks" not in record:
+        return [
+            _entry(
+                metric,
+                value,
+                task_type=_TYPES["zero-shot" if metric.startswith("zero_shot") else "retrieval"],
+                dataset_type=re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-"),
+                dataset_name=data,
+            )
+            for data, metric, value in metric_rows(record)
+        ]
     entries = []
     for name, task in record["tasks"].items():
         if task["partial"]:
             raise ValueError(f"The result of `{name}` is of a part of the images. Run it without `max_images`.")
-        keys = list(_RETRIEVAL) if task["kind"] in _RETRIEVAL_KINDS else [_SCORE_NAMES[task["kind"]]]
         hub = TASKS[name].hub if name in TASKS and "revision" in task["fingerprint"] else None
-        for key in keys:
-            entries.append(
-                EvalResult(
-                    task_type=types[task["kind"]],
-                    dataset_type=name if hub is None else hub.repo,
-                    dataset_name=task["title"],
-                    dataset_split=task["split"],
-                    dataset_revision=task["fingerprint"].get("revision"),
-                    metric_type=key.replace("@", "_at_"),
-                    metric_name=key.replace("_", " "),
-                    metric_value=round(100 * task["metrics"][key], 2),
-                )
-            )
+        fields = {
+            "task_type": _TYPES[task["kind"]],
+            "dataset_type": name if hub is None else hub.repo,
+            "dataset_name": task["title"],
+            "dataset_split": task["split"],
+            "dataset_revision": task["fingerprint"].get("revision"),
+        }
+        entries += [_entry(key, task["metrics"][key], **fields) for key in _main_metrics(task)]
     return entries
+
+
+def _entry(metric: str, value: float, **fields: Any) -> EvalResult:
+    return EvalResult(
+        metric_type=metric.replace("@", "_at_"),
+        metric_name=metric.replace("_", " "),
+        metric_value=round(100 * value, 2) if _SHARE.search(metric) else value,
+        **fields,
+    )
 
 
 __all__ = [
@@ -246,5 +281,6 @@ __all__ = [
     "average",
     "describe_hardware",
     "format_report",
+    "metric_rows",
     "to_eval_results",
 ]
