@@ -2,6 +2,7 @@
 """Tasks from files of every layout give what the functions on tensors give; bad data stop with the item's name."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from llm2clip_hf.evaluation import (
     evaluate_zero_shot_classification,
     joint_space_statistics,
     retrieval_metrics,
+    winoground_scores,
 )
 from llm2clip_hf.evaluation.tasks.data import locate
 from llm2clip_hf.evaluation.tasks.definitions import TASKS, resolve_tasks
 from llm2clip_hf.evaluation.tasks.loading import load_task_data
-from llm2clip_hf.evaluation.tasks.report import PUBLISHED
+from llm2clip_hf.evaluation.tasks.report import PUBLISHED, format_report, to_eval_results
 from llm2clip_hf.evaluation.tasks.runner import evaluate_tasks
 
 
@@ -347,6 +349,80 @@ def test_caption_task_equals_the_function(parts: tuple[Any, Any], tmp_path: Path
 
 
 # ------------------------------------------------------------------------------------------------------------ bad data
+
+
+# --------------------------------------------------------------------------------------------------------- composition
+
+
+def composition_rows(folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir()
+    for number in range(5):
+        picture(number).save(folder / f"{number}.png")
+    files = [f"{folder.name}/{number}.png" for number in (0, 1, 1, 2, 3, 4)]
+    texts = [text for captions in CAPTIONS for text in captions]
+    return [
+        {"file_name": file, "caption": texts[n], "negative_caption": texts[n + 1 : n + 3], "category": "ab"[n % 2]}
+        for n, file in enumerate(files)
+    ]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_composition_counts_what_single_cosines_say(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    rows = composition_rows(tmp_path / "images")
+    right = []
+    for row in rows:
+        image = encode_images(parts[0], [str(tmp_path / row["file_name"])], processor=parts[1])
+        texts = encode_texts(parts[0], [row["caption"], *row["negative_caption"]], processor=parts[1])
+        cosines = torch.cosine_similarity(image, texts).tolist()
+        right.append(float(cosines[0] > max(cosines[1:])))
+    record = result(parts, f"composition:{write_lines(tmp_path / 'rows.jsonl', rows)}")
+    assert 0 < sum(right) < 6
+    by_category = {name: sum(right[n::2]) / 3 for n, name in enumerate("ab")}
+    assert {name: each["accuracy"] for name, each in record["categories"].items()} == pytest.approx(by_category)
+    assert record["metrics"] == pytest.approx(
+        {"composition_accuracy": sum(right) / 6, "mean_category_accuracy": sum(by_category.values()) / 2}
+    )
+    report = format_report({"model": {"name": "m"}, "tasks": {"own": record}})
+    assert f"    a {100 * by_category['a']:.1f} (3 images)" in report
+    [entry] = to_eval_results({"tasks": {"own": record}})
+    assert entry.metric_value == round(100 * sum(right) / 6, 2)
+
+
+@pytest.mark.parametrize("change", [{"negative_caption": None}, {"negative_caption": []}, {"caption": " "}])
+def test_missing_halves_of_a_composition_are_named(
+    parts: tuple[Any, Any], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    rows = composition_rows(tmp_path / "images")
+    rows[2] |= change
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"Image `row 2` has the text .* in column `{next(iter(change))}` \(1 such"):
+        load_task_data(*resolve_tasks([f"composition:{path}"]))
+    data = load_task_data(*resolve_tasks([f"composition:{path}"]), on_bad_row="skip")
+    assert data.counts["images"] == 5 and data.skipped["rows"] == 1
+    for row in rows:
+        del row["negative_caption"]
+    with pytest.raises(ValueError, match=r"none of the columns \['negative_caption'.*Name it as `negative_column`"):
+        load_task_data(*resolve_tasks([f"composition:{write_lines(path, rows)}"]))
+
+
+def test_winoground_equals_its_function(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    pictures = [picture(number) for number in (0, 1, 2, 3)]
+    columns = {"image_0": pictures[::2], "image_1": pictures[1::2]}
+    columns |= {f"caption_{number}": [CAPTIONS[number][0], CAPTIONS[2 + number][0]] for number in (0, 1)}
+    kinds = {name: datasets.Image() if "image" in name else datasets.Value("string") for name in columns}
+    path = tmp_path / "pairs.parquet"
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).to_parquet(str(path))
+    embeds = [
+        encode_images(parts[0], pictures, processor=parts[1]).unflatten(0, (2, 2)),
+        encode_texts(parts[0], [CAPTIONS[number][0] for number in range(4)], processor=parts[1]).unflatten(0, (2, 2)),
+    ]
+    assert result(parts, f"winoground:{path}")["metrics"] == winoground_scores(*embeds)
+    with pytest.raises(ValueError, match=r"the data have 4 images, the definition says 800"):
+        load_task_data(dataclasses.replace(TASKS["winoground"], path=str(path)))
 
 
 def test_counts_that_differ_are_errors(tmp_path: Path) -> None:

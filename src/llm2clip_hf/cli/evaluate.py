@@ -26,7 +26,8 @@ class EvaluateOptions:
         default_factory=list,
         metadata={
             "help": "Names of benchmarks (see --list_tasks), KIND:PATH?SETTINGS with the kinds retrieval, "
-            "cross-lingual, zero-shot and cra, YAML files of tasks, or paths of images with captions."
+            "cross-lingual, zero-shot, cra, composition and winoground, YAML files of tasks, or paths of images with "
+            "captions."
         },
     )
     data_root: str | None = option("Folder with local copies of the benchmarks; what it lacks comes from the Hub.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of tasks: what each kind has, where they are, and how their table is opened."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,14 @@ def image_keys(table: "ImageTable", task: TaskDefinition, unique: bool = True) -
     return keys
 
 
+def named_column(table: "ImageTable", named: str | None, usual: Sequence[str], option: str) -> str:
+    column = named or next((name for name in usual if name in table.columns), None)
+    if column is None:
+        remedy = f" Name it as `{option}`." if option else ""
+        raise ValueError(f"`{table.name}` has none of the columns {list(usual)}; it has {table.columns}.{remedy}")
+    return column
+
+
 def head(images: ImageSource, count: int) -> ImageSource:
     return [images[row] for row in range(min(count, len(images)))]
 
@@ -194,6 +202,7 @@ __all__ = [
     "check_counts",
     "image_keys",
     "locate",
+    "named_column",
     "open_table",
     "source_digest",
 ]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl
 
 
-TaskKind = Literal["retrieval", "cross-lingual", "zero-shot", "cra"]
+TaskKind = Literal["retrieval", "cross-lingual", "zero-shot", "cra", "composition", "winoground"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class TaskDefinition:
     label_column: str = "label"
     language_column: str | None = None
     text_column: str | None = None
+    negative_column: str | None = None
+    category_column: str | None = None
     languages: tuple[str, ...] | None = None
     min_images: int = 2
     where: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +88,7 @@ _TUPLES = ("caption_columns", "languages")
 _NUMBERS = ("first_captions", "min_images")
 _TEXTS = (
     "title", "split", "subset", "image_column", "image_root", "key_column", "label_column", "language_column",
-    "text_column", "class_names", "templates", "published",
+    "text_column", "negative_column", "category_column", "class_names", "templates", "published",
 )  # fmt: skip
 _COUNTS = tuple(
     field.name

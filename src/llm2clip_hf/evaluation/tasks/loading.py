@@ -16,6 +16,7 @@ from ...data import CaptionTable
 from ...data.images import ImageSource
 from ...data.store.fingerprint import digest_of, lines_digest
 from ..zero_shot import SINGLE_TEMPLATE
+from .composition import load_composition, load_pairs
 from .data import (
     CaptionData,
     ClassificationData,
@@ -27,6 +28,7 @@ from .data import (
     head,
     image_keys,
     locate,
+    named_column,
     open_table,
     source_digest,
 )
@@ -51,6 +53,8 @@ def load_task_data(
         "cross-lingual": load_cross_lingual,
         "zero-shot": load_classification,
         "cra": _load_caption_data,
+        "composition": load_composition,
+        "winoground": load_pairs,
     }
     if task.kind not in loaders:
         raise ValueError(f"Task `{task.name}` is of the kind {task.kind!r}. Choose from {sorted(loaders)}.")
@@ -228,13 +232,6 @@ def load_cross_lingual(location: Location, on_bad_row: str, max_images: int | No
     )
 
 
-def _text_column(table: "ImageTable", task: TaskDefinition) -> str:
-    column = task.text_column or next((name for name in _TEXT_COLUMNS if name in table.columns), None)
-    if column is None:
-        raise ValueError(f"`{table.name}` has no column of texts; it has {table.columns}. Name it as `text_column`.")
-    return column
-
-
 def _read_parallel_lists(
     table: "ImageTable", task: TaskDefinition, languages: list[Any], found: _Collected
 ) -> tuple[ImageSource, list[str]]:
@@ -361,6 +358,10 @@ def load_classification(location: Location, on_bad_row: str, max_images: int | N
         fingerprint=fingerprint,
         skipped=skipped,
     )
+
+
+def _text_column(table: "ImageTable", task: TaskDefinition) -> str:
+    return named_column(table, task.text_column, _TEXT_COLUMNS, "text_column")
 
 
 def _as_numbers(values: list[Any], names: list[str], keys: list[str], column: str) -> list[int]:

@@ -55,6 +55,8 @@ _TYPES = {
     "cross-lingual": "image-text-retrieval",
     "zero-shot": "zero-shot-image-classification",
     "cra": "sentence-similarity",
+    "composition": "image-text-matching",
+    "winoground": "image-text-matching",
 }
 # What results files say besides results.
 _NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "training")
@@ -62,7 +64,13 @@ _NO_METRICS = ("command", "versions", "settings", "options", "config", "args", "
 _NO_QUALITY = re.compile(r"(^|_)(loss|runtime|samples_per_second|steps_per_second|(preparation|compilation)_time)$")
 # Metrics that are shares: fractions in results, percent in cards.
 _SHARE = re.compile(r"recall@|top[0-9]|accuracy")
-_CELL, _SCORE_NAMES = 11, {"zero-shot": "zero_shot_top1", "cra": "caption_retrieval_accuracy"}
+_CELL = 11
+_SCORE_NAMES = {
+    "zero-shot": "zero_shot_top1",
+    "cra": "caption_retrieval_accuracy",
+    "composition": "composition_accuracy",
+    "winoground": "group_score",
+}
 
 
 def format_report(record: Mapping[str, Any], with_published: bool = True) -> str:
@@ -161,6 +169,8 @@ def _task_lines(name: str, task: Mapping[str, Any]) -> list[str]:
             for key, value in metrics.items()
             if not key.startswith("num_")
         ]
+        for category, result in task.get("categories", {}).items():
+            lines.append(f"    {category} {100 * result['accuracy']:.1f} ({result['num_images']} images)")
     if task["skipped"]:
         lines.append(f"  left out: {', '.join(f'{what} {count}' for what, count in task['skipped'].items())}")
     return lines

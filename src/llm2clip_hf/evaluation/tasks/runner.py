@@ -22,11 +22,25 @@ from ...data import CaptionEmbeddingStore, CaptionTable
 from ...data.images import ImageSource
 from ..caption_accuracy import evaluate_caption_retrieval
 from ..embedding_cache import EmbeddingCache, cached_images, cached_llm_embeds, cached_texts
-from ..joint_space import FEWEST_MATCHES, joint_space_statistics, match_threshold
+from ..joint_space import (
+    FEWEST_MATCHES,
+    composition_accuracy,
+    joint_space_statistics,
+    match_threshold,
+    winoground_scores,
+)
 from ..metrics import retrieval_metrics
 from ..retrieval import check_store
 from ..zero_shot import build_zero_shot_classifier, classification_metrics
-from .data import CaptionData, ClassificationData, CrossLingualData, ImageData, RetrievalData, TaskData
+from .composition import CompositionData, PairData
+from .data import (
+    CaptionData,
+    ClassificationData,
+    CrossLingualData,
+    ImageData,
+    RetrievalData,
+    TaskData,
+)
 from .definitions import TaskDefinition, resolve_tasks
 from .loading import load_task_data
 
@@ -175,7 +189,7 @@ def evaluate_tasks(
             "partial": max_images is not None,
             "seconds": round(time.perf_counter() - start, 2),
         }
-        if isinstance(own, ImageData):
+        if isinstance(own, ImageData) and gallery:
             outcome.galleries[task.name] = (own.images, gallery)
     return outcome
 
@@ -238,11 +252,32 @@ class _Runner:
             return self._cross_lingual(data)
         if isinstance(data, ClassificationData):
             return self._classification(data)
+        if isinstance(data, CompositionData):
+            return self._composition(data)
+        if isinstance(data, PairData):
+            embeds = [
+                each.unflatten(0, (-1, 2))
+                for each in (self._images(data.images, data.keys), self._texts(data.captions))
+            ]
+            return {"metrics": winoground_scores(*embeds)}, []
         assert isinstance(data, CaptionData)
         metrics = evaluate_caption_retrieval(
             self.model, data.captions, processor=self.processor, max_length=self.max_length, **self.options
         )
         return {"metrics": metrics}, []
+
+    def _composition(self, data: CompositionData) -> tuple[dict[str, Any], list[GalleryRow]]:
+        images, texts = self._images(data.images, data.keys), self._texts(data.captions)
+        negatives = self._texts([text for wrong in data.negatives for text in wrong])
+        owners = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(wrong) for wrong in data.negatives]))
+        right = composition_accuracy(images, texts, negatives, owners)
+        categories = {}
+        for name in sorted(set(data.categories)):
+            chosen = right[torch.tensor([category == name for category in data.categories])]
+            categories[name] = {"accuracy": chosen.mean().item(), "num_images": len(chosen)}
+        mean = sum(each["accuracy"] for each in categories.values()) / len(categories)
+        metrics = {"composition_accuracy": right.mean().item(), "mean_category_accuracy": mean}
+        return {"metrics": metrics, "categories": categories}, []
 
     def _images(self, images: ImageSource, keys: Sequence[str]) -> torch.Tensor:
         embeds = cached_images(self.cache, self.model, images, processor=self.processor, **self.options)
