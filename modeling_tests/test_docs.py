@@ -18,14 +18,13 @@ from typing import Any
 
 import datasets
 import evaluation_data
-import original_checkpoints
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
 import yaml
-from safetensors.torch import save_file
+from original_models import SIZES, make, write_folder
 from shard_files import image_bytes, write_tar
 from tiny_data import write_training_files
 from transformers import AutoModel
@@ -137,28 +136,6 @@ def run_small(*words: str) -> None:
     assert cli.main([*words, *more]) == 0, words
 
 
-def original_model(vision: str, projection: str) -> Any:
-    config = tiny_models.vision_config(vision).to_dict()
-    return original_checkpoints.model(config, projection, llm_hidden_size=tiny_models.TEXT_WIDTH)
-
-
-def original_folder(folder: Path) -> None:
-    """A vision side as the authors' repositories hold it."""
-    original = original_model("clip", "linear")
-    folder.mkdir(parents=True)
-    weights = original_checkpoints.transformers_clip(original)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-    config = {
-        "architectures": ["LLM2CLIPModel"],
-        "auto_map": {"AutoModel": "modeling_clip.LLM2CLIPModel"},
-        "model_type": "clip",
-        "projection_dim": original.config.projection_dim,
-        "text_config": {"model_type": "clip_text_model"},
-        "vision_config": original.config.vision_config.to_dict(),
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def benchmark(path: Path, count: int, captions: int) -> None:
     """As many rows as a benchmark must have, all of a few images."""
     path.parent.mkdir(exist_ok=True)
@@ -181,13 +158,14 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "microsoft" / "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
     )
     tiny_models.llama3_tokenizer().save_pretrained(folder / "microsoft" / "LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned")
-    original_folder(folder / "microsoft" / "LLM2CLIP-Openai-L-14-336")
-    torch.save(original_checkpoints.eva(original_model("eva02", "linear_bias")), folder / "LLM2CLIP-EVA02-L-14-336.pt")
-    tower = original_checkpoints.open_clip(original_model("clip", "linear"))
-    tower = {name: value for name, value in tower.items() if not name.startswith("text.")}
+    sizes = {**SIZES, "width": 24, "llm": tiny_models.TEXT_WIDTH}
+    clip = make("openai", 0, sizes)
+    write_folder(folder / "microsoft" / "LLM2CLIP-Openai-L-14-336", clip)
+    torch.save(make("eva02", 0, sizes).weights, folder / "LLM2CLIP-EVA02-L-14-336.pt")
+    tower = {name: value for name, value in clip.weights.items() if not name.startswith("text.")}
     torch.save(tower, folder / "open_clip_pytorch_model.bin")
-    sizes = {"layers": 2, "head_width": 8, "image_size": tiny_models.IMAGE_SIZE}
-    settings = {"model_cfg": {"embed_dim": 22, "quick_gelu": True, "vision_cfg": sizes}, "preprocess_cfg": {}}
+    stated = {"layers": 2, "head_width": 8, "image_size": sizes["image"]}
+    settings = {"model_cfg": {"embed_dim": 22, "quick_gelu": True, "vision_cfg": stated}, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
 
     (folder / "train.parquet").rename(folder / "pairs.parquet")

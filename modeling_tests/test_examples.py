@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import original_checkpoints
 import pytest
 import tiny_models
 import torch
+from original_models import make
 from PIL import Image
 from tiny_data import write_training_files
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
@@ -117,8 +117,7 @@ def test_examples_from_captions_to_similarities(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_conversion_of_an_original_checkpoint(tmp_path: Path) -> None:
-    original = original_checkpoints.model(tiny_models.vision_config("eva02").to_dict(), "linear_bias")
-    torch.save(original_checkpoints.eva(original), tmp_path / "LLM2CLIP-EVA02-tiny.pt")
+    torch.save(make("eva02").weights, tmp_path / "LLM2CLIP-EVA02-tiny.pt")
     for name, colour in (("a.png", (200, 10, 10)), ("b.png", (10, 10, 200))):
         Image.new("RGB", (40, 30), colour).save(tmp_path / name)
     output = run(

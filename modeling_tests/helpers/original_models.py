@@ -4,24 +4,33 @@
 Nothing of this package is used. The arithmetic is plain torch in float64, from the weights of a flat state dict.
 """
 
+import json
 import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 
 Weights = dict[str, torch.Tensor]
 
 
 class Maker:
-    """Random weights; norms near one, everything else small."""
+    """Random weights; norms near one, everything else small. Without a seed, shapes alone."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int | None) -> None:
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.weights: Weights = {}
 
     def put(self, name: str, *shape: int, scale: float = 0.2, shift: float = 0.0) -> None:
-        self.weights[name] = torch.randn(*shape, generator=self.generator) * scale + shift
+        if self.generator is None:
+            self.weights[name] = torch.empty(*shape, device="meta")
+        else:
+            self.weights[name] = torch.randn(*shape, generator=self.generator) * scale + shift
 
     def linear(self, name: str, rows: int, columns: int, bias: bool = True) -> None:
         self.put(f"{name}.weight", rows, columns, scale=columns**-0.5)
@@ -76,7 +85,7 @@ def rope_table(grid: int, head: int, pretrained: int) -> tuple[torch.Tensor, tor
     return angles.flatten(0, 1).cos().float(), angles.flatten(0, 1).sin().float()
 
 
-def eva_weights(seed: int, s: dict[str, int], fused: bool) -> Weights:
+def eva_weights(seed: int | None, s: dict[str, int], fused: bool) -> Weights:
     """EVA02 (`fused` false) or the post-norm ViT-E (`fused` true)."""
     m, width, hidden, grid = Maker(seed), s["width"], s["hidden"], s["image"] // s["patch"]
     m.put("visual.cls_token", 1, 1, width)
@@ -102,10 +111,10 @@ def eva_weights(seed: int, s: dict[str, int], fused: bool) -> Weights:
             m.linear(f"{block}.mlp.w2", hidden, width)
             m.norm(f"{block}.mlp.ffn_ln", hidden)
             m.linear(f"{block}.mlp.w3", width, hidden)
-            tables = rope_table(grid, width // s["heads"], s["pretrained"])
-            m.weights.update(
-                zip((f"{block}.attn.rope.freqs_cos", f"{block}.attn.rope.freqs_sin"), tables, strict=True)
-            )
+    if not fused:
+        tables = rope_table(grid, width // s["heads"], s["pretrained"])
+        for owner in ("visual", *(f"visual.blocks.{i}.attn" for i in range(s["layers"]))):
+            m.weights |= {f"{owner}.rope.freqs_{name}": table.clone() for name, table in zip(("cos", "sin"), tables)}
     m.norm("visual.norm", width)
     m.linear("visual.head", s["out"], width)
     m.adaptor("text.text_adaptor.", s["depth"], s["llm"], s["expansion"], s["out"])
@@ -155,7 +164,7 @@ def eva_features(weights: Weights, s: dict[str, int], images: torch.Tensor, fuse
     return linear(w, "visual.head", norm(w, "visual.norm", x, 1e-6)[:, 0])
 
 
-def clip_weights(seed: int, s: dict[str, int]) -> Weights:
+def clip_weights(seed: int | None, s: dict[str, int]) -> Weights:
     """An OpenAI tower as in training checkpoints."""
     m, width, hidden, grid = Maker(seed), s["width"], s["hidden"], s["image"] // s["patch"]
     m.put("visual.class_embedding", width)
@@ -178,7 +187,7 @@ def clip_weights(seed: int, s: dict[str, int]) -> Weights:
     return m.weights
 
 
-def clip_features(weights: Weights, s: dict[str, int], images: torch.Tensor) -> torch.Tensor:
+def clip_features(weights: Weights, s: dict[str, int], images: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     w = {key: value.double() for key, value in weights.items()}
     patches = F.conv2d(images.double(), w["visual.conv1.weight"], stride=s["patch"]).flatten(2).mT
     x = torch.cat([w["visual.class_embedding"].expand(len(images), 1, -1), patches], 1)
@@ -188,7 +197,7 @@ def clip_features(weights: Weights, s: dict[str, int], images: torch.Tensor) -> 
         fused = F.linear(norm(w, f"{b}.ln_1", x, 1e-5), w[f"{b}.attn.in_proj_weight"], w[f"{b}.attn.in_proj_bias"])
         x = x + linear(w, f"{b}.attn.out_proj", attend(*fused.chunk(3, -1), s["heads"]))
         hidden = linear(w, f"{b}.mlp.c_fc", norm(w, f"{b}.ln_2", x, 1e-5))
-        x = x + linear(w, f"{b}.mlp.c_proj", hidden * torch.sigmoid(1.702 * hidden))
+        x = x + linear(w, f"{b}.mlp.c_proj", F.gelu(hidden) if gelu else hidden * torch.sigmoid(1.702 * hidden))
     return norm(w, "visual.ln_post", x[:, 0], 1e-5) @ w["visual.proj"]
 
 
@@ -222,7 +231,7 @@ def as_transformers_folder(weights: Weights) -> Weights:
     return {key: value.contiguous() for key, value in result.items()}
 
 
-def siglip_weights(seed: int, s: dict[str, int]) -> Weights:
+def siglip_weights(seed: int | None, s: dict[str, int]) -> Weights:
     """timm's SigLIP with the online setting's adaptor, no projection: `out` is the tower's width."""
     m, width, hidden, grid, trunk = Maker(seed), s["width"], s["hidden"], s["image"] // s["patch"], "visual.trunk"
     m.put(f"{trunk}.pos_embed", 1, grid**2, width)
@@ -246,7 +255,7 @@ def siglip_weights(seed: int, s: dict[str, int]) -> Weights:
     m.linear(f"{pool}.mlp.fc1", hidden, width)
     m.linear(f"{pool}.mlp.fc2", width, hidden)
     m.adaptor("text.text_proj.text_adaptor.", s["depth"], s["llm"], s["expansion"], width)
-    m.weights["logit_scale"] = torch.tensor(4.7)
+    m.weights |= {"logit_scale": torch.tensor(4.7), "logit_bias": torch.tensor(-10.0)}
     m.weights["text.text.model.layers.0.self_attn.q_proj.weight"] = torch.ones(2, 2)
     return m.weights
 
@@ -287,3 +296,61 @@ def sizes(seed: int, head_width: int | None = None) -> dict[str, int]:
         "depth": draw.choice([1, 2, 4, 11]),
         "expansion": draw.choice([1, 2, 3]),
     }
+
+
+SIZES = {
+    "heads": 3, "width": 48, "hidden": 37, "layers": 2, "patch": 6, "image": 30, "pretrained": 7, "out": 22, "llm": 20,
+    "depth": 3, "expansion": 3,
+}  # fmt: skip
+CLIP_SIZES = {**SIZES, "heads": 2, "width": 128}  # heads 64 wide
+WRITERS: dict[str, tuple[Callable[..., Weights], Callable[..., torch.Tensor]]] = {
+    "eva02": (partial(eva_weights, fused=False), partial(eva_features, fused=False)),
+    "eva_e": (partial(eva_weights, fused=True), partial(eva_features, fused=True)),
+    "siglip": (siglip_weights, siglip_features),
+    "openai": (clip_weights, clip_features),
+}
+
+
+class Case(NamedTuple):
+    """A checkpoint: weights, sizes, and its functions from images and LLM embeddings to the joint space."""
+
+    weights: Weights
+    sizes: dict[str, int]
+    images: Callable[[torch.Tensor], torch.Tensor]
+    texts: Callable[[torch.Tensor], torch.Tensor]
+
+
+def make(kind: str, seed: int | None = 0, s: dict[str, int] | None = None, dtype: torch.dtype | None = None) -> Case:
+    """A checkpoint of a kind, of odd sizes unless they are given."""
+    s = s or sizes(seed or 0, head_width=None if kind == "eva02" else 64)
+    s = {**s, "out": s["width"]} if kind == "siglip" else s
+    writer, features = WRITERS[kind]
+    weights = {key: value.to(dtype or value.dtype) for key, value in writer(seed, s).items()}
+    prefix = "text.text_proj.text_adaptor." if kind == "siglip" else "text.text_adaptor."
+    texts = partial(adapt, weights, prefix, s["depth"], normalize=kind != "siglip")
+    return Case(weights, s, partial(features, weights, s), texts)
+
+
+def write_folder(folder: Path, case: Case, vision_side_only: bool = False) -> Path:
+    """A checkpoint with an OpenAI tower as the authors' repositories hold it."""
+    folder.mkdir(parents=True)
+    weights = as_transformers_folder(case.weights)
+    if vision_side_only:
+        weights = {key: value for key, value in weights.items() if key.startswith("vis")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(folder, case)
+    return folder
+
+
+def write_config(folder: Path, case: Case, **fields: Any) -> None:
+    s = case.sizes
+    vision = {"model_type": "clip_vision_model", "num_attention_heads": s["heads"], "hidden_size": s["width"]}
+    config = {
+        "architectures": ["LLM2CLIPModel"],
+        "auto_map": {"AutoModel": "modeling_clip.LLM2CLIPModel"},
+        "model_type": "clip",
+        "projection_dim": s["out"],
+        "text_config": {"model_type": "clip_text_model"},
+        "vision_config": vision,
+    }
+    (folder / "config.json").write_text(json.dumps(config | fields))
