@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared settings and fixtures: offline, seeded, Triton interpreter without a GPU, the optional data folder."""
 
+import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,3 +50,29 @@ def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     import tiny_models
 
     return tiny_models.save_llm(tmp_path_factory.mktemp("llm"))
+
+
+class _Parsed(BaseException):
+    """Raised where a verb would go on to work, with the options that it has read."""
+
+
+@pytest.fixture
+def read_options(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], tuple[Any, ...]]:
+    """What a verb reads from arguments, without its work."""
+
+    def read(verb: str, arguments: list[str]) -> tuple[Any, ...]:
+        from llm2clip_hf.cli.main import VERBS
+
+        module: Any = importlib.import_module(f"llm2clip_hf.cli.{VERBS[verb][0]}")
+        parse_options = module.parse_options
+
+        def parse(*args: Any, **kwargs: Any) -> None:
+            raise _Parsed(*parse_options(*args, **kwargs))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "parse_options", parse)
+            with pytest.raises(_Parsed) as parsed:
+                module.run(arguments)
+        return parsed.value.args
+
+    return read

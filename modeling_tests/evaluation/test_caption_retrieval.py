@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from evaluation_data import clip, siglip
 from PIL import Image
 from process_groups import run_ranks
 from sentence_transformers import SentenceTransformer
@@ -15,14 +16,10 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from transformers import (
     AutoModelForCausalLM,
-    CLIPConfig,
-    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     GPT2Config,
     GPT2Model,
-    SiglipConfig,
-    SiglipModel,
     SiglipTextModel,
 )
 
@@ -318,38 +315,22 @@ def test_long_texts_are_truncated(llm, tokenizer):
     torch.testing.assert_close(short[0], short[1])
 
 
-SIZES = {"hidden_size": 18, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 3}
+TOWERS = {"clip": (clip, CLIPTextModelWithProjection), "siglip": (siglip, SiglipTextModel)}
 
 
-def clip_models(folder):
-    torch.manual_seed(0)
-    text = {"vocab_size": 331, "max_position_embeddings": 24, "eos_token_id": 4, "bos_token_id": 0, **SIZES}
-    config = CLIPConfig(text_config={"projection_dim": 20, **text}, vision_config=SIZES, projection_dim=20)
-    model = CLIPModel(config).eval()
-    model.save_pretrained(folder)
-    return model, CLIPTextModelWithProjection.from_pretrained(folder)
-
-
-def siglip_models(folder):
-    torch.manual_seed(0)
-    text = {"vocab_size": 331, "max_position_embeddings": 24, **SIZES}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=SIZES)).eval()
-    model.save_pretrained(folder)
-    return model, SiglipTextModel.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("build", [clip_models, siglip_models])
-def test_a_text_tower_alone_equals_the_whole_model_in_the_joint_space(build, tmp_path):
-    model, tower = build(tmp_path)
-    tokenizer = tiny_models.llama3_tokenizer(instruct=False)
-    tokenizer.pad_token = "<|end_of_text|>"
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_text_tower_alone_equals_the_whole_model_in_the_joint_space(kind, tmp_path):
+    build, tower_class = TOWERS[kind]
+    model, processor = build()
+    model.save_pretrained(tmp_path)
+    tower, tokenizer = tower_class.from_pretrained(tmp_path), processor.tokenizer
     options = {"processor": tokenizer, "batch_size": 2}
     expected = encode_texts(model, TEXTS, **options)
     torch.testing.assert_close(embed_texts(model, TEXTS, **options), expected)
     torch.testing.assert_close(embed_texts(tower, TEXTS, **options), expected)
     for text, embed in zip(TEXTS, expected):
-        padding = {"padding": "max_length", "max_length": 24} if build is siglip_models else {}
-        ids = torch.tensor([tokenizer(text, truncation=True, **({"max_length": 24} | padding))["input_ids"]])
+        padding = {"padding": "max_length"} if kind == "siglip" else {}
+        ids = torch.tensor([tokenizer(text, truncation=True, **padding)["input_ids"]])
         with torch.no_grad():
             features = model.get_text_features(input_ids=ids).pooler_output
         torch.testing.assert_close(embed, torch.nn.functional.normalize(features)[0], rtol=0, atol=1e-6)
@@ -364,14 +345,14 @@ def test_llm2clip_gives_its_joint_space():
     torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
 
 
-def test_options_and_encoders_that_do_not_fit_are_refused(llm, tokenizer, tmp_path):
-    clip, _ = clip_models(tmp_path)
+def test_options_and_encoders_that_do_not_fit_are_refused(llm, tokenizer):
+    model, _ = clip()
     cases = [
-        ((clip,), {"processor": tokenizer, "is_causal": False}, "`is_causal` and `pooling` concern a raw LLM"),
-        ((clip,), {}, "CLIPModel needs a tokenizer"),
+        ((model,), {"processor": tokenizer, "is_causal": False}, "`is_causal` and `pooling` concern a raw LLM"),
+        ((model,), {}, "CLIPModel needs a tokenizer"),
         ((llm,), {}, "LlamaForCausalLM needs a tokenizer"),
         ((llm,), {"processor": tokenizer, "pooling": "max"}, "`pooling` must be 'mean' or 'last', got 'max'"),
-        ((CLIPTextModel(clip.config.text_config),), {"processor": tokenizer}, "has no projection"),
+        ((CLIPTextModel(model.config.text_config),), {"processor": tokenizer}, "has no projection"),
         ((print,), {}, "is neither a `SentenceTransformer` nor a model"),
     ]
     for arguments, options, message in cases:

@@ -44,7 +44,7 @@ def clip() -> tuple[CLIPModel, CLIPProcessor]:
         text_config={
             "vocab_size": tiny_models.VOCAB, "hidden_size": 18, "intermediate_size": 37, "num_hidden_layers": 2,
             "num_attention_heads": 3, "max_position_embeddings": 64, "eos_token_id": 4, "bos_token_id": 0,
-            "pad_token_id": 1,
+            "pad_token_id": 1, "projection_dim": 20,
         },
         vision_config={
             "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 3,

@@ -16,9 +16,9 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from caption_training import CAPTIONS, Stream, Texts
+from process_groups import COMMON, in_two_processes
 from tiny_data import write_training_files
 from transformers import AutoModel
-from two_processes import COMMON, in_two_processes
 
 from llm2clip_hf.cli import train_captions, train_clip
 from llm2clip_hf.cli.train_captions import TrainCaptionsOptions, load_sources, train_and_save

@@ -216,7 +216,7 @@ def train_processes(folder: Path, llm: str, world: int) -> dict[str, torch.Tenso
 
 
 def test_two_processes_train_like_one(lm_dir, tmp_path):
-    from two_processes import in_two_processes
+    from process_groups import in_two_processes
 
     expected = {name: tensor.clone() for name, tensor in train_processes(tmp_path, lm_dir, 1).items()}
     start = AutoModelForCausalLM.from_pretrained(lm_dir).state_dict()

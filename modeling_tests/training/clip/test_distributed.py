@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from caption_training import CAPTIONS, WORDS
 from clip_training import ClipPairs, Pairs, clip_text_tower, stack
-from two_processes import COMMON, in_two_processes
+from process_groups import COMMON, in_two_processes
 
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,

@@ -16,8 +16,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from clip_training import ClipPairs, Pairs, arguments, clip_text_tower, stack
 from PIL import Image
+from process_groups import in_two_processes
 from transformers import EarlyStoppingCallback, TrainerCallback
-from two_processes import in_two_processes
 
 from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.evaluation import evaluate_retrieval

@@ -3,9 +3,7 @@
 
 import io
 import json
-import multiprocessing
 import os
-import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ import tiny_models
 import torch
 from clip_training import Pairs, arguments, stack
 from PIL import Image
-from two_processes import run_rank
+from process_groups import in_two_processes
 
 from llm2clip_hf.data import ImageTextCollator, ImageTextStream, RandomResizedCropTransform
 from llm2clip_hf.training import LLM2CLIPTrainer
@@ -58,29 +56,9 @@ def train_on_stream(folder: Path, workers: int) -> dict[str, torch.Tensor]:
     return {"trained": torch.tensor(trained)}
 
 
-def in_two_processes_with_workers(function: Any, *arguments: Any) -> list[dict[str, Any]]:
-    """As `in_two_processes`; its processes are daemons, which cannot start the workers of a loader."""
-    port, context = free_port(), multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=run_rank, args=(rank, port, queue, function, arguments)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    results = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
-    assert not [result for result in results.values() if isinstance(result, str)], results
-    return [results[0], results[1]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_that_shards_itself_is_read_once_by_its_own_processes(tmp_path, workers):
-    results = in_two_processes_with_workers(train_on_stream, tmp_path, workers)
+    results = in_two_processes(train_on_stream, tmp_path, workers)
     first_pass: list[int] = []
     for rank, result in enumerate(results):
         rows = [

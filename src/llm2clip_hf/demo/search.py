@@ -105,8 +105,6 @@ class SearchIndex:
 
 def nearest(query: torch.Tensor, candidates: torch.Tensor, top_k: int) -> list[Match]:
     """The rows with the largest product."""
-    if top_k < 1:
-        raise ValueError(f"`top_k` must be positive, got {top_k}.")
     scores, rows = (candidates @ query).topk(min(top_k, len(candidates)))
     return [Match(row, score) for row, score in zip(rows.tolist(), scores.tolist())]
 
