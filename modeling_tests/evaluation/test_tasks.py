@@ -329,6 +329,16 @@ def test_bad_classes_are_named(parts: tuple[Any, Any], tmp_path: Path) -> None:
     assert result(parts, f"zero-shot:{missing}", on_bad_row="skip")["skipped"]["rows"] == 1
 
 
+def test_classes_of_benchmarks_are_written_as_words(tmp_path: Path) -> None:
+    for number, name in enumerate(("english_setter", "Birman")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        picture(number).save(tmp_path / "pets" / name / "0.png")
+    task = dataclasses.replace(TASKS["pets"], num_images=None, num_classes=None)
+    data = load_task_data(task, tmp_path)
+    assert [data.class_names[label] for label in data.labels] == ["Birman", "english setter"]
+    assert data.templates == ["a photo of a {}, a type of pet."]
+
+
 def test_other_names_of_the_imagenet_classes_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "imagenet" / "t.parquet", {"label": [0, 1]}, tmp_path / "source")
     (tmp_path / "imagenet" / "classes.txt").write_text("tench\ngoldfish\n")

@@ -38,6 +38,7 @@ from .publishing import stated_license
 CARD_FILE = "README.md"
 # In every card of a converted folder, by which a folder is known as one that may be replaced.
 CONVERTED = "<!-- Written by `llm2clip convert`; converting again replaces this folder. -->"
+_INDEX_SETS = ["Flickr30k", "COCO", "ShareGPT4V", "Urban1k", "DOCCI", "CRA"]
 _TEMPLATES = Path(__file__).parent / "templates"
 # Carries a digest of all other lines, by which a card that nobody edited is known.
 _MARKER = re.compile(r"^<!-- llm2clip_hf card ([0-9a-f]{16}): .*-->\n\n", re.MULTILINE)
@@ -358,17 +359,16 @@ def released_card(release: ReleasedCheckpoint) -> str:
 
 
 def write_released_cards(folder: str | Path) -> list[Path]:
-    """Writes the cards of all released checkpoints, and an index of them, `README.md`."""
-    rows = [
-        (
-            f"[{release.name}]({release.name}/README.md)",
-            release.llm.split("/")[1],
-            "-" if release.is_llm else f"{release.parameters:.2f} M",
-            release.license,
-        )
-        for release in RELEASED
-    ]
-    texts = {Path(folder) / CARD_FILE: _render("index", None, rows=rows)}
+    """Writes the cards of all released checkpoints, and an index of them with their numbers, `README.md`."""
+    rows = []
+    for release in RELEASED:
+        values = release.numbers[-1]["values"] if release.numbers else {}
+        llm = "-" if release.is_llm else f"`{release.llm}`"
+        size = "" if release.is_llm else f", {release.parameters:.0f} M without LLM"
+        scores = [values.get(name, "-") for name in _INDEX_SETS]
+        command = f"`llm2clip convert {release.repo_id} OUT`"
+        rows.append([f"[{release.name}]({release.name}/{CARD_FILE}){size}", llm, *scores, release.license, command])
+    texts = {Path(folder) / CARD_FILE: _render("index", None, rows=rows, sets=_INDEX_SETS)}
     texts |= {Path(folder) / release.name / CARD_FILE: released_card(release) for release in RELEASED}
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -329,6 +329,8 @@ def load_classification(location: Location, on_bad_row: str, max_images: int | N
             "no list of names. Give `class_names`, a file with one name per line in the order of the labels."
         )
     labels = _as_numbers(values, names, keys, task.label_column)
+    if task.path is None and task.class_names is None:  # benchmarks write `apple_pie`
+        names = [name.replace("_", " ") for name in names]
     templates = _lines(task.templates, "templates") or list(SINGLE_TEMPLATE)
     counts = {"images": len(table), "classes": len(names), "templates": len(templates)}
     check_counts(task, counts, "images", "classes", "templates")
