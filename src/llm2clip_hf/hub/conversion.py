@@ -29,6 +29,7 @@ from .checkpoint_files import (
     read_image_processor,
 )
 from .eva_keys import eva_tower, is_eva
+from .gguf import GGUF_KIND, convert_gguf
 from .text_keys import (
     Adaptor,
     TextModel,
@@ -115,7 +116,8 @@ def convert_checkpoint(
     the vision side alone, and as starting towers CLIP and SigLIP folders of transformers and checkpoints of open_clip.
     The LLM is not part of them; `text_model` names it. What a starting tower lacks, projection and adaptor, is new,
     with fixed seeds. A folder of a Llama becomes a plain bidirectional LLM with the template in its tokenizer, for
-    `text_model`, `LLM2CLIPModel.from_vision_text_pretrained` and `training.build_caption_encoder`.
+    `text_model`, `LLM2CLIPModel.from_vision_text_pretrained` and `training.build_caption_encoder`. A gguf file of a
+    decoder becomes a plain causal LLM in float32, its tokenizer as it was, to start stage 1 from.
 
     Weights are written as float32, an LLM's in their own dtype. The folder appears whole or not at all, with a model
     card; converting again replaces it.
@@ -149,14 +151,16 @@ def convert_checkpoint(
     check_output(output, Path(source))
     if text_weights not in ("external", "bundled"):
         raise ValueError(f"`text_weights` must be 'external' or 'bundled', got {text_weights!r}.")
+    if Path(source).is_file() and Path(source).suffix == ".gguf":
+        _check_only_llm(str(source), text_model, logit_scale_init_value)
+        config, difference = convert_gguf(Path(source), output)
+        return ConversionReport(GGUF_KIND, output, config, [], [], difference)
     # Step (1)
     found = find_source(source, model_config)
     if (found.config or {}).get("model_type") == LLM2CLIPConfig.model_type:
         raise ValueError(f"{found.name!r} is converted already: `AutoModel.from_pretrained` loads it.")
     if is_language_model(found.config):
-        if text_model not in (None, "none"):
-            raise ValueError(f"{found.name!r} is an LLM itself. Leave `text_model` out, got {text_model!r}.")
-        _check_no_scale(found.name, logit_scale_init_value)
+        _check_only_llm(found.name, text_model, logit_scale_init_value)
         return _convert_language_model(found, output)
     checkpoint = read_checkpoint(found)
     prefix = next((p for p in _ADAPTOR_PREFIXES if any(key.startswith(p) for key in checkpoint.weights)), None)
@@ -191,6 +195,12 @@ def convert_checkpoint(
         difference = _write(model, checkpoint, text, output, card)
     logger.info("%s is %s; left behind: %s", checkpoint.name, kind, ", ".join(dropped) or "nothing")
     return ConversionReport(kind, output, model.config, dropped, new_keys, difference)
+
+
+def _check_only_llm(name: str, text_model: str | None, scale: float | str | None) -> None:
+    if text_model not in (None, "none"):
+        raise ValueError(f"{name!r} is an LLM itself. Leave `text_model` out, got {text_model!r}.")
+    _check_no_scale(name, scale)
 
 
 def _check_no_scale(name: str, given: float | str | None) -> None:
