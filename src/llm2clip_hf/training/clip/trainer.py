@@ -40,7 +40,7 @@ from .checkpoints import (
     whole_parameter,
 )
 from .checks import (
-    ROW_NAMES,
+    NO_FEATURES,
     check_batch,
     check_contrastive_batch,
     check_stores,
@@ -205,7 +205,7 @@ class LLM2CLIPTrainer(BaseTrainer):
             check_batch(core, batch, self.args)
         for tower in frozen_towers(core):
             tower.eval()  # after `model.train()`, which is called for every step
-        features = [{name: value for name, value in batch.items() if name not in ROW_NAMES} for batch in batches]
+        features = [{name: value for name, value in batch.items() if name not in NO_FEATURES} for batch in batches]
         return embed_batches(model, core, features, self.args, self.accelerator.autocast)
 
     def _is_one_row(self, embeds: dict[str, torch.Tensor]) -> bool:
