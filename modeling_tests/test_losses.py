@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llm2clip_hf import distributed
-from llm2clip_hf.losses import ContrastiveLoss
+from llm2clip_hf.losses import ClipLoss, ContrastiveLoss, SigLipLoss
 from llm2clip_hf.ops import contrastive_loss, sigmoid_loss
 
 
@@ -277,3 +277,77 @@ def test_examples_in_docstrings_run(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# -------------------------------------------------------------------------------------------------- open_clip's names
+
+
+def open_clip_formulas(image, text, scale, bias, own):
+    """Dense losses of open_clip on the whole batch: softmax, its part for some rows, sigmoid of these rows."""
+    logits, target = scale * image @ text.T, torch.arange(len(image))
+    both = [F.cross_entropy(each, target, reduction="none") for each in (logits, logits.T)]
+    sign = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    pairs = -F.logsigmoid(sign * (logits + bias))
+    return sum(each.mean() for each in both) / 2, sum(each[own].mean() for each in both) / 2, pairs[own].sum(1).mean()
+
+
+def gradients_of(loss, parameters):
+    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+
+def open_clip_calls(size):
+    rank, count = distributed.rank(), distributed.world_size()
+    own = slice(rank * size, (rank + 1) * size)
+    model = Towers()
+    images, texts = batch([count * size])
+    parameters = list(model.parameters())
+    image, text, scale, bias = model(images, texts)
+    whole, part, sigmoid = open_clip_formulas(image, text, scale, bias, own)
+    expected = gradients_of(whole, parameters)
+    everywhere = {"rank": rank, "world_size": count}
+    losses = {
+        "whole": (ClipLoss(gather_with_grad=True, **everywhere), whole),
+        "part": (ClipLoss(True, True, True, rank, count), part),
+    }
+    for name, (loss, formula) in losses.items():
+        image, text, scale, bias = model(images[own], texts[own])
+        for value in (
+            loss(image, text, scale),
+            loss(image_features=image, text_features=text, logit_scale=scale, logit_bias=bias, output_dict=True)[
+                "contrastive_loss"
+            ],
+        ):
+            torch.testing.assert_close(value, formula, rtol=1e-12, atol=1e-13, msg=name)
+            for ours, exact in zip(gradients_of(value, parameters), expected):
+                if ours is not None:
+                    ours = distributed.all_reduce_sum(ours) / count
+                    torch.testing.assert_close(ours, torch.zeros_like(ours) if exact is None else exact)
+        assert value.grad_fn is not None
+    rows = [distributed.all_reduce_sum(each) / count for each in gradients_of(sigmoid, parameters)]
+    for exchange in (None, "bidir", "shift", "gather", "reduce"):
+        image, text, scale, bias = model(images[own], texts[own])
+        value = SigLipLoss(rank=rank, world_size=count, dist_impl=exchange)(image, text, scale, bias, True)
+        torch.testing.assert_close(value["contrastive_loss"], sigmoid, rtol=1e-12, atol=1e-13)
+        for ours, exact in zip(gradients_of(value["contrastive_loss"], parameters), rows):
+            torch.testing.assert_close(distributed.all_reduce_sum(ours) / count, exact)
+    if count > 1:
+        with pytest.raises(ValueError, match=f"are {1 - rank} and 2, but this is process {rank} of 2"):
+            ClipLoss(gather_with_grad=True, rank=1 - rank, world_size=2)(image, text, scale)
+        alone = SigLipLoss()(image, text, scale, bias)  # its own batch only
+        torch.testing.assert_close(alone, sigmoid_loss(image, text, scale, bias))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_losses_under_open_clips_names_are_its_formulas(world_size):
+    run_ranks(world_size, open_clip_calls, 4)
+
+
+def test_options_of_open_clip_that_cannot_be_honoured_are_refused():
+    with pytest.raises(ValueError, match="`use_horovod=True` is not supported"):
+        ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="`gather_with_grad=False` with `world_size=8` leaves out the gradient"):
+        ClipLoss(world_size=8)
+    with pytest.raises(ValueError, match="`dist_impl` must be .* got 'ring'"):
+        SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="are 0 and 2, but this is process 0 of 1"):
+        SigLipLoss(world_size=2)(torch.eye(3), torch.eye(3), torch.tensor(2.0), torch.tensor(0.0))

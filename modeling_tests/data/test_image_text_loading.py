@@ -206,9 +206,7 @@ def test_weights_come_from_a_column_of_any_form_and_bad_ones_are_refused_or_skip
         load_image_text(folder, weight_column="quality")
     for wrong in (0, -1, None, "heavy", float("inf"), [1]):
         write_jsonl(folder / "metadata.jsonl", [*rows[:2], rows[2] | {"score": wrong}, rows[3]])
-        with pytest.raises(
-            ValueError, match="(row 2|line 3).*weight in column `score` is .*expected a positive"
-        ):
+        with pytest.raises(ValueError, match="(row 2|line 3).*weight in column `score` is .*expected a positive"):
             load_image_text(folder, weight_column="score")
         table = load_image_text(folder, weight_column="score", on_bad_row="skip")
         assert (table.weights.tolist(), table.report.bad_rows) == ([0.5, 2.0, 3.5], 1)

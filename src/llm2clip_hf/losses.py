@@ -33,7 +33,7 @@ from .ops.contrastive import (
 )
 
 
-__all__ = ["ContrastiveLoss"]
+__all__ = ["ClipLoss", "ContrastiveLoss", "SigLipLoss"]
 
 
 class ContrastiveLoss(nn.Module):
@@ -337,3 +337,140 @@ class _RingSigmoid(torch.autograd.Function):
             dbias += dbias_part
             dy.add(dy_part)
         return dx.to(x.dtype), dy.result().to(y.dtype), dscale, dbias, None
+
+
+# ----------------------------------------------------------------------------------------------- open_clip's own names
+
+
+class ClipLoss(nn.Module):
+    r"""
+    `ContrastiveLoss("softmax")` with the constructor and the call of open_clip's `ClipLoss`.
+
+    Loss and gradients are those of open_clip's with `gather_with_grad=True`, also where processes hold different
+    numbers of pairs.
+
+    Args:
+        local_loss (`bool`, *optional*, defaults to `False`):
+            Return this process's part of the loss, whose mean over processes is the loss, and not the loss itself.
+            Gradients under DDP are the same.
+        gather_with_grad (`bool`, *optional*, defaults to `False`):
+            Must be `True` for `world_size > 1`: the gradient is that of the full batch.
+        cache_labels (`bool`, *optional*, defaults to `False`): Without effect; there are no labels to keep.
+        rank, world_size (`int`, *optional*, default to 0 and 1):
+            Those of the default process group; with `world_size=1` nothing is exchanged.
+        use_horovod (`bool`, *optional*, defaults to `False`): Must be `False`.
+
+    Inputs:
+        image_features, text_features (`torch.Tensor` of shape `(n, D)`): this process's pairs, L2-normalized.
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): positive multiplier, not its logarithm.
+        logit_bias (`torch.Tensor`, *optional*): cancels in the softmax; its gradient is 0.
+        output_dict (`bool`, *optional*, defaults to `False`): Return `{"contrastive_loss": loss}`.
+
+    Raises:
+        ValueError: for options that cannot be honoured, or a process group of another size.
+
+    Example:
+
+    >>> embeds = torch.eye(3)
+    >>> loss = ClipLoss()(embeds, embeds, torch.tensor(2.0), output_dict=True)
+    >>> {name: round(value.item(), 4) for name, value in loss.items()}
+    {'contrastive_loss': 0.2395}
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("`use_horovod=True` is not supported. Use `torch.distributed`, and leave it out.")
+        if world_size > 1 and not gather_with_grad:
+            raise ValueError(
+                f"`gather_with_grad=False` with `world_size={world_size}` leaves out the gradient that the other"
+                " processes' losses give this one's features, which this loss always has. Set it to `True`."
+            )
+        self.local_loss, self.rank, self.world_size = local_loss, rank, world_size
+        self.loss = ContrastiveLoss("softmax", gather_across_devices=world_size > 1)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        _check_group(self.rank, self.world_size)
+        loss = self.loss(image_features, text_features, logit_scale)
+        if self.world_size > 1 and not self.local_loss:
+            part = loss.detach()
+            loss = loss + (distributed.all_reduce_sum(part) / self.world_size - part)
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()  # a parameter without a gradient would stop DDP
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    r"""
+    `ContrastiveLoss("sigmoid")` with the constructor and the call of open_clip's `SigLipLoss`.
+
+    Args:
+        cache_labels (`bool`, *optional*, defaults to `False`): Without effect; there are no labels to keep.
+        rank, world_size (`int`, *optional*, default to 0 and 1):
+            Those of the default process group; with `world_size=1` nothing is exchanged.
+        dist_impl (`str`, *optional*, defaults to `"bidir"`):
+            `"bidir"` and `"shift"` pass the texts around a ring, `"gather"` and `"reduce"` gather them.
+
+    Inputs:
+        image_features, text_features, logit_scale, output_dict: as of `ClipLoss`.
+        logit_bias (`torch.Tensor` of shape `()` or `(1,)`): added to every logit.
+
+    Returns:
+        The sum over this process's images and all texts divided by the number of these images, in nats.
+
+    Raises:
+        ValueError: for an unknown `dist_impl`, or a process group of another size.
+
+    Example:
+
+    >>> embeds = torch.eye(4)
+    >>> round(SigLipLoss()(embeds, embeds, torch.tensor(10.0), torch.tensor(-5.0)).item(), 4)
+    0.0269
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
+        super().__init__()
+        if dist_impl not in (None, "bidir", "shift", "gather", "reduce"):
+            raise ValueError(f'`dist_impl` must be "bidir", "shift", "gather" or "reduce", got {dist_impl!r}.')
+        self.rank, self.world_size = rank, world_size
+        ring = world_size > 1 and dist_impl not in ("gather", "reduce")
+        self.loss = ContrastiveLoss("sigmoid", gather_across_devices=world_size > 1, ring=ring)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        _check_group(self.rank, self.world_size)
+        loss = self.loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_group(rank: int, world_size: int) -> None:
+    """Refuse numbers that are not those of the default process group; one process alone may be part of any."""
+    found = distributed.rank(), distributed.world_size()
+    if world_size > 1 and (rank, world_size) != found:
+        raise ValueError(
+            f"`rank` and `world_size` are {rank} and {world_size}, but this is process {found[0]} of {found[1]}. Pass"
+            " those of the default process group."
+        )
