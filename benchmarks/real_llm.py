@@ -331,7 +331,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["mean"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: frozen weights and autocast")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: frozen weights and autocast"
+    )
     parser.add_argument("--steps", type=int, default=84)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
