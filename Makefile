@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test real test-slow test-extras test-all lint format types docs cards clean
+# On a machine without network: the environment if there is one, else the Python at hand.
+HERE := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: help demo test real test-slow test-extras test-all gpu lint format types docs cards clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this help
@@ -31,6 +34,9 @@ test-extras: $(VENV)/.extras  ## Run the tests of ONNX export and quantisation, 
 
 test-all: $(VENV)/.dev  ## Run all tests, those for a GPU too
 	$(PYTEST)
+
+gpu:  ## Check, tune and time the losses on a CUDA GPU, in eight minutes and offline, and write benchmarks/contrastive_loss.*
+	PYTHONPATH=src $(HERE) benchmarks/contrastive_loss.py --gpu
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -26,11 +26,26 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, TrainerCallback
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from llm2clip_hf.modeling import LLM2CLIPConfig, LLM2CLIPModel
-from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
+from llm2clip_hf.training import (
+    CaptionContrastiveTrainer,
+    CaptionContrastiveTrainingArguments,
+    LLM2CLIPTrainer,
+    LLM2CLIPTrainingArguments,
+    build_caption_encoder,
+)
 from llm2clip_hf.training.clip.parameters import build_optimizer_groups
 
 
@@ -222,6 +237,79 @@ def open_clip_step(pixels: torch.Tensor, arguments: argparse.Namespace) -> Step 
         optimizer.step()
 
     return step
+
+
+# ------------------------------------------------------------------------------- a step of the trainers as they come
+
+
+def training_step(stage: int, batch: int, device: str, small: bool = False) -> dict[str, Any]:
+    """Median seconds of a training step after the first, and the peak memory; for `contrastive_loss.py`."""
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    options = {
+        "per_device_train_batch_size": batch,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu",
+        "logging_steps": 100,
+        "dataloader_pin_memory": False,
+    }
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        {1: stage_1, 2: stage_2}[stage](folder, batch, small, options, Clock()).train()
+    seconds = statistics.median(after - before for before, after in zip(ends, ends[1:]))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
+    return {"stage": stage, "batch": batch, "seconds": seconds, "peak MiB": peak}
+
+
+def stage_2(folder: str, batch: int, small: bool, options: dict[str, Any], clock: TrainerCallback) -> Any:
+    """A ViT-B/16 on images of 112 pixels with stored embeddings, or a tiny one."""
+    width, layers, size = (32, 1, 32) if small else (768, 12, 112)
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 64),
+        image_size=size,
+        patch_size=16,
+    )
+    model = LLM2CLIPModel(LLM2CLIPConfig(vision_config=vision, llm_hidden_size=2 * width, projection_dim=width))
+    data = OneBatch(torch.randn(batch, 3, size, size), torch.randn(batch, 2 * width), 4 * batch)
+    args = LLM2CLIPTrainingArguments(folder, encoder_chunk_size=min(batch, 2048), **options)
+    return LLM2CLIPTrainer(model, args, data_collator=data.collate, train_dataset=data, callbacks=[clock])
+
+
+def stage_1(folder: str, batch: int, small: bool, options: dict[str, Any], clock: TrainerCallback) -> Any:
+    """LoRA on a Llama of 512 x 8, or on a tiny one, and random texts of 16 words."""
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", *map(str, range(998))])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<s>").save_pretrained(folder)
+    width, layers = (32, 1) if small else (512, 8)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 64),
+        max_position_embeddings=64,
+    )
+    LlamaModel(config).save_pretrained(folder)
+    encoder = build_caption_encoder(folder, template=None)
+    draws = torch.randint(998, (2, 4 * batch, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    columns = [[" ".join(map(str, row)) for row in column] for column in draws]
+    args = CaptionContrastiveTrainingArguments(folder, mini_batch_tokens=1 << 16, warmup_steps=0, **options)
+    data = Dataset.from_dict(dict(zip(("anchor", "positive"), columns)))
+    return CaptionContrastiveTrainer(encoder, args, data, callbacks=[clock])
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -156,3 +156,37 @@ def test_search_app_tells_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 1
     assert "photos` does not exist. Give a folder of images." in done.stderr
+
+
+def test_gpu_benchmark_runs_small_in_the_interpreter(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sizes = {
+        "sizes": 32,
+        "widths": 16,
+        "check": 24,
+        "tune": 24,
+        "kernels": 24,
+        "trainers": 8,
+        "repeats": 1,
+        "minutes": 9,
+    }
+    script = str(EXAMPLES.parent / "benchmarks" / "contrastive_loss.py")
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    run(script, *flags, "--dtypes", "fp32", "bf16", "--small", "--output", str(tmp_path))
+    found = json.loads((tmp_path / "contrastive_loss.json").read_text())
+    assert found["left out"] == []
+    assert {(row["loss"], row["features"], row["method"]) for row in found["losses"]} > {
+        (loss, features, f"ours ({implementation})")
+        for loss in ("softmax", "sigmoid")
+        for features in ("fp32", "bf16")
+        for implementation in ("torch", "triton")
+    }
+    assert all(row["right"] for row in found["accuracy"]) and len(found["accuracy"]) == 16
+    assert {row["kernel"] for row in found["tuned"]} == {"lse", "grad", "sigmoid"}
+    assert [(row["stage"], row["batch"]) for row in found["trainers"]] == [(2, 8), (1, 8)]
+    assert len(found["kernels"]) == 4
+    assert (tmp_path / "contrastive_loss.png").stat().st_size > 10_000
+    with pytest.raises(AssertionError, match="`--gpu` needs a CUDA device"):
+        run(script, "--gpu")

@@ -2,6 +2,8 @@
 """Image-text samples: the right pairs, the right mixture, the same draw on every path to a sample."""
 
 import collections
+import hashlib
+import io
 
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_samples_pair_every_image_with_its_own_captions(images):
         dataset.set_epoch(epoch)
         for index in range(COUNT):
             sample = dataset[index]
-            assert set(sample) == {"pixel_values", "text", "index"}
+            assert set(sample) == {"pixel_values", "text", "index", "image_id", "text_id"}
             assert sample["index"] == index
             assert sample["text"] in CAPTIONS["real"][index] + CAPTIONS["dense"][index]
             assert torch.equal(sample["pixel_values"], transform(images[index]))
@@ -84,7 +86,8 @@ def test_stored_embeddings_are_those_of_the_caption_that_text_would_give(images,
             expected = embeddings[with_text[index]["text"]]
             for dataset in (with_store, with_both):
                 sample = dataset[index]
-                assert set(sample) == {"pixel_values", "llm_embeds", "index"}
+                text_id = set() if dataset is with_store else {"text_id"}
+                assert set(sample) == {"pixel_values", "llm_embeds", "index", "image_id", *text_id}
                 assert sample["llm_embeds"].dtype == torch.float32
                 assert torch.equal(sample["llm_embeds"], expected)
 
@@ -99,7 +102,7 @@ def test_the_text_beside_a_stored_embedding_is_that_of_the_same_caption(images, 
             dataset.set_epoch(epoch)
         for index in range(COUNT):
             sample = both[index]
-            assert set(sample) == {"pixel_values", "llm_embeds", "text", "index"}
+            assert set(sample) == {"pixel_values", "llm_embeds", "text", "index", "image_id", "text_id"}
             assert torch.equal(sample["llm_embeds"], embeddings[sample["text"]])
             assert sample["text"] == text_alone[index]["text"]
             drawn.add(sample["text"])
@@ -288,6 +291,38 @@ def test_sub_captions_are_parts_of_the_caption_that_would_be_drawn(images, store
         ImageTextDataset(images, captions, transform=transform, sub_captions=-1)
 
 
+def test_ids_are_equal_for_equal_files_pixels_and_texts_and_the_same_in_every_process(tmp_path):
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    (tmp_path / "b.png").write_bytes(buffer.getvalue())
+    decoded = [Image.linear_gradient("L"), Image.linear_gradient("L").rotate(90), Image.linear_gradient("L")]
+    files = [str(tmp_path / "a.png"), tmp_path / "b.png", {"bytes": buffer.getvalue(), "path": "c.png"}]
+    captions = ["a cat", "a cat", "a dog", " a cat", "a cat", "A cat"]
+    dataset = ImageTextDataset([*files, *decoded], captions, transform=CenterCropTransform(8))
+    images, texts = zip(*((sample["image_id"], sample["text_id"]) for sample in dataset))
+    assert [images.index(each) for each in images] == [0, 0, 0, 3, 4, 3]
+    assert [texts.index(each) for each in texts] == [0, 0, 2, 3, 0, 5]
+    assert texts[0] == -9045190309551020975  # the first 8 bytes of the SHA-256 of "a cat", little-endian and signed
+    assert images[0] == int.from_bytes(hashlib.sha256(buffer.getvalue()).digest()[:8], "little", signed=True)
+
+
+def test_weights_of_pairs_reach_the_batch_and_bad_ones_are_refused(images, store):
+    weights = np.linspace(0.5, 2.0, COUNT)
+    dataset = ImageTextDataset(images, store=store, transform=CenterCropTransform(16), weights=weights)
+    batch = ImageTextCollator()([dataset[2], dataset[0]])
+    assert batch["weight"].dtype == torch.float32
+    torch.testing.assert_close(batch["weight"], torch.tensor(weights[[2, 0]], dtype=torch.float32), atol=0, rtol=0)
+    for wrong, message in (
+        (weights[1:], r"shape \(\d+,\) for \d+ images"),
+        (np.where(weights == weights[3], 0, weights), "The weight of image 3 is 0.0"),
+        (np.where(weights == weights[1], np.nan, weights), "The weight of image 1 is nan"),
+        (np.where(weights == weights[1], np.inf, weights), "The weight of image 1 is inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageTextDataset(images, store=store, transform=CenterCropTransform(16), weights=wrong)
+
+
 def sample(number: int, **kwargs) -> dict:
     return {"pixel_values": torch.full((3, 2, 4), float(number)), "index": number, **kwargs}
 
@@ -295,7 +330,7 @@ def sample(number: int, **kwargs) -> dict:
 def test_embeddings_are_stacked():
     samples = [sample(n, llm_embeds=torch.arange(5.0) + n) for n in (4, 2)]
     batch = ImageTextCollator()(samples)
-    assert set(batch) == {"pixel_values", "llm_embeds", "index"}
+    assert set(batch) == {"pixel_values", "llm_embeds", "index", "text_id"}
     assert torch.equal(batch["pixel_values"], torch.stack([s["pixel_values"] for s in samples]))
     assert torch.equal(batch["llm_embeds"], torch.stack([s["llm_embeds"] for s in samples]))
     assert batch["index"].tolist() == [4, 2]
@@ -308,7 +343,7 @@ def test_texts_are_tokenized_like_the_processor_does(side):
     processor.tokenizer.padding_side = side
     texts = ["a red boat", " two dogs \n", "x"]
     batch = ImageTextCollator(processor)([sample(n, text=text) for n, text in enumerate(texts)])
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "index"}
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "index", "text_id"}
     expected = processor(text=[text.strip() for text in texts])
     assert torch.equal(batch["input_ids"], expected["input_ids"])
     assert torch.equal(batch["attention_mask"], expected["attention_mask"])
@@ -325,13 +360,13 @@ def test_long_texts_are_truncated_and_keep_the_end_of_turn():
 
 def test_samples_without_index_give_no_index():
     samples = [{"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.zeros(4)}] * 2
-    assert set(ImageTextCollator()(samples)) == {"pixel_values", "llm_embeds"}
+    assert set(ImageTextCollator()(samples)) == {"pixel_values", "llm_embeds", "text_id"}
 
 
 def test_keys_pass_through_as_names():
     samples = [sample(n, llm_embeds=torch.zeros(4), key=f"{n:03d}") for n in (4, 2)]
     batch = ImageTextCollator()(samples)
-    assert set(batch) == {"pixel_values", "llm_embeds", "index", "key"}
+    assert set(batch) == {"pixel_values", "llm_embeds", "index", "key", "text_id"}
     assert batch["key"] == ["004", "002"]
 
 
@@ -344,7 +379,7 @@ def test_mixed_missing_and_unknown_keys_are_refused():
         ([sample(0, **embeds), no_index], "Sample 1 has the keys"),
         ([sample(0)], "one of `llm_embeds` and `text`"),
         ([sample(0, text="a", **embeds)], "one of `llm_embeds` and `text`"),
-        ([sample(0, labels=1, **embeds)], "may have `index` and `key`"),
+        ([sample(0, labels=1, **embeds)], "may have `key` and"),
         ([{"text": "a"}], "They need `pixel_values`"),
         ([sample(0, text="a")], "the collator has no processor"),
         ([sample(0, **embeds), sample(1, llm_embeds=torch.zeros(5))], r"`llm_embeds` of sample 1 has shape \(5,\)"),

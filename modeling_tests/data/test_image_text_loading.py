@@ -187,3 +187,27 @@ def test_sources_that_cannot_be_understood_are_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_image_text(source, **options)
     assert load_image_text(two, image_column="other").captions[0] == ["real 0"]
+
+
+def test_weights_come_from_a_column_of_any_form_and_bad_ones_are_refused_or_skipped(folder):
+    weights = [0.5, 2.0, 1.0, 3.5]
+    rows = [row | {"score": weight} for row, weight in zip(ROWS, weights)]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    plain = as_dataset(folder)
+    header = "file_name,caption,score\n"
+    lines = [f"{row['file_name']},{row['caption']},{row['score']}\n" for row in [*rows, rows[0] | {"score": 9}]]
+    (folder / "table.csv").write_text(header + "".join(lines))  # a second row of the first image
+    for source in (folder, plain.add_column("score", weights), folder / "table.csv"):
+        table = load_image_text(source, caption_columns="caption", weight_column="score")
+        np.testing.assert_array_equal(table.weights, weights)
+        assert [sample["weight"] for sample in table.dataset(transform=TRANSFORM)] == weights
+    assert load_image_text(folder).weights is None
+    with pytest.raises(ValueError, match="has no column `quality`; it has .*`score`"):
+        load_image_text(folder, weight_column="quality")
+    for wrong in (0, -1, None, "heavy", float("inf"), [1]):
+        write_jsonl(folder / "metadata.jsonl", [*rows[:2], rows[2] | {"score": wrong}, rows[3]])
+        with pytest.raises(ValueError, match="(row 2|line 3).*weight in column `score` is .*expected a positive"):
+            load_image_text(folder, weight_column="score")
+        table = load_image_text(folder, weight_column="score", on_bad_row="skip")
+        assert (table.weights.tolist(), table.report.bad_rows) == ([0.5, 2.0, 3.5], 1)
+        assert table.captions[2] == ["real 3"]

@@ -5,14 +5,14 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck
 
 from llm2clip_hf.ops import contrastive as public
-from llm2clip_hf.ops import contrastive_loss, sigmoid_loss
-from llm2clip_hf.ops import operators as registration
+from llm2clip_hf.ops import contrastive_loss, contrastive_torch, operators, sigmoid_loss
 
 
 def embeds(n, m, d, dtype=torch.float64):
@@ -26,7 +26,18 @@ def scalar(value):
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
-def dense_contrastive(x, y, scale, row_offset=0, weights=None, ids=None, same_group="positive", smoothing=0.0):
+def dense_contrastive(
+    x,
+    y,
+    scale,
+    row_offset=0,
+    weights=None,
+    ids=None,
+    same_group="positive",
+    smoothing=0.0,
+    masks=None,
+    direction="both",
+):
     """The definition, with every logit: target distributions and log-softmax in both directions, for each pair."""
     n, m = len(x), len(y)
     logits = scale * x @ y.T
@@ -39,6 +50,9 @@ def dense_contrastive(x, y, scale, row_offset=0, weights=None, ids=None, same_gr
             positive = same
         else:
             logits = logits.masked_fill(same & ~pair, -1e30)
+    if masks is not None:
+        same = ((masks[0][:, None] == masks[1][None]) & (masks[0][:, None] != -1)).any(2)
+        logits = logits.masked_fill(same & ~pair, -1e30)
     rows = positive.to(x.dtype) / positive.sum(1, keepdim=True)
     cols = positive[:, row_offset : row_offset + n].to(x.dtype)
     cols = cols / cols.sum(0, keepdim=True)
@@ -46,10 +60,10 @@ def dense_contrastive(x, y, scale, row_offset=0, weights=None, ids=None, same_gr
     cols = (1 - smoothing) * cols + smoothing / n
     by_row = -(rows * logits.log_softmax(1)).sum(1)
     by_col = -(cols * logits.log_softmax(0)[:, row_offset : row_offset + n]).sum(0)
-    return (by_row + by_col) / 2
+    return {"both": (by_row + by_col) / 2, "rows": by_row, "columns": by_col}[direction]
 
 
-def dense_sigmoid(x, y, scale, bias, row_offset=0, ids=None, same_group="positive"):
+def dense_sigmoid(x, y, scale, bias, row_offset=0, ids=None, same_group="positive", masks=None):
     n, m = len(x), len(y)
     pair = torch.zeros(n, m, dtype=torch.bool)
     pair[torch.arange(n), row_offset + torch.arange(n)] = True
@@ -58,6 +72,8 @@ def dense_sigmoid(x, y, scale, bias, row_offset=0, ids=None, same_group="positiv
         same = ids[row_offset : row_offset + n, None] == ids[None, :]
         positive = same if same_group == "positive" else pair
         kept = kept if same_group == "positive" else ~same | pair
+    if masks is not None:
+        kept = ~((masks[0][:, None] == masks[1][None]) & (masks[0][:, None] != -1)).any(2) | pair
     sign = torch.where(positive, 1.0, -1.0).to(x.dtype)
     return -(F.logsigmoid(sign * (scale * x @ y.T + bias)) * kept).sum(1)
 
@@ -111,6 +127,62 @@ def test_options_equal_the_dense_definition(reduction, same_group, weighted):
     assert_same(contrastive_loss(x, y, scale, **options), want, (x, y, scale))
     want = reduced(dense_sigmoid(x, y, scale, bias, 4, ids, group), weights, reduction)
     assert_same(sigmoid_loss(x, y, scale, bias, **options), want, (x, y, scale, bias))
+
+
+@pytest.mark.parametrize("direction", ["both", "rows", "columns"])
+@pytest.mark.parametrize("rule", [None, "positive", "ignore", "masks", "smoothing"])
+def test_directions_and_masks_equal_the_dense_definition(direction, rule):
+    x, y = embeds(5, 11, 3)
+    scale, bias = scalar(6.0), scalar(-2.0)
+    ids = torch.tensor([3, 900, 3, -7, 900, 3, 4, -7, 3, 5, 900])
+    masks = (torch.randint(-1, 5, (5, 3)), torch.randint(-1, 5, (11, 3)))
+    options = {"group_ids": ids, "same_group": rule} if rule in ("positive", "ignore") else {}
+    dense = {"ids": ids, "same_group": rule} if options else {}
+    if rule == "masks":
+        options, dense = {"mask_ids": masks}, {"masks": masks}
+        got = sigmoid_loss(x, y, scale, bias, row_offset=4, reduction="none", mask_ids=masks)
+        assert_same(got, dense_sigmoid(x, y, scale, bias, 4, masks=masks), (x, y, scale, bias))
+    if rule == "smoothing":
+        options, dense = {"label_smoothing": 0.2}, {"smoothing": 0.2}
+    for reduction in ("mean", "none"):
+        got = contrastive_loss(x, y, scale, row_offset=4, direction=direction, reduction=reduction, **options)
+        want = reduced(dense_contrastive(x, y, scale, 4, direction=direction, **dense), None, reduction)
+        assert_same(got, want, (x, y, scale))
+
+
+def test_64_bit_ids_are_told_apart_and_minus_one_is_none():
+    x, y = embeds(3, 3, 4)
+    far = torch.tensor([[2**62], [2**62 + 1], [-1]])
+    assert contrastive_loss(x, y, 9.0, mask_ids=(far, far)) == contrastive_loss(x, y, 9.0)
+    one = torch.full((3, 1), 2**62)
+    assert contrastive_loss(x, y, 9.0, mask_ids=(one, one)) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("scale", [60.0, 100.0])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_saturated_pairs_keep_their_digits(implementation, scale):
+    # Well-fitted pairs: the loss is far below the rounding of a log-sum-exp near `scale`.
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    first, other = torch.linalg.qr(torch.randn(20, 2, dtype=torch.float64))[0].T
+    cosine = 1 - 12 / scale
+    x = torch.stack([first, cosine * first + (1 - cosine**2) ** 0.5 * other])
+    y = F.normalize(x + 0.01 * torch.randn(2, 20, dtype=torch.float64), dim=1)
+    wide = [t.float().double().requires_grad_() for t in (x, y)]
+    truth = dense_contrastive(*wide, scale).mean()
+    exact = torch.autograd.grad(truth, wide)
+
+    def error(loss, inputs):
+        return max((g - e).norm() / e.norm() for g, e in zip(torch.autograd.grad(loss, inputs), exact))
+
+    single = [t.detach().float().requires_grad_() for t in wide]
+    logits, target = scale * single[0] @ single[1].T, torch.arange(2)
+    eager = error((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, single)
+    loss = contrastive_loss(*single, scale, implementation=implementation, compute_dtype=None)
+    assert abs(loss.item() - truth.item()) <= 1e-4 * truth.item()
+    assert 1e-6 < truth.item() < 1e-4
+    assert error(loss, single) <= 3 * eager + 1e-6
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -186,6 +258,34 @@ def test_mixed_dtypes_are_promoted():
     assert wide.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compute_dtype_rounds_features_and_nothing_else(monkeypatch, dtype, autocast):
+    # Equal to features that were rounded before, while loss, gradients and the sums within stay in fp32.
+    x, y = embeds(33, 40, 24, torch.float32)
+    scale, bias = torch.tensor(50.0, requires_grad=True), torch.tensor(-9.0)
+    seen = []
+    for name in ("lse_pair", "lse_pair_backward", "sigmoid_sum"):
+        original = getattr(contrastive_torch, name)
+
+        def spy(a, *arguments, original=original):
+            seen.append(torch.equal(a, a.to(dtype).float()))
+            return original(a, *arguments)
+
+        monkeypatch.setattr(contrastive_torch, name, spy)
+    rounded = [t.detach().to(dtype).float().requires_grad_() for t in (x, y)]
+    for loss, scalars in ((contrastive_loss, (scale,)), (sigmoid_loss, (scale, bias))):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            got = loss(x, y, *scalars, row_offset=3, compute_dtype=dtype)
+        want = loss(*rounded, *scalars, row_offset=3)
+        assert torch.equal(got, want)
+        for a, b in zip(torch.autograd.grad(got, (x, y, scale)), torch.autograd.grad(want, (*rounded, scale))):
+            assert a.dtype == torch.float32
+            assert torch.equal(a, b)
+    assert all(seen)
+    assert not torch.equal(contrastive_loss(x, y, scale), contrastive_loss(x, y, scale, compute_dtype=dtype))
+
+
 def test_autocast_changes_nothing():
     # Matrix products inside the operator would be cast to bf16 otherwise.
     x, y = embeds(33, 33, 40, torch.float32)
@@ -229,18 +329,19 @@ def test_gradcheck_of_both_losses():
 def test_operators_pass_opcheck():
     x, y = embeds(3, 5, 4, torch.float32)
     scale, bias = torch.tensor(3.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
-    ids = torch.tensor([0, 1, 0, 2, 1], dtype=torch.int32)
+    ids = torch.tensor([0, 1, 0, 2, 1], dtype=torch.int32)[:, None]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    pairs = (ids[1:4], ids, 1, True, False, False)
-    torch.library.opcheck(registration.lse_pair, (x, y, scale, *pairs), test_utils=tests)
-    torch.library.opcheck(registration.sigmoid_rows, (x, y, scale, bias, *pairs), test_utils=tests)
+    pairs = (ids[1:4], ids, 1, True, torch.float32, False)
+    for direction in ("both", "rows", "columns"):
+        torch.library.opcheck(operators.lse_pair, (x, y, scale, *pairs, direction, True, False), test_utils=tests)
+    torch.library.opcheck(operators.sigmoid_rows, (x, y, scale, bias, *pairs, False), test_utils=tests)
     # `sigmoid_sum` returns its own gradients; `opcheck` would differentiate them, which is refused.
     plain = [t.detach() for t in (x, y, scale, bias)]
     basic = ("test_schema", "test_faketensor")
-    torch.library.opcheck(registration.sigmoid_sum, (*plain, torch.rand(3), *pairs, True, True), test_utils=basic)
-    row, col, *_ = (t.detach() for t in registration.lse_pair(x, y, scale, *pairs))
-    arguments = (row, col, row, col, row, col, *plain[:3], *pairs[:5], True, False)
-    torch.library.opcheck(registration.lse_pair_backward, arguments, test_utils=basic)
+    torch.library.opcheck(operators.sigmoid_sum, (*plain, torch.rand(3), *pairs, False, True, True), test_utils=basic)
+    row, col, *rest, kept = (t.detach() for t in operators.lse_pair(x, y, scale, *pairs, "both", True, False))
+    arguments = (row, col, *rest, row, col, kept, *plain[:3], *pairs, True, False)
+    torch.library.opcheck(operators.lse_pair_backward, arguments, test_utils=basic)
 
 
 def test_compiles_without_graph_breaks():
@@ -267,8 +368,9 @@ def test_fakes_describe_cuda_without_cuda():
     with FakeTensorMode():
         x = torch.empty(6, 8, dtype=torch.bfloat16, device="cuda")
         y = torch.empty(9, 8, dtype=torch.bfloat16, device="cuda")
-        out = registration.lse_pair(x, y, torch.empty((), device="cuda"), None, None, 0, False, True, False)
-    assert [t.shape[0] for t in out] == [6, 9, 6, 9]
+        pairs = (None, None, 0, False, torch.bfloat16, True)
+        out = operators.lse_pair(x, y, torch.empty((), device="cuda"), *pairs, "both", False, False)
+    assert [t.shape[0] for t in out] == [6, 9, 6, 0, 0, 0]
     assert all(t.dtype == torch.float32 and t.device.type == "cuda" for t in out)
 
 
@@ -345,6 +447,16 @@ BAD_INPUT = [
     ({"group_ids": torch.ones(4, dtype=torch.int64)}, "`group_ids` must have shape \\(3,\\)"),
     ({"group_ids": torch.ones(3)}, "`group_ids` must be integers"),
     ({"group_ids": torch.ones(3, dtype=torch.int64, device="meta")}, "`group_ids` \\(meta\\)"),
+    ({"mask_ids": torch.ones(3, 1)}, "`mask_ids` must be two tensors.*got Tensor"),
+    ({"mask_ids": (torch.ones(3, 1), torch.ones(3, 1))}, "`mask_ids` must be integers, got torch.float32"),
+    ({"mask_ids": (torch.arange(3), torch.arange(3))}, "`mask_ids` must have shape \\(3, K\\).*got \\(3,\\)"),
+    ({"mask_ids": [torch.ones(3, 5, dtype=torch.int64)] * 2}, "1 <= K <= 4, one row per image, got \\(3, 5\\)"),
+    ({"mask_ids": [torch.ones(3, 1).long(), torch.ones(4, 1).long()]}, "one row per text, got \\(4, 1\\)"),
+    ({"mask_ids": [torch.ones(3, 1).long()] * 2, "group_ids": torch.arange(3)}, "cannot go together"),
+    ({"compute_dtype": "fp16"}, "`compute_dtype` must be .*'fp16'"),
+    ({"compute_dtype": torch.int8}, "`compute_dtype` must be .*int8"),
+    ({"image_embeds": [[1.0, 2.0]]}, "`image_embeds` must be a tensor, got list"),
+    ({k: torch.ones(3, 4, device="meta") for k in ("image_embeds", "text_embeds")}, "meta device, which holds no"),
     ({"same_group": "drop"}, "`same_group` must be .*'drop'"),
     ({"reduction": "avg"}, "`reduction` must be .*'avg'"),
     ({"implementation": "cuda"}, "`implementation` must be .*'cuda'"),
@@ -366,6 +478,11 @@ def test_bad_options_of_one_loss_are_named():
         contrastive_loss(x, x, 2.0, label_smoothing=1.5)
     with pytest.raises(ValueError, match="`label_smoothing` .*cannot go with"):
         contrastive_loss(x, x, 2.0, label_smoothing=0.1, same_group="ignore", group_ids=torch.arange(3))
+    with pytest.raises(ValueError, match="`direction` must be .*'left'"):
+        contrastive_loss(x, x, 2.0, direction="left")
+    with pytest.raises(ValueError, match="`label_smoothing` .*cannot go with `mask_ids`"):
+        contrastive_loss(x, x, 2.0, label_smoothing=0.1, mask_ids=[torch.arange(3)[:, None]] * 2)
+    assert contrastive_loss(x, x, np.float32(2.0)) == contrastive_loss(x, x, 2.0)
     with pytest.raises(ValueError, match="`logit_bias` must be one floating-point number"):
         sigmoid_loss(x, x, 2.0, torch.ones(3))
 

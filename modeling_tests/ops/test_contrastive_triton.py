@@ -89,6 +89,19 @@ def test_group_ids_on_every_architecture(arch, same_group):
     assert_close_to_fp64(sigmoid_loss, x, y, 10.0, -8.0, **options)
 
 
+@pytest.mark.parametrize("direction", ["both", "rows", "columns"])
+@pytest.mark.parametrize("rule", [None, "positive", "ignore", "masks"])
+def test_directions_and_masks(hopper, direction, rule):
+    x, y = unit(70, 24, torch.float16), unit(150, 24, torch.float16)
+    options = {}
+    if rule == "masks":
+        options = {"mask_ids": [torch.randint(-1, 20, (size, 4), device=DEVICE) for size in (70, 150)]}
+        assert_close_to_fp64(sigmoid_loss, x, y, 10.0, -8.0, row_offset=60, **options)
+    elif rule:
+        options = {"group_ids": torch.randint(0, 30, (150,), device=DEVICE), "same_group": rule}
+    assert_close_to_fp64(contrastive_loss, x, y, 25.0, row_offset=60, direction=direction, **options)
+
+
 def test_many_blocks_and_row_chunks(hopper, monkeypatch):
     monkeypatch.setattr(blocks, "_BLOCK", 128)
     monkeypatch.setattr(blocks, "_PARTIALS", 1)
@@ -97,13 +110,13 @@ def test_many_blocks_and_row_chunks(hopper, monkeypatch):
     monkeypatch.setitem(kernels._TUNED, ("lse", 90, 64, torch.float16), config)
     x, y = unit(1100, 64, torch.float16), unit(300, 64, torch.float16)
     pairs = Pairs(-3, None, None, False)
-    rows, cols, row_pos, col_pos = blocks.lse_pair(x, y, torch.tensor(20.0, device=DEVICE), pairs)
+    rows, cols, pair, *_ = blocks.lse_pair(x, y, torch.tensor(20.0, device=DEVICE), pairs)
     logits = 20.0 * x.double() @ y.double().T
+    torch.testing.assert_close(pair[3:303].double(), logits[3:303].diagonal(), rtol=0, atol=1e-5)
+    assert (pair[:3] == 0).all()
+    logits[3:303].fill_diagonal_(-torch.inf)
     torch.testing.assert_close(rows.double(), logits.logsumexp(1), rtol=0, atol=1e-5)
     torch.testing.assert_close(cols.double(), logits.logsumexp(0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(row_pos[3:303].double(), logits[3:303].diagonal(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(col_pos, row_pos[3:303])
-    assert (row_pos[:3] == 0).all()
     assert_close_to_fp64(contrastive_loss, x[:300], y, 20.0)
     assert_close_to_fp64(sigmoid_loss, x[:300], y, 9.0, -9.0)
 
@@ -126,6 +139,7 @@ def test_one_reference_per_tile_is_repaired_where_it_fails(hopper, case, scale):
     logits = scale * x.double() @ y.double().T
     rows, cols, *_ = blocks.lse_pair(x, y, torch.tensor(scale, device=DEVICE), Pairs(0, None, None, False))
     tolerance = 2e-6 * float(logits.abs().max())
+    logits.fill_diagonal_(-torch.inf)
     torch.testing.assert_close(rows.double(), logits.logsumexp(1), rtol=0, atol=tolerance)
     torch.testing.assert_close(cols.double(), logits.logsumexp(0), rtol=0, atol=tolerance)
     upstream = value_and_gradients(contrastive_loss, (x, y), (scale,), implementation="triton")
@@ -267,6 +281,6 @@ def test_tuner_uses_the_fastest_configuration(hopper, monkeypatch):
 def test_more_than_two_billion_elements_on_a_gpu():
     x = F.normalize(torch.randn(1 << 21, 1280, device="cuda", dtype=torch.bfloat16), dim=1)
     y = F.normalize(torch.randn(256, 1280, device="cuda", dtype=torch.bfloat16), dim=1)
-    rows, _, _, _ = blocks.lse_pair(x, y, torch.tensor(20.0, device="cuda"), Pairs(0, None, None, False))
+    rows, *_ = blocks.lse_pair(x, y, torch.tensor(20.0, device="cuda"), Pairs(256, None, None, False))
     want = (20.0 * x[-300:].double() @ y.double().T).logsumexp(1)
     torch.testing.assert_close(rows[-300:].double(), want, rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ Everything works without `torch.distributed` being initialised and then behaves 
 default group.
 """
 
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,73 +60,102 @@ _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, t
 
 
 def all_gather_sizes(
-    size: int, device: torch.device, group: Group = None, *, alike: Mapping[str, Tensor | None] | None = None
-) -> list[int]:
+    size: Any, device: torch.device, group: Group = None, *, alike: Mapping[str, Any] | None = None
+) -> list[Any]:
     """
     `size` of every rank of `group`, in rank order, in one exchange. Waits for the device.
 
     Args:
-        size (`int`): A number of this rank.
+        size (`int` or `tuple[int, ...]`): Numbers of this rank; every rank passes equally many.
         device (`torch.device`): Where the exchange takes place.
         group (*optional*): Process group; the default group when None.
-        alike (mapping from `str` to `torch.Tensor` or `None`, *optional*):
-            Tensors by name whose dtype and trailing sizes must be those of all ranks; `None` where a rank has none.
+        alike (mapping from `str`, *optional*):
+            Tensors by name whose dtype and trailing sizes must be those of all ranks, `None` where a rank has none;
+            and options (`bool`, `int`, `float`, `str` or `torch.dtype`), which must be equal on all ranks.
 
     Returns:
-        `list[int]`: the sizes.
+        `list`: the sizes, each `int` or `tuple` as given.
 
     Raises:
-        ValueError: on every rank, if the ranks differ in a tensor of `alike`; other bytes would be taken for numbers.
+        ValueError: on every rank, if the ranks differ in an entry of `alike`; other bytes would be taken for numbers.
     """
     count = world_size(group)
     if count == 1:
         return [size]
     alike = alike or {}
-    own = [size, *(number for tensor in alike.values() for number in _layout(tensor))]
+    numbers = size if isinstance(size, tuple) else (size,)
+    own = [*numbers, *(number for value in alike.values() for number in _layout(value))]
     gathered = torch.empty(count * len(own), dtype=torch.int64, device=device)
     _gather_into(gathered, torch.tensor(own, dtype=torch.int64, device=device), group)
-    sizes, *layouts = gathered.view(count, -1).t().tolist()
-    for name, found in zip(alike, zip(layouts[::2], layouts[1::2])):
-        kinds = list(zip(*found))
+    table = gathered.view(count, -1).tolist()
+    for number, name in enumerate(alike):
+        first = len(numbers) + 2 * number
+        kinds = [tuple(row[first : first + 2]) for row in table]
         other = next((position for position, kind in enumerate(kinds) if kind != kinds[0]), None)
         if other is not None:
+            mine, theirs = (_layout_text(*kinds[position]) for position in (0, other))
             raise ValueError(
-                f"`{name}` must be alike on all processes, but process 0 has {_layout_text(*kinds[0])} and process "
-                f"{other} has {_layout_text(*kinds[other])}. Give every process the same, e.g. with `.float()`."
+                f"`{name}` must be alike on all processes, but process 0 has {mine} and process {other} has {theirs}."
+                " Give every process the same."
             )
-    return [int(each) for each in sizes]
+    return [tuple(row[: len(numbers)]) if isinstance(size, tuple) else row[0] for row in table]
 
 
-def _layout(tensor: Tensor | None) -> tuple[int, int]:
-    """Dtype and elements per row as numbers; -1 for no tensor."""
-    return (-1, -1) if tensor is None else (_DTYPES.index(tensor.dtype), tensor.shape[1:].numel())
+def _layout(value: Any) -> tuple[int, int]:
+    """Two numbers that tell values apart: dtype and elements per row of a tensor, or a negative kind and an option."""
+    if value is None:
+        return -1, 0
+    if isinstance(value, Tensor):
+        return _DTYPES.index(value.dtype), value.shape[1:].numel()
+    if isinstance(value, torch.dtype):
+        return -2, _DTYPES.index(value)
+    if isinstance(value, float):
+        return -3, int.from_bytes(struct.pack(">d", value), "big", signed=True)
+    if isinstance(value, str):
+        return -4, int.from_bytes(value.encode("ascii")[:8], "big")
+    return (-5 if isinstance(value, bool) else -6), value
 
 
-def _layout_text(dtype: int, width: int) -> str:
-    return "none" if dtype < 0 else f"{_DTYPES[dtype]} of width {width}"
+def _layout_text(kind: int, number: int) -> str:
+    if kind >= 0:
+        return f"{_DTYPES[kind]} of width {number}"
+    if kind == -2:
+        return str(_DTYPES[number])
+    if kind == -3:
+        return str(struct.unpack(">d", number.to_bytes(8, "big", signed=True))[0])
+    if kind == -4:
+        return repr(number.to_bytes(8, "big").lstrip(b"\0").decode())
+    return "none" if kind == -1 else str(bool(number) if kind == -5 else number)
 
 
 class _AllGather(torch.autograd.Function):
     """Equal blocks of rows, concatenated in rank order; the gradient is summed over ranks and scattered back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group, transfer_dtype: torch.dtype | None) -> Tensor:
         ctx.group = group
-        output = tensor.new_empty((world_size(group) * tensor.shape[0], *tensor.shape[1:]))
-        _gather_into(output, tensor.contiguous(), group)
-        return output
+        sent = tensor.to(transfer_dtype or tensor.dtype).contiguous()
+        output = sent.new_empty((world_size(group) * tensor.shape[0], *tensor.shape[1:]))
+        _gather_into(output, sent, group)
+        return output.to(tensor.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0]
         # Partial gradients of many ranks are added in fp32: each sum in 16 bits would round once more per rank.
         wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
         output = wide.new_empty((grad.shape[0] // world_size(ctx.group), *grad.shape[1:]))
         _reduce_scatter_into(output, wide.contiguous(), ctx.group)
-        return output.to(grad.dtype), None
+        return output.to(grad.dtype), None, None
 
 
-def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = None) -> Tensor:
+def all_gather(
+    tensor: Tensor,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    *,
+    transfer_dtype: torch.dtype | None = None,
+) -> Tensor:
     """
     Concatenate the rows of all ranks, in rank order, with gradient.
 
@@ -139,6 +169,8 @@ def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = No
             Process group; the default group when None.
         sizes (`list[int]`, *optional*):
             Number of rows of each rank if known, e.g. from `all_gather_sizes`; otherwise asked for. Ranks may differ.
+        transfer_dtype (`torch.dtype`, *optional*):
+            Dtype in which rows travel; result and gradient keep that of `tensor`.
 
     Returns:
         `torch.Tensor` of shape `(sum of sizes, ...)`; `tensor` itself when there is one process.
@@ -159,7 +191,7 @@ def all_gather(tensor: Tensor, group: Group = None, sizes: list[int] | None = No
     if tensor.shape[0] < longest:
         padding = tensor.new_zeros((longest - tensor.shape[0], *tensor.shape[1:]))
         tensor = torch.cat([tensor, padding])
-    gathered: Tensor = _AllGather.apply(tensor, group)
+    gathered: Tensor = _AllGather.apply(tensor, group, transfer_dtype)
     if min(sizes) == longest:
         return gathered
     return torch.cat([block[:size] for block, size in zip(gathered.split(longest), sizes)])

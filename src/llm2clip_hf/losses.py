@@ -11,29 +11,38 @@ The contrastive loss of stage 2 over the batch of all processes.
 Legend: `n` pairs of this rank, `N` pairs of all ranks, `W` ranks, `D` embedding width.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .ops import contrastive_loss, sigmoid_loss
-from .ops import operators as registration
+from .ops import contrastive_loss, operators, sigmoid_loss
 from .ops.contrastive import (
+    Batch,
+    ComputeDtype,
+    Direction,
     Implementation,
+    PairIds,
     SameGroup,
+    as_scalar,
+    check_features,
+    check_group_ids,
+    check_mask_ids,
     check_options,
+    choose_compute,
     choose_triton,
-    count_equal,
+    cross_entropy,
     dense_ids,
+    dense_masks,
     prepare,
     refuse_forward_mode,
     weighted_sigmoid_sum,
 )
 
 
-__all__ = ["ContrastiveLoss"]
+__all__ = ["ClipLoss", "ContrastiveLoss", "SigLipLoss"]
 
 
 class ContrastiveLoss(nn.Module):
@@ -59,22 +68,37 @@ class ContrastiveLoss(nn.Module):
             What `group_ids` mean: `"positive"` or `"ignore"`, as in `contrastive_loss`.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of the target that is spread over all columns, in [0, 1], as in `contrastive_loss`; softmax only.
+        direction (`str`, *optional*, defaults to `"both"`):
+            `"rows"`: images pick their texts; `"columns"`: texts pick their images; `"both"`: the mean; softmax only.
+        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
+            What features are rounded to for matrix products, and for their way to other processes: `"auto"` makes
+            float32 features float16 on CUDA devices with tensor cores, None keeps their dtype; as in
+            `contrastive_loss`. Autocast has no influence.
         process_group (*optional*):
             `torch.distributed` group over which to gather; the default group when None.
 
     Inputs:
         image_embeds, text_embeds (`torch.Tensor` of shape `(n, D)`): this rank's pairs, usually L2-normalized.
-        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): positive multiplier, not its logarithm.
-        logit_bias (`torch.Tensor` of shape `()` or `(1,)`, *optional*): only for `"sigmoid"`, and needed there.
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`, or `float`): positive multiplier, not its logarithm.
+        logit_bias (`torch.Tensor` of shape `()` or `(1,)`, or `float`, *optional*): only for `"sigmoid"`, and needed
+            there.
         group_ids (`torch.Tensor` of shape `(n,)`, *optional*): integer id of each pair, comparable across ranks;
             either every rank passes it or none.
+        weights (`torch.Tensor` of shape `(n,)`, *optional*): weight of each pair; the mean becomes the weighted mean.
+        mask_ids (pair of `torch.Tensor` of shapes `(n, K)` and `(n + h, K)`, *optional*): ids of images and of texts
+            with hard negatives; those that agree in any of the K are no negatives of one another, see
+            `contrastive_loss`.
+        hard_negatives (`torch.Tensor` of shape `(h, D)`, *optional*): further texts, negatives of all images.
+        sizes (`list[int]`, *optional*): number of pairs of every rank, if known. Saves the exchange that otherwise
+            makes sure that the ranks fit; with hard negatives, each rank must then have equally many per pair.
 
     Returns:
         `torch.Tensor` of shape `()`, float32 (float64 for float64 embeddings), in nats.
 
     Raises:
         ValueError: for unknown options, unpaired embeddings, or a `logit_bias` that is missing or not used; on every
-            rank, if the ranks differ in the dtype or width of embeddings or in having `group_ids`.
+            rank, if the ranks differ in options, in dtype or width of tensors, in having an optional one, or in
+            whether a gradient is asked for.
         NotImplementedError: in forward-mode differentiation.
 
     Example:
@@ -94,6 +118,8 @@ class ContrastiveLoss(nn.Module):
         ring: bool = False,
         same_group: SameGroup = "positive",
         label_smoothing: float = 0.0,
+        direction: Direction = "both",
+        compute_dtype: ComputeDtype = "auto",
         process_group: Any = None,
     ) -> None:
         super().__init__()
@@ -101,8 +127,8 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(f'`loss_type` must be "softmax" or "sigmoid", got {loss_type!r}.')
         if implementation not in ("auto", "triton", "torch"):
             raise ValueError(f'`implementation` must be "auto", "triton" or "torch", got {implementation!r}.')
-        if same_group not in ("positive", "ignore"):
-            raise ValueError(f'`same_group` must be "positive" or "ignore", got {same_group!r}.')
+        check_options("mean", label_smoothing, same_group, False, False, direction)
+        choose_compute(compute_dtype, torch.empty(0))  # refuses what is no dtype
         if ring and not gather_across_devices:
             raise ValueError("`ring=True` has no effect with `gather_across_devices=False`. Drop one of the two.")
         if label_smoothing and loss_type == "sigmoid":
@@ -110,12 +136,16 @@ class ContrastiveLoss(nn.Module):
                 f"`label_smoothing` ({label_smoothing}) has no effect on the sigmoid loss. Leave it out, or use "
                 '`loss_type="softmax"`.'
             )
+        if direction != "both" and loss_type == "sigmoid":
+            raise ValueError(f"`direction` ({direction!r}) has no effect on the sigmoid loss. Leave it out.")
         self.loss_type = loss_type
         self.gather_across_devices = gather_across_devices
         self.implementation: Implementation = implementation
         self.ring = ring
         self.same_group: SameGroup = same_group
         self.label_smoothing = label_smoothing
+        self.direction: Direction = direction
+        self.compute_dtype: ComputeDtype = compute_dtype
         self.process_group = process_group
 
     def extra_repr(self) -> str:
@@ -125,9 +155,14 @@ class ContrastiveLoss(nn.Module):
         self,
         image_embeds: Tensor,
         text_embeds: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
         group_ids: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        mask_ids: Sequence[Tensor] | None = None,
+        hard_negatives: Tensor | None = None,
+        sizes: list[int] | None = None,
     ) -> Tensor:
         if (logit_bias is None) == (self.loss_type == "sigmoid"):
             raise ValueError(
@@ -135,113 +170,203 @@ class ContrastiveLoss(nn.Module):
                 if logit_bias is None
                 else '`logit_bias` has no effect on the softmax loss. Pass None, or use `loss_type="sigmoid"`.'
             )
-        if image_embeds.shape[:1] != text_embeds.shape[:1]:
+        check_features(image_embeds, text_embeds)
+        pairs = len(image_embeds)
+        if len(text_embeds) != pairs:
             raise ValueError(
-                f"Images ({image_embeds.shape[0]}) and texts ({text_embeds.shape[0]}) must pair one to one."
-                " Check the collator, or drop rows without a caption."
+                f"Images ({pairs}) and texts ({len(text_embeds)}) must pair one to one. Check the collator, or drop"
+                " rows without a caption; further texts are `hard_negatives`."
             )
-        if not self.gather_across_devices or distributed.world_size(self.process_group) == 1:
-            groups = {"group_ids": group_ids, "same_group": self.same_group, "implementation": self.implementation}
-            if logit_bias is None:
-                return contrastive_loss(
-                    image_embeds,
-                    text_embeds,
-                    logit_scale,
-                    label_smoothing=self.label_smoothing,
-                    **groups,  # type: ignore[arg-type]
-                )
-            return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, **groups)  # type: ignore[arg-type]
-        with torch.autocast(device_type=image_embeds.device.type, enabled=False):
-            return self._across_ranks(image_embeds, text_embeds, logit_scale, logit_bias, group_ids)
+        if hard_negatives is not None:
+            if group_ids is not None:
+                raise ValueError("`group_ids` name pairs, `hard_negatives` have none. Use `mask_ids` instead.")
+            check_features(text_embeds, hard_negatives, ("text_embeds", "hard_negatives"))
+            text_embeds = torch.cat([text_embeds, hard_negatives])
+        alone = not self.gather_across_devices or distributed.world_size(self.process_group) == 1
+        if sizes is not None and len(sizes) != (1 if alone else distributed.world_size(self.process_group)):
+            raise ValueError(f"`sizes` must hold one number per process, got {sizes}.")
+        if not alone:
+            with torch.autocast(device_type=image_embeds.device.type, enabled=False):
+                given = (group_ids, weights, mask_ids, sizes)
+                return self._across_ranks(image_embeds, text_embeds, logit_scale, logit_bias, *given)
+        options: dict[str, Any] = {
+            "weights": weights,
+            "group_ids": group_ids,
+            "same_group": self.same_group,
+            "mask_ids": mask_ids,
+            "compute_dtype": self.compute_dtype,
+            "implementation": self.implementation,
+        }
+        if logit_bias is not None:
+            return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, **options)
+        options |= {"label_smoothing": self.label_smoothing, "direction": self.direction}
+        return contrastive_loss(image_embeds, text_embeds, logit_scale, **options)
 
     def _across_ranks(
         self,
         image_embeds: Tensor,
         text_embeds: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
         group_ids: Tensor | None,
+        weights: Tensor | None,
+        mask_ids: Sequence[Tensor] | None,
+        sizes: list[int] | None,
     ) -> Tensor:
-        check_options("mean", self.label_smoothing, self.same_group, group_ids)
+        masked = mask_ids is not None
+        check_options("mean", self.label_smoothing, self.same_group, group_ids is not None, masked, self.direction)
         batch = prepare(
-            image_embeds, text_embeds, logit_scale, group_ids=group_ids, implementation=self.implementation
-        )
+            image_embeds, text_embeds, logit_scale, weights=weights, compute_dtype=self.compute_dtype,
+            implementation=self.implementation,
+        )  # fmt: skip
         x, y, scale, group = batch.x, batch.y, batch.scale, self.process_group
-        alike = {"image_embeds and text_embeds": x, "group_ids": group_ids}
-        sizes = distributed.all_gather_sizes(len(x), x.device, group, alike=alike)
-        position, count, total = distributed.rank(group), len(sizes), sum(sizes)
-        start = sum(sizes[:position])
-        own = slice(start, start + len(x))
-        use_triton = choose_triton(self.implementation, x, len(x) * (max(sizes) if self.ring else total))
-        ids = None if group_ids is None else dense_ids(distributed.all_gather(group_ids, group, sizes))
-        row_ids = None if ids is None else ids[own]
-        layout = _Layout(row_ids, ids, start, self.same_group == "ignore", use_triton, sizes, group)
-        y_all = None if self.ring else distributed.all_gather(y, group, sizes)
-        if logit_bias is not None:
-            refuse_forward_mode(logit_bias)
-            bias = logit_bias.reshape(()).to(scale.dtype)
-            if y_all is None:
+        if group_ids is not None:
+            mask_ids = check_group_ids(group_ids, len(x), x.device)
+        elif mask_ids is not None:
+            mask_ids = check_mask_ids(mask_ids, len(x), len(y), x.device)
+        bias = None if logit_bias is None else as_scalar(logit_bias, "logit_bias", x, scale.dtype)
+        refuse_forward_mode(logit_bias)
+        layout = self._layout(batch, mask_ids, masked, bias, sizes)
+        if batch.weights is None:
+            weights = torch.full_like(x[:, 0], len(layout.sizes) / sum(layout.sizes), dtype=scale.dtype)
+        else:
+            total = distributed.all_reduce_sum(batch.weights.sum(), group)
+            weights = batch.weights * (len(layout.sizes) / total)
+        if bias is not None:
+            if self.ring:
                 row_losses: Tensor = _RingSigmoid.apply(x, y, scale, bias, layout)
-                return row_losses.sum() * (count / total)
-            weights = torch.full((len(x),), count / total, dtype=scale.dtype, device=x.device)
+                return (row_losses * weights).sum()
+            y_all = distributed.all_gather(y.to(scale.dtype), group, layout.columns, transfer_dtype=batch.compute)
             return weighted_sigmoid_sum(x, y_all, scale, bias, weights, (*layout.pairs, False))
-        if y_all is None:
-            row_lse, col_lse, row_pos, col_pos = _RingLsePair.apply(x, y, scale, layout)
+        if self.ring:
+            row_lse, col_lse, pair, row_pos, col_pos = _RingLsePair.apply(x, y, scale, layout)
         else:
-            row_lse, col_lse, row_pos, col_pos = registration.lse_pair(x, y_all, scale, *layout.pairs, False)
-        col_lse = distributed.merge_log_sum_exp(col_lse, group)[own]
-        if ids is not None and row_ids is not None and not layout.ignore:
-            counts = count_equal(row_ids, ids)
-            row_pos = row_pos / counts
-            col_pos = distributed.all_reduce_sum(col_pos, group)[own] / counts
-        else:
-            col_pos = col_pos[own]
-        if self.label_smoothing:
-            wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
-            row_mean = scale * (wide_x @ (distributed.all_reduce_sum(wide_y.sum(0), group) / total))
-            col_mean = scale * (wide_y @ (distributed.all_reduce_sum(wide_x.sum(0), group) / total))
-            row_pos = torch.lerp(row_pos, row_mean, self.label_smoothing)
-            col_pos = torch.lerp(col_pos, col_mean, self.label_smoothing)
-        return 0.5 * ((row_lse - row_pos).sum() + (col_lse - col_pos).sum()) * (count / total)
+            y_all = distributed.all_gather(y.to(scale.dtype), group, layout.columns, transfer_dtype=batch.compute)
+            row_lse, col_lse, pair, row_pos, col_pos, _ = operators.lse_pair(
+                x, y_all, scale, *layout.pairs, self.direction, layout.keep, False
+            )
+        return (self._losses(x, y, scale, row_lse, col_lse, pair, row_pos, col_pos, layout) * weights).sum()
 
-
-class _Layout:
-    """Which columns belong to which rank, and the pair rule of this rank's rows against all or some of them."""
-
-    def __init__(
+    def _layout(
         self,
-        row_ids: Tensor | None,
-        col_ids: Tensor | None,
-        row_offset: int,
-        ignore: bool,
-        use_triton: bool,
-        sizes: list[int],
-        group: Any,
-    ) -> None:
-        self.row_ids, self.col_ids, self.row_offset = row_ids, col_ids, row_offset
-        self.ignore, self.use_triton, self.sizes, self.group = ignore, use_triton, sizes, group
+        batch: Batch,
+        ids: Sequence[Tensor] | None,
+        masked: bool,
+        bias: Tensor | None,
+        sizes: list[int] | None,
+    ) -> "_Layout":
+        """What all ranks need to know of one another, in one exchange unless `sizes` are given; the ids of all."""
+        x, y, group = batch.x, batch.y, self.process_group
+        grad = torch.is_grad_enabled()
+        scalars = [batch.scale] if bias is None else [batch.scale, bias]
+        if sizes is None:
+            found = distributed.all_gather_sizes(
+                (len(x), len(y)),
+                x.device,
+                group,
+                alike={
+                    "image_embeds and text_embeds": x,
+                    "group_ids": None if masked or ids is None else ids[0],
+                    "mask_ids": ids[0] if masked and ids is not None else None,
+                    "weights": batch.weights,
+                    "requires_grad": grad and any(each.requires_grad for each in (x, y, *scalars)),
+                    "requires_grad of the texts": grad and y.requires_grad,
+                    "loss_type": self.loss_type,
+                    "direction": self.direction,
+                    "same_group": self.same_group,
+                    "label_smoothing": self.label_smoothing,
+                    "ring": self.ring,
+                    "compute_dtype": batch.compute,
+                },
+            )
+            sizes, columns = [each[0] for each in found], [each[1] for each in found]
+        else:
+            columns = [size * len(y) // len(x) for size in sizes]
+        position = distributed.rank(group)
+        if sizes[position] != len(x) or columns[position] != len(y):
+            raise ValueError(
+                f"`sizes` gives process {position} {sizes[position]} pairs and {columns[position]} texts with hard"
+                f" negatives, but it has {len(x)} and {len(y)}. Give every process the numbers of all."
+            )
+        start = sum(columns[:position])
+        pair_ids = PairIds()
+        if ids is not None:
+            rows, cols = ids[0], distributed.all_gather(ids[1], group, columns)
+            if masked:
+                pair_ids = dense_masks(rows, cols)
+            else:
+                dense = dense_ids(cols)
+                pair_ids = PairIds(dense[start : start + len(x)], dense, self.same_group == "ignore")
+        largest = max(columns) if self.ring else sum(columns)
+        use_triton = choose_triton(self.implementation, x, len(x) * largest)
+        keep = grad and not use_triton and any(each.requires_grad for each in (x, y, batch.scale))
+        return _Layout(pair_ids, start, batch.compute, use_triton, sizes, columns, group, self.direction, keep)
+
+    def _losses(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        row_lse: Tensor,
+        col_lse: Tensor,
+        pair: Tensor,
+        row_pos: Tensor,
+        col_pos: Tensor,
+        layout: "_Layout",
+    ) -> Tensor:
+        """Losses of this rank's pairs, from log-sum-exps over all columns and over this rank's rows."""
+        group, smoothing, losses = self.process_group, self.label_smoothing, []
+        n, own = len(x), slice(layout.row_offset, layout.row_offset + len(x))
+        wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
+        counts = layout.ids.counts(layout.ids.col_ids)
+        mean = None
+        if self.direction != "columns":
+            if smoothing:
+                mean = scale * (wide_x @ (distributed.all_reduce_sum(wide_y.sum(0), group) / sum(layout.columns)))
+            losses.append(cross_entropy(row_lse, pair, row_pos, counts, mean, smoothing))
+        if self.direction != "rows":
+            if smoothing:
+                mean = scale * (wide_y[:n] @ (distributed.all_reduce_sum(wide_x.sum(0), group) / sum(layout.sizes)))
+            col_lse = distributed.merge_log_sum_exp(col_lse, group)[own]
+            if counts is not None:
+                col_pos = distributed.all_reduce_sum(col_pos, group)[own]
+            losses.append(cross_entropy(col_lse, pair, col_pos, counts, mean, smoothing))
+        return sum(losses[1:], losses[0]) / len(losses)
+
+
+class _Layout(NamedTuple):
+    """Which columns belong to which rank, and how this rank's rows meet all or some of them."""
+
+    ids: PairIds
+    row_offset: int
+    compute: torch.dtype
+    use_triton: bool
+    sizes: list[int]
+    columns: list[int]
+    group: Any
+    direction: str
+    keep: bool
 
     @property
-    def pairs(self) -> tuple[Tensor | None, Tensor | None, int, bool, bool]:
-        """Arguments of the primitives for all columns at once."""
-        return self.row_ids, self.col_ids, self.row_offset, self.ignore, self.use_triton
+    def pairs(self) -> tuple[Any, ...]:
+        """Arguments of the operators for all columns at once."""
+        ids = self.ids
+        return ids.row_ids, ids.col_ids, self.row_offset, ids.ignore, self.compute, self.use_triton
 
-    def blocks(
-        self, y: Tensor
-    ) -> Iterator[tuple[Tensor, slice, tuple[Tensor | None, Tensor | None, int, bool, bool]]]:
+    def blocks(self, y: Tensor) -> Iterator[tuple[Tensor, slice, tuple[Any, ...]]]:
         """Each rank's texts in turn, starting with this rank's: the block, its columns, arguments for the block."""
-        count, position = len(self.sizes), distributed.rank(self.group)
-        block = y.new_zeros((max(self.sizes), y.shape[1]))
+        count, position = len(self.columns), distributed.rank(self.group)
+        block = y.new_zeros((max(self.columns), y.shape[1]), dtype=self.compute)
         block[: len(y)] = y
         for step in range(count):
             owner = (position - step) % count
             # The transfer of the next block runs behind the arithmetic on this one.
             received = distributed.ring_shift(block, self.group) if step + 1 < count else None
-            start = sum(self.sizes[:owner])
-            columns = slice(start, start + self.sizes[owner])
-            col_ids = None if self.col_ids is None else self.col_ids[columns]
-            arguments = (self.row_ids, col_ids, self.row_offset - start, self.ignore, self.use_triton)
-            yield block[: self.sizes[owner]], columns, arguments
+            start = sum(self.columns[:owner])
+            columns = slice(start, start + self.columns[owner])
+            col_ids = None if self.ids.col_ids is None else self.ids.col_ids[columns]
+            part = self._replace(ids=self.ids._replace(col_ids=col_ids), row_offset=self.row_offset - start)
+            yield block[: self.columns[owner]], columns, part.pairs
             if received is not None:
                 block = received()
 
@@ -252,7 +377,7 @@ class _TravellingSum:
     def __init__(self, y: Tensor, layout: _Layout, dtype: torch.dtype) -> None:
         self.layout = layout
         self.own_rows = len(y)
-        self.total = y.new_zeros((max(layout.sizes), y.shape[1]), dtype=dtype)
+        self.total = y.new_zeros((max(layout.columns), y.shape[1]), dtype=dtype)
 
     def add(self, part: Tensor) -> None:
         self.total[: len(part)] += part
@@ -267,41 +392,35 @@ class _RingLsePair(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
-        row_lse = x.new_full((len(x),), -torch.inf, dtype=scale.dtype)
-        row_pos = torch.zeros_like(row_lse)
-        col_lse = x.new_empty((sum(layout.sizes),), dtype=scale.dtype)
-        col_pos = torch.empty_like(col_lse)
+        n, total = len(x), sum(layout.columns)
+        grouped = layout.ids.row_ids is not None and not layout.ids.ignore
+        row_lse = scale.new_full((n if layout.direction != "columns" else 0,), -torch.inf)
+        col_lse = scale.new_empty((total if layout.direction != "rows" else 0,))
+        pair = scale.new_zeros((n,))
+        row_pos, col_pos = (scale.new_zeros((size if grouped else 0,)) for size in (n, total))
         for block, columns, arguments in layout.blocks(y):
-            rows, col_lse[columns], positives, col_pos[columns] = registration.lse_pair(
-                x, block, scale, *arguments, False
+            rows, col_lse[columns], pair_part, row_part, col_pos[columns], _ = operators.lse_pair(
+                x, block, scale, *arguments, layout.direction, False, False
             )
             row_lse = torch.logaddexp(row_lse, rows)
-            row_pos += positives
+            pair += pair_part
+            row_pos += row_part
         ctx.layout = layout
         ctx.save_for_backward(x, y, scale, row_lse, col_lse)
-        return row_lse, col_lse, row_pos, col_pos
+        return row_lse, col_lse, pair, row_pos, col_pos
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, row_lse, col_lse = ctx.saved_tensors
-        grad_row, grad_col, grad_row_pos, grad_col_pos = grads
+        grad_row, grad_col, grad_pair, grad_row_pos, grad_col_pos = grads
         dx, dscale = torch.zeros_like(x, dtype=scale.dtype), torch.zeros_like(scale)
         dy = _TravellingSum(y, ctx.layout, scale.dtype)
+        nothing = scale.new_empty((0, 0))
         for block, columns, arguments in ctx.layout.blocks(y):
-            dx_part, dy_part, dscale_part = registration.lse_pair_backward(
-                grad_row,
-                grad_col[columns],
-                grad_row_pos,
-                grad_col_pos[columns],
-                row_lse,
-                col_lse[columns],
-                x,
-                block,
-                scale,
-                *arguments,
-                True,
-                True,
+            cols = (grad_row, grad_col[columns], grad_pair, grad_row_pos, grad_col_pos[columns])
+            dx_part, dy_part, dscale_part = operators.lse_pair_backward(
+                *cols, row_lse, col_lse[columns], nothing, x, block, scale, *arguments, True, True
             )
             dx += dx_part
             dscale += dscale_part
@@ -316,7 +435,7 @@ class _RingSigmoid(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, layout: _Layout) -> Tensor:
         losses = x.new_zeros((len(x),), dtype=scale.dtype)
         for block, _, arguments in layout.blocks(y):
-            losses += registration.sigmoid_rows(x, block, scale, bias, *arguments, False)
+            losses += operators.sigmoid_rows(x, block, scale, bias, *arguments, False)
         ctx.layout = layout
         ctx.save_for_backward(x, y, scale, bias)
         return losses
@@ -329,7 +448,7 @@ class _RingSigmoid(torch.autograd.Function):
         dscale, dbias = torch.zeros_like(scale), torch.zeros_like(bias)
         dy = _TravellingSum(y, ctx.layout, scale.dtype)
         for block, _, arguments in ctx.layout.blocks(y):
-            _, _, dx_part, dy_part, dscale_part, dbias_part = registration.sigmoid_sum(
+            _, _, dx_part, dy_part, dscale_part, dbias_part = operators.sigmoid_sum(
                 x, block, scale, bias, grads[0].contiguous(), *arguments, False, True, True
             )
             dx += dx_part
@@ -337,3 +456,140 @@ class _RingSigmoid(torch.autograd.Function):
             dbias += dbias_part
             dy.add(dy_part)
         return dx.to(x.dtype), dy.result().to(y.dtype), dscale, dbias, None
+
+
+# ----------------------------------------------------------------------------------------------- open_clip's own names
+
+
+class ClipLoss(nn.Module):
+    r"""
+    `ContrastiveLoss("softmax")` with the constructor and the call of open_clip's `ClipLoss`.
+
+    Loss and gradients are those of open_clip's with `gather_with_grad=True`, also where processes hold different
+    numbers of pairs.
+
+    Args:
+        local_loss (`bool`, *optional*, defaults to `False`):
+            Return this process's part of the loss, whose mean over processes is the loss, and not the loss itself.
+            Gradients under DDP are the same.
+        gather_with_grad (`bool`, *optional*, defaults to `False`):
+            Must be `True` for `world_size > 1`: the gradient is that of the full batch.
+        cache_labels (`bool`, *optional*, defaults to `False`): Without effect; there are no labels to keep.
+        rank, world_size (`int`, *optional*, default to 0 and 1):
+            Those of the default process group; with `world_size=1` nothing is exchanged.
+        use_horovod (`bool`, *optional*, defaults to `False`): Must be `False`.
+
+    Inputs:
+        image_features, text_features (`torch.Tensor` of shape `(n, D)`): this process's pairs, L2-normalized.
+        logit_scale (`torch.Tensor` of shape `()` or `(1,)`): positive multiplier, not its logarithm.
+        logit_bias (`torch.Tensor`, *optional*): cancels in the softmax; its gradient is 0.
+        output_dict (`bool`, *optional*, defaults to `False`): Return `{"contrastive_loss": loss}`.
+
+    Raises:
+        ValueError: for options that cannot be honoured, or a process group of another size.
+
+    Example:
+
+    >>> embeds = torch.eye(3)
+    >>> loss = ClipLoss()(embeds, embeds, torch.tensor(2.0), output_dict=True)
+    >>> {name: round(value.item(), 4) for name, value in loss.items()}
+    {'contrastive_loss': 0.2395}
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("`use_horovod=True` is not supported. Use `torch.distributed`, and leave it out.")
+        if world_size > 1 and not gather_with_grad:
+            raise ValueError(
+                f"`gather_with_grad=False` with `world_size={world_size}` leaves out the gradient that the other"
+                " processes' losses give this one's features, which this loss always has. Set it to `True`."
+            )
+        self.local_loss, self.rank, self.world_size = local_loss, rank, world_size
+        self.loss = ContrastiveLoss("softmax", gather_across_devices=world_size > 1)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        _check_group(self.rank, self.world_size)
+        loss = self.loss(image_features, text_features, logit_scale)
+        if self.world_size > 1 and not self.local_loss:
+            part = loss.detach()
+            loss = loss + (distributed.all_reduce_sum(part) / self.world_size - part)
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()  # a parameter without a gradient would stop DDP
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    r"""
+    `ContrastiveLoss("sigmoid")` with the constructor and the call of open_clip's `SigLipLoss`.
+
+    Args:
+        cache_labels (`bool`, *optional*, defaults to `False`): Without effect; there are no labels to keep.
+        rank, world_size (`int`, *optional*, default to 0 and 1):
+            Those of the default process group; with `world_size=1` nothing is exchanged.
+        dist_impl (`str`, *optional*, defaults to `"bidir"`):
+            `"bidir"` and `"shift"` pass the texts around a ring, `"gather"` and `"reduce"` gather them.
+
+    Inputs:
+        image_features, text_features, logit_scale, output_dict: as of `ClipLoss`.
+        logit_bias (`torch.Tensor` of shape `()` or `(1,)`): added to every logit.
+
+    Returns:
+        The sum over this process's images and all texts divided by the number of these images, in nats.
+
+    Raises:
+        ValueError: for an unknown `dist_impl`, or a process group of another size.
+
+    Example:
+
+    >>> embeds = torch.eye(4)
+    >>> round(SigLipLoss()(embeds, embeds, torch.tensor(10.0), torch.tensor(-5.0)).item(), 4)
+    0.0269
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
+        super().__init__()
+        if dist_impl not in (None, "bidir", "shift", "gather", "reduce"):
+            raise ValueError(f'`dist_impl` must be "bidir", "shift", "gather" or "reduce", got {dist_impl!r}.')
+        self.rank, self.world_size = rank, world_size
+        ring = world_size > 1 and dist_impl not in ("gather", "reduce")
+        self.loss = ContrastiveLoss("sigmoid", gather_across_devices=world_size > 1, ring=ring)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        _check_group(self.rank, self.world_size)
+        loss = self.loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_group(rank: int, world_size: int) -> None:
+    """Refuse numbers that are not those of the default process group; one process alone may be part of any."""
+    found = distributed.rank(), distributed.world_size()
+    if world_size > 1 and (rank, world_size) != found:
+        raise ValueError(
+            f"`rank` and `world_size` are {rank} and {world_size}, but this is process {found[0]} of {found[1]}. Pass"
+            " those of the default process group."
+        )

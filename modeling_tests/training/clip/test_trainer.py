@@ -15,6 +15,7 @@ from clip_training import Pairs, arguments, clip_baseline, softmax_loss, stack, 
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, CLIPModel, SiglipConfig, SiglipModel, TrainingArguments
 
 from llm2clip_hf import LLM2CLIPModel
@@ -367,6 +368,30 @@ def test_nan_stops_with_step_and_row_named_and_weights_intact(tmp_path):
     with pytest.raises(FloatingPointError, match=r"The loss is nan at step \d .*rows \[9\] are not finite"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_host_waits_for_the_loss_only_before_the_update(tmp_path):
+    read: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._local_scalar_dense.default:
+                read.append("read")
+            return function(*args, **(kwargs or {}))
+
+    class Watched(LLM2CLIPTrainer):
+        def training_step(self, *inputs: Any) -> torch.Tensor:
+            with Watching():
+                return super().training_step(*inputs)
+
+    args = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, accumulate_negatives=False)
+    trainer = Watched(tiny_models.model("clip", text=None), args, data_collator=stack, train_dataset=Pairs(31))
+    assert not args.logging_nan_inf_filter  # it reads every loss
+    trainer.train()
+    assert read == []
+    with Watching():
+        trainer.compute_loss(trainer.model, stack([Pairs()[i] for i in range(5)]))
+    assert len(read) == 1  # called by itself it stops at once
 
 
 def test_diverged_run_blames_the_weights_and_not_the_rows(tmp_path):

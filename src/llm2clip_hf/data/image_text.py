@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from .captions import Captions, CaptionTable
-from .images import ImageSource, ImageTransform, load_image, undecoded
+from .images import ImageSource, ImageTransform, content_id, decode_image, image_id, load_image, raw_image, undecoded
 from .reports import SkipLog, SkipReport, check_choice
 from .sampling import SampleDraws, check_sub_captions, checked_weights
 from .store.embedding_store import CaptionEmbeddingStore
@@ -50,9 +50,14 @@ class ImageTextDataset(torch.utils.data.Dataset):
         with_text (`bool`, defaults to `False`):
             Also return the `text` whose embedding is returned, with `captions` and `store`: for a second text encoder,
             see `ClipTextCollator`. Without a store samples have the text anyway.
+        weights (sequence of `float`, *optional*):
+            Positive weight of each image, of the loss of its pair; gives samples with `weight`.
         on_bad_image (`"error"` or `"skip"`, defaults to `"error"`):
             What to do with an image that cannot be read. `"skip"` returns another row in its place, chosen by a hash
             of (seed, epoch, index), so that batches keep their size; `skipped` counts and names them.
+
+    Samples also hold `image_id`, the same number for equal image files, and where the texts are known `text_id`, the
+    same for equal captions, by which the loss tells false negatives.
 
     Raises:
         ValueError: if the lengths differ, `with_text` is set without captions, the weights do not fit the sources, an
@@ -80,6 +85,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         seed: int = 0,
         sub_captions: float = 0.0,
         with_text: bool = False,
+        weights: Sequence[float] | np.ndarray | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         table = CaptionTable(captions) if captions is not None and not isinstance(captions, CaptionTable) else captions
@@ -103,6 +109,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
             )
         check_choice("on_bad_image", on_bad_image)
         check_sub_captions(sub_captions, store is not None)
+        self._weights = None if weights is None else checked_pair_weights(weights, len(images))
         self.images = undecoded(images)
         self.transform = transform
         self._with_text = with_text or store is None
@@ -140,24 +147,30 @@ class ImageTextDataset(torch.utils.data.Dataset):
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} is out of range for {len(self)} images.")
-        image, index = self._readable_image(index)
+        image, item, index = self._readable_image(index)
         row = self.caption_row(index)
         sample: dict[str, Any] = {
             "pixel_values": self.transform(image, self._draws.generator(int(self._epoch), index)),
             "index": index,
+            "image_id": image_id(item),
         }
+        if self._weights is not None:
+            sample["weight"] = float(self._weights[index])
         if self.store is not None:
             sample["llm_embeds"] = self.store.gather([row])[0].float()
-        if self._with_text and self.captions is not None:
+        if self.captions is not None:
             text = self.captions[index][row - int(self.captions.offsets[index])]
-            sample["text"] = self._draws.sub_caption(int(self._epoch), index, text)
+            text = self._draws.sub_caption(int(self._epoch), index, text)
+            sample |= {"text": text} if self._with_text else {}
+            sample["text_id"] = content_id(text.encode())
         return sample
 
-    def _readable_image(self, wanted: int) -> tuple[Image.Image, int]:
+    def _readable_image(self, wanted: int) -> tuple[Image.Image, Any, int]:
         index = wanted
         for attempt in range(_MAX_ATTEMPTS + 1):
             try:
-                return load_image(self.images, index), index
+                item, name = raw_image(self.images, index)
+                return decode_image(item, name), item, index
             except ValueError as error:
                 if self._on_bad_image == "error":
                     raise
@@ -169,6 +182,19 @@ class ImageTextDataset(torch.utils.data.Dataset):
         raise ValueError(
             f"Image {wanted} and {_MAX_ATTEMPTS} images chosen in its place cannot be read; the last: {last_error}"
         ) from last_error
+
+
+def checked_pair_weights(weights: Sequence[float] | np.ndarray, images: int) -> np.ndarray:
+    """Weights of pairs as float64, one positive number per image."""
+    array = np.asarray(weights, dtype=np.float64)
+    if array.shape != (images,):
+        raise ValueError(f"`weights` has shape {array.shape} for {images} images. Give one weight per image.")
+    if len(bad := np.flatnonzero(~(array > 0) | ~np.isfinite(array))):
+        raise ValueError(
+            f"The weight of image {bad[0]} is {array[bad[0]]} ({len(bad)} such images), expected a positive number. "
+            "Drop images that should not be learned from."
+        )
+    return array
 
 
 def _check_drawable(layout: CaptionTable | CaptionEmbeddingStore, weights: np.ndarray) -> None:
@@ -186,7 +212,8 @@ def _check_drawable(layout: CaptionTable | CaptionEmbeddingStore, weights: np.nd
 
 PLACEHOLDER: dict[str, Any] = {}
 """Stands in for a sample of a batch that a resumed loop reads and drops; a batch of them becomes `{}`."""
-_KNOWN_KEYS = {"pixel_values", "llm_embeds", "text", "index", "key"}
+_NUMBERS = {"index": torch.int64, "image_id": torch.int64, "text_id": torch.int64, "weight": torch.float32}
+_KNOWN_KEYS = {"pixel_values", "llm_embeds", "text", "key", *_NUMBERS}
 
 
 class ImageTextCollator:
@@ -198,11 +225,13 @@ class ImageTextCollator:
             Processor with a `tokenizer`, e.g. `LLM2CLIPProcessor`; needed for samples with `text`.
         max_length (`int`, defaults to 512): tokens a text is truncated to; the paper's value (section 4.1).
 
+    Batches have a `text_id`, of the samples or made from their texts, or else from their stored embeddings.
+
     Example:
     >>> sample = {"pixel_values": torch.zeros(3, 2, 2), "llm_embeds": torch.ones(4), "index": 7}
     >>> batch = ImageTextCollator()([sample, sample])
     >>> {name: tuple(value.shape) for name, value in batch.items()}
-    {'pixel_values': (2, 3, 2, 2), 'index': (2,), 'llm_embeds': (2, 4)}
+    {'pixel_values': (2, 3, 2, 2), 'index': (2,), 'text_id': (2,), 'llm_embeds': (2, 4)}
     """
 
     def __init__(self, processor: Any = None, max_length: int = 512) -> None:
@@ -215,8 +244,11 @@ class ImageTextCollator:
             return {}
         keys = _common_keys(samples)
         batch: dict[str, Any] = {"pixel_values": _stack(samples, "pixel_values")}
-        if "index" in keys:
-            batch["index"] = torch.tensor([int(sample["index"]) for sample in samples])
+        if "text_id" not in keys:
+            samples = [{**sample, "text_id": _text_id(sample)} for sample in samples]
+        for name in _NUMBERS:
+            if name in samples[0]:
+                batch[name] = torch.tensor([sample[name] for sample in samples], dtype=_NUMBERS[name])
         if "key" in keys:
             batch["key"] = [str(sample["key"]) for sample in samples]
         if "llm_embeds" in keys:
@@ -254,9 +286,14 @@ def _common_keys(samples: Sequence[Mapping[str, Any]]) -> set[str]:
     if unknown or "pixel_values" not in keys or len(keys & {"llm_embeds", "text"}) != 1:
         raise ValueError(
             f"Samples have the keys {sorted(keys)}. They need `pixel_values`, one of `llm_embeds` and `text`, and may "
-            "have `index` and `key`. With the Trainer, set `remove_unused_columns=False`."
+            f"have `key` and {sorted(_NUMBERS)}. With the Trainer, set `remove_unused_columns=False`."
         )
     return keys
+
+
+def _text_id(sample: Mapping[str, Any]) -> int:
+    """Equal texts of one shard of a store have exactly equal embeddings; those of others may differ in rounding."""
+    return content_id(sample["text"].encode() if "text" in sample else sample["llm_embeds"].float().numpy().tobytes())
 
 
 def _stack(samples: Sequence[Mapping[str, Any]], name: str) -> torch.Tensor:

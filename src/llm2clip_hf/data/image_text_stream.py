@@ -16,7 +16,7 @@ import torch
 
 from .. import distributed
 from .image_text import PLACEHOLDER, ImageTextCollator
-from .images import ImageTransform, decode_image
+from .images import ImageTransform, content_id, decode_image, image_id
 from .reports import SkipLog, SkipReport, check_choice
 from .sampling import (
     Layout,
@@ -369,6 +369,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         return {
             "pixel_values": self.transform(image, self._draws.generator(plan.epoch, index)),
             "index": index,
+            "image_id": image_id(raw.image),
             **text,
         }
 
@@ -400,7 +401,8 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             features["llm_embeds"] = self.store.gather([start + drawn])[0].float()
         if self._fields:
             texts = [text for captions in raw.captions.values() for text in captions]
-            features["text"] = self._draws.sub_caption(epoch, index, texts[drawn])
+            features["text"] = text = self._draws.sub_caption(epoch, index, texts[drawn])
+            features["text_id"] = content_id(text.encode())
         return features
 
     def _raw_samples(self, plan: WorkerPlan, positions: Sequence[int]) -> Iterator[RawSample]:

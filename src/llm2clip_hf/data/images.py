@@ -9,6 +9,7 @@ gray scaled to 8 bits.
 Nothing is fetched: an address is refused, also where an image column of `datasets` would open it.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -89,12 +90,17 @@ def undecoded_rows(dataset: Any, column: str) -> Any:
 
 def load_image(images: ImageSource, row: int) -> Image.Image:
     """Image `row` of `images`, decoded, upright and in RGB."""
+    return decode_image(*raw_image(images, row))
+
+
+def raw_image(images: ImageSource, row: int) -> tuple[Any, str]:
+    """Image `row` of `images` as it comes, and its name for messages."""
     try:
         # Inside the `try`, because a sequence may decode on access.
         item = undecoded(images)[row]
     except _DECODING_ERRORS as error:
         raise _unreadable(f"Image {row}", error) from error
-    return decode_image(item, f"Image {row}{_file_of(item)}")
+    return item, f"Image {row}{_file_of(item)}"
 
 
 def decode_image(item: Any, name: str = "The image") -> Image.Image:
@@ -118,6 +124,20 @@ def decode_image(item: Any, name: str = "The image") -> Image.Image:
         return _to_rgb(image)
     except _DECODING_ERRORS as error:
         raise _unreadable(name, error) from error
+
+
+def content_id(content: Any) -> int:
+    """A number of 64 bits, the same in every process and run; other bytes have another one, all but certainly."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+
+
+def image_id(item: Any) -> int:
+    """`content_id` of the file of an image, or of the pixels of one that comes decoded."""
+    if isinstance(item, dict):
+        item = item.get("bytes") if item.get("bytes") is not None else item.get("path")
+    if isinstance(item, Image.Image):
+        return content_id(f"{item.mode} {item.size} ".encode() + item.tobytes())
+    return content_id(Path(item).read_bytes() if isinstance(item, (str, Path)) else item)
 
 
 def _unreadable(name: str, error: BaseException) -> ValueError:

@@ -9,6 +9,7 @@ of one image become one. (3) Check that every row has enough captions and an ima
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ class ImageTextTable:
         report (`LoadReport`): rows and captions that were read and left out.
         image_column (`str`): the column that the images or their paths come from.
         caption_columns (`dict[str, str]`): the column of each caption source.
+        weights (`np.ndarray` of shape `(num_images,)`, *optional*): the weight of each image, for `dataset`.
 
     Example:
     >>> import tempfile
@@ -202,13 +204,14 @@ class ImageTextTable:
     report: LoadReport
     image_column: str = ""
     caption_columns: dict[str, str] = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def dataset(self, *, transform: ImageTransform, **options: Any) -> ImageTextDataset:
         """An `ImageTextDataset` of these rows; `options` are its further arguments, such as `store`."""
-        return ImageTextDataset(self.images, self.captions, transform=transform, **options)
+        return ImageTextDataset(self.images, self.captions, transform=transform, weights=self.weights, **options)
 
 
 def load_image_text(
@@ -218,6 +221,7 @@ def load_image_text(
     caption_columns: str | Sequence[str] | Mapping[str, str] | None = None,
     image_root: str | Path | None = None,
     key_column: str | None = None,
+    weight_column: str | None = None,
     split: str | None = None,
     subset: str | None = None,
     default_split: str = "train",
@@ -239,6 +243,8 @@ def load_image_text(
         caption_columns (*optional*): caption columns, found or named as by `columns` of `load_captions`.
         image_root (`str` or `Path`, *optional*): folder that paths are relative to; that of the table by default.
         key_column (`str`, *optional*): column of keys. Without it the keys of rows with paths are the paths.
+        weight_column (`str`, *optional*):
+            Column of positive numbers, the weight of each pair in the loss; of rows of one path, that of the first.
         split (`str`, *optional*): split of a Hub data set, a `DatasetDict` or a folder, which has the splits that
             `datasets` tells by the names of its files and folders; without it `default_split`, or the only one.
         subset (`str`, *optional*): configuration of a Hub data set.
@@ -271,10 +277,12 @@ def load_image_text(
     )
     names = ([column] if dataset is None else []) + ([key_column] if key_column else [])
     check_columns(names, kinds, sources[0].name)
+    if weight_column is not None and weight_column not in kinds:
+        raise ValueError(f"`{source}` has no column `{weight_column}`; it has {describe_kinds(kinds)}.")
     sources = [below(table, column, prefix) for table, prefix in zip(sources, opened.prefixes)]
 
     # Step (2)
-    texts, strings, places = _read_images(sources, list(chosen.values()), names, bad)
+    texts, strings, places, weights = _read_images(sources, list(chosen.values()), names, weight_column, bad)
     rows = np.arange(len(places))
     if dataset is None:
         texts, rows = _merge_paths(texts, strings[0])
@@ -302,6 +310,9 @@ def load_image_text(
         keep &= _has_image(dataset, column, root, refuse)
     if key_column is not None and keys is not None:
         keep &= _has_key(keys, refuse)
+    if weight_column is not None:
+        weights = [weights[row] for row in rows.tolist()]
+        keep &= _has_weight(weights, weight_column, refuse)
     if not keep.any():
         raise ValueError(f"No row is left of {len(keep)} rows of `{source}`. First problems: {bad.report.examples}.")
 
@@ -317,25 +328,28 @@ def load_image_text(
         f"`{source}`" if isinstance(source, (str, Path)) else "the image-text table", len(table), table.num_captions
     )
     kept_keys = None if keys is None else [keys[row] for row in kept.tolist()]
-    return ImageTextTable(images, table, kept_keys, report, column, dict(chosen))
+    kept_weights = None if weight_column is None else np.array([float(weights[row]) for row in kept.tolist()])
+    return ImageTextTable(images, table, kept_keys, report, column, dict(chosen), kept_weights)
 
 
 def _read_images(
-    sources: list[TextSource], caption_columns: list[str], name_columns: list[str], bad: BadRows
-) -> tuple[list[TextColumn], list[TextColumn], Places]:
-    """Captions without the bad ones; paths and keys, empty where one is bad; and where they stood."""
+    sources: list[TextSource], caption_columns: list[str], name_columns: list[str], weight: str | None, bad: BadRows
+) -> tuple[list[TextColumn], list[TextColumn], Places, list[Any]]:
+    """Captions without the bad ones; paths and keys, empty where one is bad; where they stood; weights as they are."""
     captions: list[list[TextColumn]] = [[] for _ in caption_columns]
     names: list[list[TextColumn]] = [[] for _ in name_columns]
-    places = Places()
-    for block in good_blocks(sources, caption_columns + name_columns, bad):
+    places, weights = Places(), list[Any]()
+    for block in good_blocks(sources, caption_columns + name_columns + ([weight] if weight else []), bad):
         for chunk, column in zip(captions, caption_columns):
             chunk.append(clean_column(block, column, bad, "text"))
         for chunk, column in zip(names, name_columns):
             values = clean_values(block, column, bad, "text")
             strings = [value if isinstance(value, str) else "" for value in values]
             chunk.append(TextColumn([texts_to_array(strings)]))
+        weights += block.values(weight) if weight else []
         places.append(block.file, block.unit, block.numbers)
-    return [TextColumn.concat(chunk) for chunk in captions], [TextColumn.concat(chunk) for chunk in names], places
+    columns = [[TextColumn.concat(chunk) for chunk in chunks] for chunks in (captions, names)]
+    return columns[0], columns[1], places, weights
 
 
 def _merge_paths(texts: list[TextColumn], paths: TextColumn) -> tuple[list[TextColumn], np.ndarray]:
@@ -379,6 +393,17 @@ def _has_key(keys: list[str], refuse: Callable[[int, str], None]) -> np.ndarray:
             refuse(row, f"the key {key!r} occurs before")
         elif key:
             seen.add(key)
+    return keep
+
+
+def _has_weight(weights: list[Any], column: str, refuse: Callable[[int, str], None]) -> np.ndarray:
+    keep = np.ones(len(weights), dtype=bool)
+    for row, weight in enumerate(weights):
+        with suppress(TypeError, ValueError):
+            if 0 < float(weight) < np.inf:
+                continue
+        keep[row] = False
+        refuse(row, f"the weight in column `{column}` is {weight!r}, expected a positive number")
     return keep
 
 

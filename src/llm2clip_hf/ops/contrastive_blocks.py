@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import contrastive_triton as kernels
-from .contrastive_torch import LseGrads, Pairs, add_product
+from .contrastive_torch import Lse, LseGrads, Pairs, add_product
 
 
 # Side of the blocks of G: 128 MiB in 16 bits, large enough for full matrix-product speed.
@@ -24,6 +24,11 @@ _BLOCK = 8192
 _PARTIALS = 1 << 24
 # Rows per step of row products; bounds their fp32 temporaries.
 _ROWS = 1 << 14
+
+
+def operand(x: Tensor, compute: torch.dtype) -> Tensor:
+    """`x` as it enters matrix products."""
+    return x.to(compute)
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -83,44 +88,49 @@ def _row_products(x: Tensor, y: Tensor, index: Callable[[slice], Tensor | slice]
 
 def _group_products(x: Tensor, y: Tensor, row_ids: Tensor, col_ids: Tensor) -> Tensor:
     """Sum over j of equal id of x_i . y_j: the product of x_i with the sum of its group, without the matrix."""
-    ordered = col_ids.sort().values
-    label, beyond = torch.searchsorted(ordered, row_ids), torch.searchsorted(ordered, row_ids, right=True)
+    ids, among = row_ids.flatten(), col_ids.flatten()
+    ordered = among.sort().values
+    label, beyond = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
     sums = y.new_zeros(y.shape, dtype=torch.float32)
     # `index_put_` with accumulate sorts its indices, so unlike `index_add_` it is deterministic.
-    sums.index_put_((torch.searchsorted(ordered, col_ids),), y.float(), accumulate=True)
+    sums.index_put_((torch.searchsorted(ordered, among),), y.float(), accumulate=True)
     index = label.clamp(max=y.shape[0] - 1)
     return torch.where(beyond > label, _row_products(x, sums, lambda span: index[span]), 0.0)
 
 
-def _positives(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def _pair_logits(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs) -> Tensor:
     n, m = x.shape[0], y.shape[0]
-    if pairs.row_ids is not None and pairs.col_ids is not None and not pairs.ignore:
-        row_pos = _group_products(x, y, pairs.row_ids, pairs.col_ids)
-        return row_pos * scale, _group_products(y, x, pairs.col_ids, pairs.row_ids) * scale
-    row_pos, col_pos = scale.new_zeros(n), scale.new_zeros(m)
     first = max(0, -pairs.row_offset)
     last = max(first, min(n, m - pairs.row_offset))
     start = first + pairs.row_offset
-    logits = scale * _row_products(x[first:last], y, lambda span: slice(start + span.start, start + span.stop))
-    row_pos[first:last] = logits
-    col_pos[start : start + last - first] = logits
-    return row_pos, col_pos
+    logits = scale.new_zeros(n)
+    logits[first:last] = scale * _row_products(
+        x[first:last], y, lambda span: slice(start + span.start, start + span.stop)
+    )
+    return logits
 
 
-def lse_pair(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R, C (natural logarithms) and the sums of the positive logits of each row and of each column."""
+def lse_pair(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, direction: str = "both") -> Lse:
+    """The vectors of `Lse`; those of a direction that is not asked for are empty."""
     n, m = x.shape[0], y.shape[0]
-    config = kernels.config_for("lse", x)
+    config = kernels.config_for("lse_ids" if pairs.row_ids is not None and pairs.ignore else "lse", x)
     wide_x, wide_y = pad_operands(x, y, config)
-    row_lse = scale.new_empty(n)
-    col_lse = scale.new_full((m,), -torch.inf)
+    row_lse = scale.new_empty(n if direction != "columns" else 0)
+    col_lse = scale.new_full((m if direction != "rows" else 0,), -torch.inf)
     step = max(16 * config.bm, _PARTIALS // -(-m // config.bn) // config.bm * config.bm)
     for rows in _spans(n, step):
         part_x = wide_x[_padded(rows, config.bm)]
-        row_part, col_part = kernels.launch_lse(part_x, wide_y, scale, _sides(rows, slice(0, m), pairs), config)
-        row_lse[rows] = torch.logsumexp(row_part, 0)
-        col_lse = torch.logaddexp(col_lse, torch.logsumexp(col_part, 0))
-    return row_lse, col_lse, *_positives(x, y, scale, pairs)
+        sides = _sides(rows, slice(0, m), pairs)
+        row_part, col_part = kernels.launch_lse(part_x, wide_y, scale, sides, config, direction)
+        if direction != "columns":
+            row_lse[rows] = torch.logsumexp(row_part, 0)
+        if direction != "rows":
+            col_lse = torch.logaddexp(col_lse, torch.logsumexp(col_part, 0))
+    row_pos, col_pos = scale.new_empty(0), scale.new_empty(0)
+    if pairs.grouped and pairs.row_ids is not None and pairs.col_ids is not None:
+        row_pos = _group_products(x, y, pairs.row_ids, pairs.col_ids) * scale
+        col_pos = _group_products(y, x, pairs.col_ids, pairs.row_ids) * scale
+    return Lse(row_lse, col_lse, _pair_logits(x, y, scale, pairs), row_pos, col_pos)
 
 
 def _workspace(x: Tensor, n: int, m: int, config: kernels.Config) -> Tensor:
@@ -138,7 +148,7 @@ def _headroom(vectors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     G holds products of these vectors with probabilities. In fp16 it is brought just below the largest number, so that
     small probabilities stay above the smallest one.
     """
-    largest = torch.stack([vector.abs().amax() for vector in vectors]).amax()
+    largest = torch.stack([vector.abs().amax() for vector in vectors if len(vector)]).amax()
     if dtype != torch.float16:
         return torch.ones_like(largest)
     exponent = torch.floor(torch.log2(4096.0 / largest)).clamp(-100.0, 100.0)
@@ -150,12 +160,12 @@ def lse_pair_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and `y` in fp32; an empty tensor for one that is not needed."""
     n, m = x.shape[0], y.shape[0]
-    config = kernels.config_for("grad", x)
+    config = kernels.config_for("grad" if pairs.row_ids is None else "grad_ids", x)
     wide_x, wide_y = pad_operands(x, y, config)
     dx = x.new_zeros(x.shape if need_x else (0,), dtype=torch.float32)
     dy = x.new_zeros(y.shape if need_y else (0,), dtype=torch.float32)
-    lift = _headroom(grads[:4], x.dtype)
-    grad_row, grad_col, grad_row_pos, grad_col_pos = (grad * lift for grad in grads[:4])
+    lift = _headroom(grads[:5], x.dtype)
+    grad_row, grad_col, pair, row_pos, col_pos = (grad * lift for grad in grads[:5])
     g = _workspace(x, n, m, config)
     for rows in _spans(n, _BLOCK):
         for cols in _spans(m, _BLOCK):
@@ -164,14 +174,10 @@ def lse_pair_backward(
                 wide_y[_padded(cols, config.bn)],
                 g,
                 scale,
-                (
-                    grads.row_lse[rows],
-                    grads.col_lse[cols],
-                    grad_row[rows],
-                    grad_col[cols],
-                    grad_row_pos[rows],
-                    grad_col_pos[cols],
-                ),
+                # Each of rows and columns: gradient, log-sum-exp, gradient of positives; None where nothing is asked.
+                [each[rows] if len(each) else None for each in (grad_row, grads.row_lse, row_pos)],
+                [each[cols] if len(each) else None for each in (grad_col, grads.col_lse, col_pos)],
+                pair[rows],
                 _sides(rows, cols, pairs),
                 config,
             )
@@ -230,8 +236,8 @@ def tune(
     """
     x, y, scale = image_embeds, text_embeds, logit_scale
     pairs = Pairs(0, None, None, False)
-    row, col, row_pos, col_pos = lse_pair(x, y, scale, pairs)
-    grads = LseGrads(torch.ones_like(row), torch.ones_like(col), -row_pos, -col_pos, row, col)
+    row, col, pair, row_pos, col_pos = lse_pair(x, y, scale, pairs)
+    grads = LseGrads(torch.ones_like(row), torch.ones_like(col), -pair, row_pos, col_pos, row, col)
     calls: dict[str, Callable[[], object]] = {
         "lse": lambda: lse_pair(x, y, scale, pairs),
         "grad": lambda: lse_pair_backward(x, y, scale, pairs, grads, True, True),

@@ -83,24 +83,38 @@ def _store_tile(g, tile, row, col, stride, BM: tl.constexpr, BN: tl.constexpr, D
 
 
 @triton.jit
-def _same_ids(row_ids, col_ids, rows, cols, n, M):
-    rid = tl.load(row_ids + rows, mask=rows < n, other=-1)
-    cid = tl.load(col_ids + cols, mask=cols < M, other=-2)
-    return rid[:, None] == cid[None, :]
+def _same_ids(row_ids, col_ids, rows, cols, n, M, K: tl.constexpr):
+    """Whether any of the K ids of each row and column agree."""
+    rid = tl.load(row_ids + rows * K, mask=rows < n, other=-1)
+    cid = tl.load(col_ids + cols * K, mask=cols < M, other=-2)
+    same = rid[:, None] == cid[None, :]
+    for k in tl.static_range(1, K):
+        rid = tl.load(row_ids + rows * K + k, mask=rows < n, other=-1)
+        cid = tl.load(col_ids + cols * K + k, mask=cols < M, other=-2)
+        same = same | (rid[:, None] == cid[None, :])
+    return same
 
 
 @triton.jit
-def _hide(s, row_ids, col_ids, rows, cols, n, M, row_offset):
-    """Set pairs of equal id off the diagonal to -inf."""
-    hidden = _same_ids(row_ids, col_ids, rows, cols, n, M) & (cols[None, :] != rows[:, None] + row_offset)
-    return tl.where(hidden, float("-inf"), s)
+def _hide(
+    s, row_ids, col_ids, row, col, n, M, row_offset, PAIRS: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Set each row's pair and what is left out to -inf."""
+    rows = row + tl.arange(0, BM)
+    cols = col + tl.arange(0, BN)
+    if PAIRS == 2:
+        s = tl.where(_same_ids(row_ids, col_ids, rows, cols, n, M, K), float("-inf"), s)
+    if (row + row_offset < col + BN) & (row + BM + row_offset > col):
+        s = tl.where(cols[None, :] == rows[:, None] + row_offset, float("-inf"), s)
+    return s
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lse_kernel(
     x, y, scale_ptr, row_ids, col_ids, row_part, col_part, flags, n, M, D, row_offset,
-    tiles, PAIRS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr,
-    DESC: tl.constexpr, UP: tl.constexpr,
+    tiles, ROWS: tl.constexpr, COLS: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr, DESC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Program (c, g): columns of block c, `tiles` row tiles of group g.
 
@@ -120,27 +134,29 @@ def _lse_kernel(
         row = tile * BM
         rows = row + tl.arange(0, BM)
         acc = _dot_tile(x, y, row, col, D, BM, BN, BD, PREC, DESC, UP)
-        if PAIRS == 2:
-            acc = _hide(acc, row_ids, col_ids, rows, cols, n, M, row_offset)
+        acc = _hide(acc, row_ids, col_ids, row, col, n, M, row_offset, PAIRS, K, BM, BN)
         previous = reference
         reference = tl.maximum(previous, tl.max(acc) * scale)
         p = tl.exp2(acc * scale - reference)
-        sums = sums * tl.exp2(previous - reference) + p
-        row_sum = tl.sum(p, axis=1)
-        suspect = suspect | (tl.min(tl.where(rows < n, row_sum, 1.0)) < _MIN_SUM).to(tl.int32)
-        out = row_part + block.to(tl.int64) * n + rows
-        tl.store(out, (tl.log2(row_sum) + reference) * _LN2, mask=rows < n)
-    col_sum = tl.sum(sums, axis=0)
-    suspect = suspect | (tl.min(tl.where(cols < M, col_sum, 1.0)) < _MIN_SUM).to(tl.int32)
-    tl.store(col_part + group.to(tl.int64) * M + cols, (tl.log2(col_sum) + reference) * _LN2, mask=cols < M)
+        if COLS:
+            sums = sums * tl.exp2(previous - reference) + p
+        if ROWS:
+            row_sum = tl.sum(p, axis=1)
+            suspect = suspect | (tl.min(tl.where(rows < n, row_sum, 1.0)) < _MIN_SUM).to(tl.int32)
+            out = row_part + block.to(tl.int64) * n + rows
+            tl.store(out, (tl.log2(row_sum) + reference) * _LN2, mask=rows < n)
+    if COLS:
+        col_sum = tl.sum(sums, axis=0)
+        suspect = suspect | (tl.min(tl.where(cols < M, col_sum, 1.0)) < _MIN_SUM).to(tl.int32)
+        tl.store(col_part + group.to(tl.int64) * M + cols, (tl.log2(col_sum) + reference) * _LN2, mask=cols < M)
     tl.store(flags + group * tl.num_programs(0) + block, suspect)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lse_exact_kernel(
     x, y, scale_ptr, row_ids, col_ids, row_part, col_part, flags, n, M, D, row_offset,
-    tiles, PAIRS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr,
-    DESC: tl.constexpr, UP: tl.constexpr,
+    tiles, ROWS: tl.constexpr, COLS: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr, DESC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """As `_lse_kernel`, for flagged programs only, with a maximum of its own for every row and column."""
     block = tl.program_id(0)
@@ -157,16 +173,18 @@ def _lse_exact_kernel(
         row = tile * BM
         rows = row + tl.arange(0, BM)
         s = _dot_tile(x, y, row, col, D, BM, BN, BD, PREC, DESC, UP) * scale
-        if PAIRS == 2:
-            s = _hide(s, row_ids, col_ids, rows, cols, n, M, row_offset)
-        row_top = tl.maximum(tl.max(s, axis=1), -1.0e30)
-        row_sum = tl.sum(tl.exp2(s - row_top[:, None]), axis=1)
-        out = row_part + block.to(tl.int64) * n + rows
-        tl.store(out, (tl.log2(row_sum) + row_top) * _LN2, mask=rows < n)
-        top = tl.maximum(col_top, tl.max(s, axis=0))
-        col_sum = col_sum * tl.exp2(col_top - top) + tl.sum(tl.exp2(s - top[None, :]), axis=0)
-        col_top = top
-    tl.store(col_part + group.to(tl.int64) * M + cols, (tl.log2(col_sum) + col_top) * _LN2, mask=cols < M)
+        s = _hide(s, row_ids, col_ids, row, col, n, M, row_offset, PAIRS, K, BM, BN)
+        if ROWS:
+            row_top = tl.maximum(tl.max(s, axis=1), -1.0e30)
+            row_sum = tl.sum(tl.exp2(s - row_top[:, None]), axis=1)
+            out = row_part + block.to(tl.int64) * n + rows
+            tl.store(out, (tl.log2(row_sum) + row_top) * _LN2, mask=rows < n)
+        if COLS:
+            top = tl.maximum(col_top, tl.max(s, axis=0))
+            col_sum = col_sum * tl.exp2(col_top - top) + tl.sum(tl.exp2(s - top[None, :]), axis=0)
+            col_top = top
+    if COLS:
+        tl.store(col_part + group.to(tl.int64) * M + cols, (tl.log2(col_sum) + col_top) * _LN2, mask=cols < M)
 
 
 @triton.jit
@@ -182,34 +200,36 @@ def _block_tile(n, M, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lse_grad_kernel(
-    x, y, g, scale_ptr, row_ids, col_ids, row_lse, col_lse, grad_row, grad_col, grad_row_pos, grad_col_pos,
-    n, M, D, row_offset, stride, PAIRS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, PREC: tl.constexpr, DESC: tl.constexpr, UP: tl.constexpr,
+    x, y, g, scale_ptr, row_ids, col_ids, grad_row, row_lse, row_pos, grad_col, col_lse, col_pos, pair,
+    n, M, D, row_offset, stride, ROWS: tl.constexpr, COLS: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr,
+    DESC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of G of the block x (n, D), y (M, D): both softmax terms and the positives, added up in fp32."""
+    """One tile of G of the block x (n, D), y (M, D): the softmax terms and the positives, added up in fp32."""
     row, col = _block_tile(n, M, BM, BN, GROUP)
     rows = row + tl.arange(0, BM)
     cols = col + tl.arange(0, BN)
     scale = tl.load(scale_ptr) * _LOG2E
     s = _dot_tile(x, y, row, col, D, BM, BN, BD, PREC, DESC, UP) * scale
+    tile = tl.zeros((BM, BN), dtype=tl.float32)
+    if ROWS:
+        gr = tl.load(grad_row + rows, mask=rows < n, other=0.0)
+        r = tl.load(row_lse + rows, mask=rows < n, other=0.0) * _LOG2E
+        tile += gr[:, None] * tl.exp2(s - r[:, None])
+    if COLS:
+        gc = tl.load(grad_col + cols, mask=cols < M, other=0.0)
+        c = tl.load(col_lse + cols, mask=cols < M, other=0.0) * _LOG2E
+        tile += gc[None, :] * tl.exp2(s - c[None, :])
     if PAIRS == 2:
-        s = _hide(s, row_ids, col_ids, rows, cols, n, M, row_offset)
-    gr = tl.load(grad_row + rows, mask=rows < n, other=0.0)
-    gc = tl.load(grad_col + cols, mask=cols < M, other=0.0)
-    r = tl.load(row_lse + rows, mask=rows < n, other=0.0) * _LOG2E
-    c = tl.load(col_lse + cols, mask=cols < M, other=0.0) * _LOG2E
-    tile = gr[:, None] * tl.exp2(s - r[:, None]) + gc[None, :] * tl.exp2(s - c[None, :])
-    # The positive term is folded in before G is rounded: kept apart, digits would cancel.
+        tile = tl.where(_same_ids(row_ids, col_ids, rows, cols, n, M, K), 0.0, tile)
+    # The positive terms are folded in before G is rounded: kept apart, digits would cancel.
+    if (row + row_offset < col + BN) & (row + BM + row_offset > col):
+        gp = tl.load(pair + rows, mask=rows < n, other=0.0)
+        tile = tl.where(cols[None, :] == rows[:, None] + row_offset, gp[:, None], tile)
     if PAIRS == 1:
-        gp = tl.load(grad_row_pos + rows, mask=rows < n, other=0.0)
-        gq = tl.load(grad_col_pos + cols, mask=cols < M, other=0.0)
-        same = _same_ids(row_ids, col_ids, rows, cols, n, M)
-        tile += tl.where(same, gp[:, None] + gq[None, :], 0.0)
-    else:
-        if (row + row_offset < col + BN) & (row + BM + row_offset > col):
-            gp = tl.load(grad_row_pos + rows, mask=rows < n, other=0.0)
-            gq = tl.load(grad_col_pos + cols, mask=cols < M, other=0.0)
-            tile += tl.where(cols[None, :] == rows[:, None] + row_offset, gp[:, None] + gq[None, :], 0.0)
+        gp = tl.load(row_pos + rows, mask=rows < n, other=0.0)
+        gq = tl.load(col_pos + cols, mask=cols < M, other=0.0)
+        tile += tl.where(_same_ids(row_ids, col_ids, rows, cols, n, M, K), gp[:, None] + gq[None, :], 0.0)
     _store_tile(g, tile, row, col, stride, BM, BN, DESC)
 
 
@@ -219,7 +239,7 @@ def _flip(tile, row_ids, col_ids, row, col, n, M, row_offset, PAIRS: tl.constexp
     rows = row + tl.arange(0, BM)
     cols = col + tl.arange(0, BN)
     if PAIRS == 1:
-        tile = tl.where(_same_ids(row_ids, col_ids, rows, cols, n, M), -tile, tile)
+        tile = tl.where(_same_ids(row_ids, col_ids, rows, cols, n, M, 1), -tile, tile)
     else:
         if (row + row_offset < col + BN) & (row + BM + row_offset > col):
             # A padded column is nobody's pair.
@@ -231,8 +251,8 @@ def _flip(tile, row_ids, col_ids, row, col, n, M, row_offset, PAIRS: tl.constexp
 @triton.jit(do_not_specialize=_SIZES)
 def _sigmoid_kernel(
     x, y, g, scale_ptr, bias_ptr, row_ids, col_ids, weights, row_part, bias_part, n, M, D, row_offset, stride,
-    GRAD: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, PREC: tl.constexpr, DESC: tl.constexpr, UP: tl.constexpr,
+    GRAD: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr, DESC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the block: row_part[c, i], the tile's row losses; with GRAD also G and its sum, bias_part[tile]."""
     row, col = _block_tile(n, M, BM, BN, GROUP)
@@ -241,7 +261,9 @@ def _sigmoid_kernel(
     # A positive pair costs softplus(-z), any other softplus(z): flip the sign here, and that of its G below.
     z = _flip(z, row_ids, col_ids, row, col, n, M, row_offset, PAIRS, BM, BN)
     if PAIRS == 2:
-        z = _hide(z, row_ids, col_ids, rows, col + tl.arange(0, BN), n, M, row_offset)
+        cols = col + tl.arange(0, BN)
+        hidden = _same_ids(row_ids, col_ids, rows, cols, n, M, K) & (cols[None, :] != rows[:, None] + row_offset)
+        z = tl.where(hidden, float("-inf"), z)
     if tl.max(z) > _SMALL_Z:
         e = tl.exp2(-tl.abs(z) * _LOG2E)  # never overflows
         series = e * (1.0 - e * (0.5 - e * 0.33333334))
@@ -269,7 +291,7 @@ class Config(NamedTuple):
     stages: int
 
 
-_KERNELS = ("lse", "grad", "sigmoid", "sigmoid_ids")
+_KERNELS = ("lse", "lse_ids", "grad", "grad_ids", "sigmoid", "sigmoid_ids")
 _HALF, _SINGLE = Config(128, 128, 64, 8, 3), Config(64, 128, 32, 8, 2)
 # By kernel and GPU generation: 80 stands for all without wgmma or tcgen05. The first entry is the default, `tune` may
 # choose another. Chosen by ahead-of-time compilation (registers, spills, shared memory), not by timing.
@@ -277,14 +299,20 @@ CONFIGS: dict[tuple[str, int, bool], tuple[Config, ...]] = {
     ("lse", 80, True): (_HALF,),
     ("lse", 90, True): (_HALF, Config(64, 128, 64, 4, 3)),
     ("lse", 100, True): (_HALF,),
+    # Ids take registers; at 128 x 128 these kernels spill.
+    ("lse_ids", 80, True): (Config(64, 128, 64, 8, 3),),
+    ("lse_ids", 90, True): (Config(64, 128, 64, 8, 3),),
+    ("lse_ids", 100, True): (Config(64, 128, 64, 8, 3),),
     ("grad", 80, True): (_HALF,),
     ("grad", 90, True): (_HALF,),
     ("grad", 100, True): (Config(128, 64, 64, 8, 3),),
+    ("grad_ids", 80, True): (_HALF,),
+    ("grad_ids", 90, True): (Config(128, 64, 64, 8, 3),),
+    ("grad_ids", 100, True): (Config(128, 64, 64, 8, 3),),
     ("sigmoid", 80, True): (_HALF,),
     ("sigmoid", 90, True): (_HALF,),
     ("sigmoid", 100, True): (Config(128, 64, 64, 8, 3),),
     ("sigmoid_ids", 80, True): (_HALF,),
-    # Ids take registers; at 128 columns this kernel spills.
     ("sigmoid_ids", 90, True): (Config(128, 64, 64, 8, 3),),
     ("sigmoid_ids", 100, True): (Config(128, 64, 64, 8, 3),),
     **{(kernel, arch, False): (_SINGLE,) for kernel in _KERNELS for arch in (80, 90, 100)},
@@ -331,9 +359,10 @@ def _operand(tensor: Tensor, block: list[int], descriptors: bool) -> Any:
     return TensorDescriptor.from_tensor(tensor, block) if descriptors else tensor
 
 
-def _common(config: Config, x: Tensor, pairs: int) -> dict[str, Any]:
+def _common(config: Config, x: Tensor, sides: "Sides", pairs: int) -> dict[str, Any]:
     return {
         "PAIRS": pairs,
+        "K": 1 if sides.row_ids is None else sides.row_ids.shape[1],
         "BM": config.bm,
         "BN": config.bn,
         "BD": config.bd,
@@ -351,7 +380,7 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Sides(NamedTuple):
-    """Sizes of a block and its pair rule: diagonal (0), equal ids (1), diagonal and other equal ids hidden (2)."""
+    """Sizes of a block and its rule: pairs (0), also equal ids (1), pairs, with other equal ids hidden (2)."""
 
     n: int
     m: int
@@ -361,7 +390,9 @@ class Sides(NamedTuple):
     col_ids: Tensor | None
 
 
-def launch_lse(x: Tensor, y: Tensor, scale: Tensor, sides: Sides, config: Config) -> tuple[Tensor, Tensor]:
+def launch_lse(
+    x: Tensor, y: Tensor, scale: Tensor, sides: Sides, config: Config, direction: str
+) -> tuple[Tensor, Tensor]:
     """Partial log-sum-exps of padded `x`, `y`: by column block (blocks, n) and by group of row tiles (groups, M)."""
     blocks, row_tiles = triton.cdiv(sides.m, config.bn), triton.cdiv(sides.n, config.bm)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
@@ -387,7 +418,8 @@ def launch_lse(x: Tensor, y: Tensor, scale: Tensor, sides: Sides, config: Config
         sides.row_offset,
         tiles,
     )
-    options = _common(config, x, sides.pairs if sides.pairs == 2 else 0)
+    options = _common(config, x, sides, sides.pairs if sides.pairs == 2 else 0)
+    options |= {"ROWS": direction != "columns", "COLS": direction != "rows"}
     with _on_device(x):
         _lse_kernel[(blocks, groups)](*arguments, **options)
         options["num_warps"] = exact_warps(config, architecture(x.device))
@@ -396,9 +428,17 @@ def launch_lse(x: Tensor, y: Tensor, scale: Tensor, sides: Sides, config: Config
 
 
 def launch_lse_grad(
-    x: Tensor, y: Tensor, g: Tensor, scale: Tensor, vectors: tuple[Tensor, ...], sides: Sides, config: Config
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    scale: Tensor,
+    rows: list[Tensor | None],
+    cols: list[Tensor | None],
+    pair: Tensor,
+    sides: Sides,
+    config: Config,
 ) -> None:
-    """Write G of the padded block to `g`; `vectors` are R, C, dR, dC and the gradients of the two positive sums."""
+    """Write G of the padded block to `g`; rows, columns: gradient, log-sum-exp, gradient of the positives' sum."""
     descriptors = uses_descriptors(x)
     grid = (triton.cdiv(sides.n, config.bm) * triton.cdiv(sides.m, config.bn),)
     with _on_device(x):
@@ -409,14 +449,18 @@ def launch_lse_grad(
             scale,
             sides.row_ids,
             sides.col_ids,
-            *vectors,
+            *rows,
+            *cols,
+            pair,
             sides.n,
             sides.m,
             x.shape[1],
             sides.row_offset,
             g.shape[1],
+            ROWS=rows[0] is not None,
+            COLS=cols[0] is not None,
             GROUP=GROUP,
-            **_common(config, x, sides.pairs),
+            **_common(config, x, sides, sides.pairs),
         )
 
 
@@ -455,6 +499,6 @@ def launch_sigmoid(
             0 if g is None else g.shape[1],
             GRAD=g is not None,
             GROUP=GROUP,
-            **_common(config, x, sides.pairs),
+            **_common(config, x, sides, sides.pairs),
         )
     return row_part, bias_part

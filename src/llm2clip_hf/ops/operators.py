@@ -2,15 +2,17 @@
 r"""
 The primitives behind the losses, registered as `torch.library` operators with fakes and autograd.
 
-- `lse_pair(x, y, ...) -> (R, C, row_pos, col_pos)`: log-sum-exp of the rows and columns of `s = scale * x @ y.T` and
-  the sums of its positive entries. A loss is ordinary PyTorch on these vectors.
+- `lse_pair(x, y, ...) -> (R, C, pair, row_pos, col_pos, kept)`: log-sum-exp of the rows and columns of
+  `s = scale * x @ y.T` without each row's pair, the pairs, and the sums of grouped positives. A loss is ordinary
+  PyTorch on these vectors; `kept` are logits for the backward.
 - `sigmoid_sum(x, y, ...)`: a weighted sum of sigmoid row losses. Nothing has to be normalised, so loss and gradients
   come from one visit of each tile in the forward, and the backward only multiplies them by the incoming scalar.
 - `sigmoid_rows(x, y, ...)`: the row losses alone; the backward visits the tiles again with the incoming row gradients.
 
 Whether the Triton kernels or the chunked twin run is an argument (`use_triton`), so a traced graph stays explicit.
-`triton` is imported only when that argument is true. Pairs follow `contrastive_torch`: positive are
-`j == i + row_offset` or equal ids; `ignore_same` leaves pairs of equal id other than `j == i + row_offset` out.
+`triton` is imported only when that argument is true. Matrix products take the features rounded to `compute`; gradients
+come back in the features' own dtype. Pairs follow `contrastive_torch`: the pair of row i is `j == i + row_offset`;
+equal ids are positive too, or with `ignore_same` left out.
 """
 
 import types
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import contrastive_torch
-from .contrastive_torch import LseGrads, Pairs
+from .contrastive_torch import LseGrads, Pairs, kept_rows
 
 
 _DOUBLE_BACKWARD = (
@@ -42,10 +44,6 @@ def _backend(use_triton: bool) -> types.ModuleType:
 def _without_autocast(x: Tensor) -> torch.autocast:
     # Autocast would silently round the logits of fp32 features to bf16.
     return torch.autocast(device_type=x.device.type, enabled=False)
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _inner(x: Tensor, dx: Tensor) -> Tensor:
@@ -91,30 +89,44 @@ def lse_pair(
     col_ids: Tensor | None,
     row_offset: int,
     ignore_same: bool,
+    compute: torch.dtype,
     use_triton: bool,
+    direction: str,
+    keep: bool,
     check_finite: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row and column log-sum-exp and sums of positive logits of `scale * x @ y.T`; see the module docstring."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The vectors of `contrastive_torch.Lse` and kept logits; see the module docstring."""
     _check_values(x, y, scale, check_finite)
+    pairs = Pairs(row_offset, row_ids, col_ids, ignore_same)
+    kept = scale.new_empty((kept_rows(len(x), len(y), x.device) if keep else 0, len(y)))
     with _without_autocast(x):
-        return _backend(use_triton).lse_pair(x, y, scale, Pairs(row_offset, row_ids, col_ids, ignore_same))
+        backend = _backend(use_triton)
+        x, y = backend.operand(x, compute), backend.operand(y, compute)
+        options = (direction,) if use_triton else (direction, kept)
+        return *backend.lse_pair(x, y, scale, pairs, *options), kept
 
 
 @lse_pair.register_fake
-def _(x, y, scale, row_ids, col_ids, row_offset, ignore_same, use_triton, check_finite):  # type: ignore[no-untyped-def]
-    rows = x.new_empty((x.shape[0],), dtype=_accumulation_dtype(x))
-    cols = y.new_empty((y.shape[0],), dtype=_accumulation_dtype(x))
-    return rows, cols, torch.empty_like(rows), torch.empty_like(cols)
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, row_ids, col_ids, row_offset, ignore_same, compute, use_triton, direction, keep, check_finite
+):
+    n, m = x.shape[0], y.shape[0]
+    grouped = row_ids is not None and not ignore_same
+    sizes = (n * (direction != "columns"), m * (direction != "rows"), n, n * grouped, m * grouped)
+    kept = scale.new_empty((kept_rows(n, m, x.device) if keep else 0, m))
+    return *(scale.new_empty((size,)) for size in sizes), kept
 
 
 @torch.library.custom_op("llm2clip_hf::lse_pair_backward", mutates_args=())
 def lse_pair_backward(
     grad_row: Tensor,
     grad_col: Tensor,
+    grad_pair: Tensor,
     grad_row_pos: Tensor,
     grad_col_pos: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    kept: Tensor,
     x: Tensor,
     y: Tensor,
     scale: Tensor,
@@ -122,64 +134,63 @@ def lse_pair_backward(
     col_ids: Tensor | None,
     row_offset: int,
     ignore_same: bool,
+    compute: torch.dtype,
     use_triton: bool,
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and dy in the accumulation dtype (empty when not needed) and d scale. At least one of the two is computed."""
+    """dx and dy in the dtype of `scale` (empty when not needed) and d scale. At least one of the two is computed."""
     grads = LseGrads(
         grad_row.contiguous(),
         grad_col.contiguous(),
+        grad_pair.contiguous(),
         grad_row_pos.contiguous(),
         grad_col_pos.contiguous(),
-        # A row or column without any pair has no gradient; -inf - (-inf) would make it NaN.
+        # A row or column without any candidate has no gradient; -inf - (-inf) would make it NaN.
         row_lse.masked_fill(torch.isneginf(row_lse), 0.0),
         col_lse.masked_fill(torch.isneginf(col_lse), 0.0),
     )
     pairs = Pairs(row_offset, row_ids, col_ids, ignore_same)
+    need_x = need_x or not need_y
     with _without_autocast(x):
-        dx, dy = _backend(use_triton).lse_pair_backward(
-            x, y, scale, pairs, grads, need_x=need_x or not need_y, need_y=need_y
-        )
-        dscale = (_inner(x, dx) if need_x or not need_y else _inner(y, dy)) / scale
-    return (dx if need_x else dx.new_zeros(0)), dy, dscale
+        backend = _backend(use_triton)
+        x, y = backend.operand(x, compute), backend.operand(y, compute)
+        options = () if use_triton else (kept,)
+        dx, dy = backend.lse_pair_backward(x, y, scale, pairs, grads, need_x, need_y, *options)
+        dscale = (_inner(x, dx) if need_x else _inner(y, dy)) / scale
+    return dx, dy, dscale
 
 
 @lse_pair_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_row, grad_col, grad_row_pos, grad_col_pos, row_lse, col_lse, x, y, scale, row_ids, col_ids, row_offset,
-    ignore_same, use_triton, need_x, need_y,
+    grad_row, grad_col, grad_pair, grad_row_pos, grad_col_pos, row_lse, col_lse, kept, x, y, scale, row_ids, col_ids,
+    row_offset, ignore_same, compute, use_triton, need_x, need_y,
 ):  # fmt: skip
-    dtype = _accumulation_dtype(x)
-    dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
-    dy = y.new_empty(y.shape if need_y else (0,), dtype=dtype)
-    return dx, dy, x.new_empty((), dtype=dtype)
+    dx = scale.new_empty(x.shape if need_x or not need_y else (0,))
+    return dx, scale.new_empty(y.shape if need_y else (0,)), scale.new_empty(())
 
 
 lse_pair_backward.register_autograd(_refuse_double_backward, setup_context=_nothing_to_save)
 
 
 def _lse_pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, row_ids, col_ids, *ctx.options, _check = inputs
+    x, y, scale, row_ids, col_ids, *ctx.options, _direction, _keep, _check = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, scale, row_ids, col_ids, output[0], output[1])
+    ctx.save_for_backward(x, y, scale, row_ids, col_ids, *output)
 
 
 def _lse_pair_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    x, y, scale, row_ids, col_ids, row_lse, col_lse = ctx.saved_tensors
-    filled = [
-        torch.zeros_like(like) if grad is None else grad
-        for grad, like in zip(grads, (row_lse, col_lse, row_lse, col_lse))
-    ]
+    x, y, scale, row_ids, col_ids, *vectors, kept = ctx.saved_tensors
+    filled = [torch.zeros_like(like) if grad is None else grad for grad, like in zip(grads, vectors)]
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     dx, dy, dscale = lse_pair_backward(
-        *filled, row_lse, col_lse, x, y, scale, row_ids, col_ids, *ctx.options, need_x, need_y
+        *filled, *vectors[:2], kept, x, y, scale, row_ids, col_ids, *ctx.options, need_x, need_y
     )
     return (
         dx.to(x.dtype) if need_x else None,
         dy.to(y.dtype) if need_y else None,
-        dscale.to(scale.dtype) if need_scale else None,
-        *([None] * 6),
+        dscale if need_scale else None,
+        *([None] * 9),
     )
 
 
@@ -197,6 +208,7 @@ def sigmoid_sum(
     col_ids: Tensor | None,
     row_offset: int,
     ignore_same: bool,
+    compute: torch.dtype,
     use_triton: bool,
     check_finite: bool,
     need_x: bool,
@@ -206,7 +218,9 @@ def sigmoid_sum(
     _check_values(x, y, scale, check_finite)
     pairs = Pairs(row_offset, row_ids, col_ids, ignore_same)
     with _without_autocast(x):
-        rows, dx, dy, dbias = _backend(use_triton).sigmoid_sum(x, y, scale, bias, weights, pairs, need_x, need_y)
+        backend = _backend(use_triton)
+        x, y = backend.operand(x, compute), backend.operand(y, compute)
+        rows, dx, dy, dbias = backend.sigmoid_sum(x, y, scale, bias, weights, pairs, need_x, need_y)
         dscale = torch.zeros_like(dbias)
         if need_x or need_y:
             dscale = (_inner(x, dx) if need_x else _inner(y, dy)) / scale
@@ -215,13 +229,12 @@ def sigmoid_sum(
 
 
 @sigmoid_sum.register_fake
-def _(x, y, scale, bias, weights, row_ids, col_ids, row_offset, ignore_same, use_triton, check_finite, need_x, need_y):  # type: ignore[no-untyped-def]
-    dtype = _accumulation_dtype(x)
-    scalar = x.new_empty((), dtype=dtype)
-    dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
-    dy = y.new_empty(y.shape if need_y else (0,), dtype=dtype)
-    rows = x.new_empty((x.shape[0],), dtype=dtype)
-    return scalar, rows, dx, dy, torch.empty_like(scalar), torch.empty_like(scalar)
+def _(  # type: ignore[no-untyped-def]
+    x, y, scale, bias, weights, row_ids, col_ids, row_offset, ignore_same, compute, use_triton, check_finite, need_x,
+    need_y,
+):  # fmt: skip
+    sizes = ((), x.shape[:1], x.shape if need_x else (0,), y.shape if need_y else (0,), (), ())
+    return tuple(scale.new_empty(size) for size in sizes)
 
 
 def _sigmoid_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -236,12 +249,12 @@ def _sigmoid_sum_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     rows, dx, dy, dscale, dbias = ctx.saved_tensors
     need = ctx.needs_input_grad
     if grads[0] is None:
-        return (None,) * 13
+        return (None,) * 14
     scaled = [
         (grads[0] * partial).to(dtype) if needed else None
         for partial, dtype, needed in zip((dx, dy, dscale, dbias, rows), ctx.dtypes, need)
     ]
-    return (*scaled, *([None] * 8))
+    return (*scaled, *([None] * 9))
 
 
 sigmoid_sum.register_autograd(_sigmoid_sum_autograd, setup_context=_sigmoid_sum_setup)
@@ -257,25 +270,27 @@ def sigmoid_rows(
     col_ids: Tensor | None,
     row_offset: int,
     ignore_same: bool,
+    compute: torch.dtype,
     use_triton: bool,
     check_finite: bool,
 ) -> Tensor:
     """Row sums of the pairwise sigmoid loss; see the module docstring."""
     _check_values(x, y, scale, check_finite)
     pairs = Pairs(row_offset, row_ids, col_ids, ignore_same)
-    weights = x.new_zeros((x.shape[0],), dtype=_accumulation_dtype(x))
     with _without_autocast(x):
-        rows: Tensor = _backend(use_triton).sigmoid_sum(x, y, scale, bias, weights, pairs, False, False)[0]
+        backend = _backend(use_triton)
+        x, y = backend.operand(x, compute), backend.operand(y, compute)
+        rows: Tensor = backend.sigmoid_sum(x, y, scale, bias, scale.new_zeros(len(x)), pairs, False, False)[0]
     return rows
 
 
 @sigmoid_rows.register_fake
-def _(x, y, scale, bias, row_ids, col_ids, row_offset, ignore_same, use_triton, check_finite):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0],), dtype=_accumulation_dtype(x))
+def _(x, y, scale, bias, row_ids, col_ids, row_offset, ignore_same, compute, use_triton, check_finite):  # type: ignore[no-untyped-def]
+    return scale.new_empty((x.shape[0],))
 
 
 def _sigmoid_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.row_offset, ctx.ignore_same, ctx.use_triton, _check = inputs
+    *tensors, ctx.row_offset, ctx.ignore_same, ctx.compute, ctx.use_triton, _check = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -283,10 +298,10 @@ def _sigmoid_rows_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, y, scale, bias, row_ids, col_ids = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_x, need_y = need[0] or not need[1], need[1]
-    options = (ctx.row_offset, ctx.ignore_same, ctx.use_triton, False, need_x, need_y)
+    options = (ctx.row_offset, ctx.ignore_same, ctx.compute, ctx.use_triton, False, need_x, need_y)
     _, _, dx, dy, dscale, dbias = sigmoid_sum(x, y, scale, bias, grad, row_ids, col_ids, *options)
     partials = zip((dx, dy, dscale, dbias), (x, y, scale, bias), need)
-    return (*(partial.to(like.dtype) if needed else None for partial, like, needed in partials), *([None] * 6))
+    return (*(partial.to(like.dtype) if needed else None for partial, like, needed in partials), *([None] * 7))
 
 
 sigmoid_rows.register_autograd(_sigmoid_rows_autograd, setup_context=_sigmoid_rows_setup)

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import MISSING
 from functools import partial
@@ -252,25 +252,41 @@ class BaseTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------- the non-finite stop
 
+    # Losses since the last optimizer step, with who says why one is not finite; and whether a step is being computed.
+    _unchecked: tuple[tuple[torch.Tensor, Callable[[], str]], ...] = ()
+    _in_step = False
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One step; stops the run at a loss that is not finite, before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. {self.nonfinite_advice()}"
-            )
+        """Forward and backward pass of a micro-batch; its loss is looked at before the weights are updated."""
+        self._in_step = True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._unchecked = ()
+            raise
+        finally:
+            self._in_step = False
+        self._unchecked += ((loss, self.nonfinite_advice),)
         return loss
 
-    # Overridden because no callback sees the norm: an infinite one would reach the weights.
+    # Overridden because no callback sees the norm: an infinite one would reach the weights. It is the one place of a
+    # step where the host waits for the device, with the backward pass behind it and the update before it.
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, self._unchecked = self._unchecked, ()
+        for loss, explain in losses:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss.item()} {self.step_name()}. {explain()}")
         # In fp16 an overflow is part of the dynamic loss scaling, which skips the step.
         if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"The gradient norm is {float(grad_norm)} at step {self.state.global_step + 1}. "
-                f"{self.nonfinite_advice()}"
+                f"The gradient norm is {float(grad_norm)} {self.step_name()}. {self.nonfinite_advice()}"
             )
         return grad_norm
+
+    def step_name(self) -> str:
+        """The step that is being computed, for messages."""
+        return f"at step {self.state.global_step + 1} (epoch {self.state.epoch or 0:.2f})"
 
     def nonfinite_advice(self) -> str:
         """How a message about a loss or gradient that is not finite ends."""

@@ -84,6 +84,9 @@ class CaptionContrastiveTrainingArguments(SentenceTransformerTrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out the last, smaller batch, which would have fewer negatives."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "No use: a loss that is not finite ends the run."}
+    )
     scale: float = field(
         default=50.0, metadata={"help": "Multiplier of the cosine similarities (inverse temperature)."}
     )
@@ -141,6 +144,9 @@ class MNTPTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the texts have no columns."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gives the loss alone."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "No use: a loss that is not finite ends the run."}
+    )
     mask_probability: float = field(default=0.2, metadata={"help": "Probability that a token is masked."})
     max_length: int = field(default=512, metadata={"help": "Longest text in tokens; longer ones are cut."})
     mask_token: str | None = field(

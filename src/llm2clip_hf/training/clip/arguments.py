@@ -95,6 +95,9 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out the last, smaller training batch; evaluation uses every row."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "No use: a loss that is not finite ends the run."}
+    )
     loss_type: str | None = field(
         default=None,
         metadata={"help": '`"softmax"` or `"sigmoid"`; by default sigmoid for a model with a logit bias.'},

@@ -21,8 +21,10 @@ from .parameters import is_llm2clip, prepare_trained_parts
 
 
 logger = logging.getLogger(__name__)
-# Entries of a batch that name its rows and do not enter the model.
+# Entries of a batch about its rows, which do not enter the model: their names, and what the loss is told of them.
 ROW_NAMES = ("key", "index")
+PAIR_NAMES = ("image_id", "text_id")
+NO_FEATURES = frozenset({*ROW_NAMES, *PAIR_NAMES})
 _OWN_REMEDY = (
     "Embed the captions with the LLM and processor of this model, or build the model with the `text_prefix_length` "
     "and `text_pooling` of the store."
@@ -206,14 +208,14 @@ def _refuse_extra_entries(model: Any, batch: dict[str, Any], args: LLM2CLIPTrain
         known -= {"attention_mask", "position_ids"}
     if args.integration != "replace":
         known |= set(CLIP_TEXT_NAMES)
-    extra = sorted(set(batch) - known - set(ROW_NAMES))
+    extra = sorted(set(batch) - known - NO_FEATURES)
     # The names that a `forward` of `*args, **kwargs` takes are not known.
     if extra and "pixel_values" in known:
         raise ValueError(
             f"The batch has {extra}, which {type(base).__name__} takes no notice of in this training. Leave them out "
             "in the data collator."
         )
-    plain = sorted(name for name in set(batch) - set(ROW_NAMES) if not isinstance(batch[name], torch.Tensor))
+    plain = sorted(name for name in set(batch) - NO_FEATURES if not isinstance(batch[name], torch.Tensor))
     if plain:
         raise ValueError(
             f"Entries {plain} of the batch are no tensors with a row per pair, e.g. `{plain[0]}` is "

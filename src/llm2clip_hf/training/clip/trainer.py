@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +40,7 @@ from .checkpoints import (
     whole_parameter,
 )
 from .checks import (
-    ROW_NAMES,
+    NO_FEATURES,
     check_batch,
     check_contrastive_batch,
     check_stores,
@@ -190,8 +191,12 @@ class LLM2CLIPTrainer(BaseTrainer):
         bias = whole_parameter(core.logit_bias) if self.contrastive_loss.loss_type == "sigmoid" else None
         pairs = clip_text.loss_pairs(embeds, self.args.integration)
         loss = torch.stack([self.contrastive_loss(one, other, scale, bias) for one, other in pairs]).sum()
-        if not torch.isfinite(loss):
-            self._stop_at_nonfinite_loss(loss, embeds, batches)
+        explain = partial(self._explain, {name: value.detach() for name, value in embeds.items()}, batches)
+        if self._in_step:
+            self._unchecked += ((loss.detach(), explain),)
+        elif not torch.isfinite(loss):
+            where = self.step_name() if torch.is_grad_enabled() else "in evaluation"
+            raise FloatingPointError(f"The loss is {loss.item()} {where}. {explain()}")
         return (loss, embeds) if return_outputs else loss
 
     def _embed(self, model: nn.Module, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -200,7 +205,7 @@ class LLM2CLIPTrainer(BaseTrainer):
             check_batch(core, batch, self.args)
         for tower in frozen_towers(core):
             tower.eval()  # after `model.train()`, which is called for every step
-        features = [{name: value for name, value in batch.items() if name not in ROW_NAMES} for batch in batches]
+        features = [{name: value for name, value in batch.items() if name not in NO_FEATURES} for batch in batches]
         return embed_batches(model, core, features, self.args, self.accelerator.autocast)
 
     def _is_one_row(self, embeds: dict[str, torch.Tensor]) -> bool:
@@ -236,16 +241,11 @@ class LLM2CLIPTrainer(BaseTrainer):
         finally:
             self._held_batches = []
 
-    def _stop_at_nonfinite_loss(
-        self, loss: torch.Tensor, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]
-    ) -> None:
+    def _explain(self, embeds: dict[str, torch.Tensor], batches: list[dict[str, Any]]) -> str:
+        """Why the loss of some batches is not finite."""
         core = self.accelerator.unwrap_model(self.model)
         cause = describe_divergence(core) or describe_rows(core, embeds, batches, self.args.world_size)
-        where = f"at step {self.state.global_step + 1}" if torch.is_grad_enabled() else "in evaluation"
-        raise FloatingPointError(
-            f"The loss is {loss.item()} {where} (epoch {self.state.epoch or 0:.2f}). {cause} The weights are those of "
-            f"step {self.state.global_step}."
-        )
+        return f"{cause} The weights are those of step {self.state.global_step}."
 
     # -------------------------------------------------------------------------------------------- optimizer and data
 
