@@ -106,6 +106,7 @@ def test_definitions_are_complete() -> None:
         if task.hub is not None:
             assert re.fullmatch("[0-9a-f]{40}", task.hub.revision)
             dataclasses.replace(task, **dict(task.hub.columns))
+        assert task.kind not in ("composition", "winoground") or task.num_images
     assert {name for row in PUBLISHED for name in row.scores} <= set(TASKS)
     assert len(TASKS["xm3600"].languages or ()) == TASKS["xm3600"].num_languages == 36
 
@@ -399,6 +400,10 @@ def test_composition_counts_what_single_cosines_say(parts: tuple[Any, Any], tmp_
     assert record["metrics"] == pytest.approx(
         {"composition_accuracy": sum(right) / 6, "mean_category_accuracy": sum(by_category.values()) / 2}
     )
+    split = [{**row, "wrong_1": row["negative_caption"][0], "wrong_2": row["negative_caption"][1]} for row in rows]
+    columns = "negative_columns=wrong_1,wrong_2"
+    again = result(parts, f"composition:{write_lines(tmp_path / 'split.jsonl', split)}?{columns}")
+    assert again["metrics"] == record["metrics"] and again["counts"] == {"images": 6, "captions": 18}
     report = format_report({"model": {"name": "m"}, "tasks": {"own": record}})
     assert f"    a {100 * by_category['a']:.1f} (3 images)" in report
     [entry] = to_eval_results({"tasks": {"own": record}})
@@ -418,7 +423,7 @@ def test_missing_halves_of_a_composition_are_named(
     assert data.counts["images"] == 5 and data.skipped["rows"] == 1
     for row in rows:
         del row["negative_caption"]
-    with pytest.raises(ValueError, match=r"none of the columns \['negative_caption'.*Name it as `negative_column`"):
+    with pytest.raises(ValueError, match=r"none of the columns \['negative_caption'.*Name it as `negative_columns`"):
         load_task_data(*resolve_tasks([f"composition:{write_lines(path, rows)}"]))
 
 
@@ -504,6 +509,36 @@ def test_copies_on_the_hub_are_opened_at_their_revision(
         expected = evaluate_retrieval(parts[0], images(3), captions, processor=parts[1])
         own = record["languages"][language]
         assert {key: own[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["sugarcrepe", "aro-attribution", "aro-coco-order", "winoground"])
+def test_composition_copies_have_the_columns_that_mteb_reads(
+    parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("mteb", reason="its tasks say how the columns are called")
+    from mteb.tasks import image_text_pair_classification as peers
+
+    peer = {
+        "sugarcrepe": peers.SugarCrepe, "aro-attribution": peers.AROVisualAttribution,
+        "aro-coco-order": peers.AROCocoOrder, "winoground": peers.Winoground,
+    }[name]  # fmt: skip
+
+    def load_dataset(repo: str, subset: str | None, *, split: str, revision: str) -> datasets.Dataset:
+        assert {"path": repo, "revision": revision} == peer.metadata.dataset
+        columns: dict[str, Any] = {column: images(2) for column in peer.images_column_names}
+        for place, column in enumerate(peer.texts_column_names):
+            columns[column] = [CAPTIONS[row][0] if not place else CAPTIONS[row + place % 2][1] for row in (0, 1)]
+        table = datasets.Dataset.from_dict(columns)
+        for column in peer.images_column_names:
+            table = table.cast_column(column, datasets.Image())
+        return table
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    task = dataclasses.replace(TASKS[name], num_images=None)
+    data = load_task_data(task)
+    assert data.counts["captions"] == 2 * len(peer.texts_column_names)
+    [record] = evaluate_tasks(*parts, [task]).results.values()
+    assert all(0 <= value <= 1 for value in record["metrics"].values())
 
 
 def test_embeddings_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -32,18 +32,20 @@ def load_composition(location: Location, on_bad_row: str, max_images: int | None
     table = open_table(location)
     keys = image_keys(table, task, unique=False)
     caption_column = named_column(table, task.text_column, ("caption", "text", "true_caption"), "text_column")
-    negative_column = named_column(
-        table, task.negative_column, ("negative_caption", "negative_captions", "false_caption"), "negative_column"
-    )
+    usual = ("negative_caption", "negative_captions", "false_caption")
+    negative_columns = task.negative_columns or (named_column(table, None, usual, "negative_columns"),)
     category_column = task.category_column or ("category" if "category" in table.columns else None)
     categories = ["all"] * len(table) if category_column is None else [*map(str, table.column(category_column))]
     captions, negatives, bad = [], [], dict[int, str]()
-    for row, (text, wrong) in enumerate(zip(table.column(caption_column), table.column(negative_column))):
+    for row, (text, *found) in enumerate(zip(*map(table.column, (caption_column, *negative_columns)))):
+        texts = [(caption_column, text)]
+        for column, wrong in zip(negative_columns, found):
+            texts += [(column, each) for each in (wrong or [None] if isinstance(wrong, (list, tuple)) else [wrong])]
         captions.append(text)
-        negatives.append(list(wrong) if isinstance(wrong, (list, tuple)) else [wrong])
-        for column, value in [(caption_column, text), *((negative_column, each) for each in negatives[-1] or [None])]:
-            if not isinstance(value, str) or not value.strip():
-                bad[row] = f"Image `{keys[row]}` has the text {value!r} in column `{column}`"
+        negatives.append([each for _, each in texts[1:]])
+        for column, each in texts:
+            if not isinstance(each, str) or not each.strip():
+                bad[row] = f"Image `{keys[row]}` has the text {each!r} in column `{column}`"
     if bad and on_bad_row == "error":
         raise ValueError(
             f'{next(iter(bad.values()))} ({len(bad)} such rows). Mend them, or pass `on_bad_row="skip"` to leave them '

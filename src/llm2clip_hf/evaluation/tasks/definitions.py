@@ -44,7 +44,7 @@ class TaskDefinition:
     label_column: str = "label"
     language_column: str | None = None
     text_column: str | None = None
-    negative_column: str | None = None
+    negative_columns: tuple[str, ...] | None = None
     category_column: str | None = None
     languages: tuple[str, ...] | None = None
     min_images: int = 2
@@ -84,11 +84,11 @@ TASKS: dict[str, TaskDefinition] = {
     name: _benchmark(name, entry) for name, entry in read_table("benchmarks.yaml").items()
 }
 _KINDS: tuple[str, ...] = get_args(TaskKind)
-_TUPLES = ("caption_columns", "languages")
+_TUPLES = ("caption_columns", "negative_columns", "languages")
 _NUMBERS = ("first_captions", "min_images")
 _TEXTS = (
     "title", "split", "subset", "image_column", "image_root", "key_column", "label_column", "language_column",
-    "text_column", "negative_column", "category_column", "class_names", "templates", "published",
+    "text_column", "category_column", "class_names", "templates", "published",
 )  # fmt: skip
 _COUNTS = tuple(
     field.name
