@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public losses against dense formulas in fp64: options, gradients, operators, compilation, bad input."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck
 
+from llm2clip_hf import ops
 from llm2clip_hf.ops import contrastive as public
 from llm2clip_hf.ops import contrastive_loss, contrastive_torch, operators, sigmoid_loss
 
@@ -532,3 +536,31 @@ def test_no_warning_is_raised():
         warnings.simplefilter("error")
         contrastive_loss(x, y, torch.tensor([5.0], requires_grad=True)).backward()
         sigmoid_loss(x, y, 5.0, torch.tensor(-1.0)).backward()
+
+
+# ------------------------------------------------------------------------------------------ as a kernel of the Hub
+
+
+def test_kernel_repository_gives_the_losses_of_the_package(tmp_path):
+    script = Path(__file__).parents[2] / "kernels" / "contrastive_loss" / "build.py"
+    output = tmp_path / "contrastive-loss"
+    subprocess.run([sys.executable, str(script), str(output)], check=True)
+    again = subprocess.run([sys.executable, str(script), str(output)], capture_output=True, text=True)
+    assert again.returncode == 1 and "exists. Give a new folder." in again.stderr
+    library = importlib.util.find_spec("kernels")
+    if library is not None and library.origin is not None:  # the library, not the folder of that name in this project
+        kernel = importlib.import_module("kernels").get_local_kernel(output)
+    else:
+        folder = output / "build" / "torch-cpu"
+        name = json.loads((folder / "metadata.json").read_text())["id"]
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        kernel = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernel)
+    for name, scalars in {"contrastive_loss": (30.0,), "sigmoid_loss": (10.0, -5.0)}.items():
+        results = []
+        for module in (kernel, ops):
+            x, y = (torch.randn(9, 5, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (1, 2))
+            loss = getattr(module, name)(x, y, *scalars)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (x, y))))
+        assert all(map(torch.equal, *results)), name
+    assert kernel.contrastive_loss is not ops.contrastive_loss
