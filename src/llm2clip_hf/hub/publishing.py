@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushing to the Hub: one commit that loads elsewhere, with a card that says what it is."""
+"""Pushing to the Hub: which files of a folder, in one commit, without names of folders of this machine."""
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
 from ..modeling.configuration_llm2clip import is_repository, without_local_names
-from ..modeling.loading_llm2clip import read_card
+from ..modeling.loading_llm2clip import push_folder, read_card
 
 
 # What may be pushed: no pickles (`.bin`, `.pt`, `.pth`), hence no optimizers and no training arguments either.
 _SUFFIXES = {".json", ".safetensors", ".py", ".md", ".jinja", ".txt", ".model", ".png", ".jpg"}
 # Folders of CLIP's own text encoder, of templates, and of the modules of sentence-transformers.
 _SUBFOLDERS = re.compile(r"clip_text_model|additional_chat_templates|[0-9]+_[A-Za-z]+")
-# Weights that would be loaded instead of, or beside, the new ones.
-_OLD_WEIGHTS = re.compile(r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?|training_args\.bin")
 
 
 def publishable_files(folder: str | Path) -> list[Path]:
@@ -34,15 +32,15 @@ def stated_license(card: str | None, where: str) -> str | None:
     return license if isinstance(license, str) else None
 
 
-def shown_content(file: Path) -> str | bytes:
-    """The file as the Hub gets it: its name, or, for a model's config, its content without paths of this machine."""
-    fields = json.loads(file.read_text(encoding="utf-8")) if file.name == "config.json" else {}
-    if fields.get("model_type") != "llm2clip":
-        return str(file)
-    shown = without_local_names(fields)
-    if not is_repository(shown.get("text_base_model")):
-        shown["text_base_model"] = None
-    return (json.dumps(shown, indent=2, sort_keys=True) + "\n").encode()
+def link_files(files: Sequence[Path], source: str | Path, folder: str | Path) -> None:
+    """Second names in `folder` of files in `source`, or copies where the file system has no such thing."""
+    for file in files:
+        target = Path(folder) / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(file)
+        except OSError:
+            shutil.copyfile(file, target)
 
 
 def commit_files(
@@ -51,30 +49,20 @@ def commit_files(
     files: Sequence[Path],
     *,
     message: str,
-    description: str | None = None,
     token: Any = None,
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """
-    Pushes files in one commit, which also removes weights that would be loaded instead of the new ones.
-
-    A model's config goes without names of folders of this machine.
-    """
-    names = {file.relative_to(folder).as_posix(): file for file in files}
-    operations: list[Any] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=shown_content(file)) for name, file in names.items()
-    ]
-    if any(_OLD_WEIGHTS.fullmatch(name) for name in names):
-        present = HfApi().list_repo_files(repo_id, revision=revision, token=token)
-        old = [name for name in present if _OLD_WEIGHTS.fullmatch(name) and name not in names]
-        operations += [CommitOperationDelete(path_in_repo=name) for name in old]
-    return HfApi().create_commit(
-        repo_id,
-        operations,
-        commit_message=message,
-        commit_description=description,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    """Pushes files in one commit, which also removes weights that would be loaded instead of the new ones."""
+    # In the folder itself, on whose disk a second name costs nothing.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".push-") as temporary:
+        link_files(files, folder, temporary)
+        config = Path(temporary) / "config.json"
+        fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if fields.get("model_type") == "llm2clip":
+            shown = without_local_names(fields)
+            if not is_repository(shown.get("text_base_model")):
+                shown["text_base_model"] = None
+            config.unlink()  # it is a file of the user's, too
+            config.write_text(json.dumps(shown, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return push_folder(temporary, repo_id, message, None, token, revision, create_pr)

@@ -27,9 +27,9 @@ from ..distributed import world_size
 from ..files import REPLACED, UNFINISHED, publish_folder, write_json_atomically
 from ..hub.card_facts import ARGUMENTS_FILE, STATE_FILE
 from ..hub.cards import CARD_FILE
-from ..hub.publishing import stated_license
+from ..hub.publishing import link_files, stated_license
 from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors
-from .publishing import link_files, push_copy, push_folder, pushable_files
+from .publishing import push_copy, push_folder, pushable_files
 
 
 def gpu_supports_bf16() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.cards import CARD_FILE, merged_card
-from ..hub.publishing import commit_files, publishable_files
+from ..hub.publishing import commit_files, link_files, publishable_files
 from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors, read_card
 
 
@@ -91,14 +91,3 @@ class PublishedEncoder:
                 create_pr=create_pr,
             )
             return str(commit.commit_url)
-
-
-def link_files(files: list[Path], source: str | Path, folder: str | Path) -> None:
-    """Second names in `folder` of files in `source`, or copies where the file system has no such thing."""
-    for file in files:
-        target = Path(folder) / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            target.hardlink_to(file)
-        except OSError:
-            shutil.copyfile(file, target)
