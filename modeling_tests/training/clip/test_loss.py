@@ -215,5 +215,5 @@ def test_options_of_the_loss_are_checked_and_reach_it(tmp_path):
     assert (trainer.contrastive_loss.ring, trainer.contrastive_loss.compute_dtype) == (True, torch.float16)
     batch = stack([KnownPairs()[i] for i in range(5)])
     batch["weight"][3] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"weights of rows \[3\] are not finite"):
+    with pytest.raises(FloatingPointError, match=r"weights, images or .* of rows \[3\] are not finite"):
         trainer.compute_loss(trainer.model, batch)

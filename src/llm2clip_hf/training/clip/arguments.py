@@ -42,16 +42,13 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             the number of negatives, compares with the training loss.
         loss_type (`str`, *optional*): `"softmax"` or `"sigmoid"`; by default sigmoid for a model with a logit bias.
         mask_false_negatives (`bool`, *optional*):
-            Leave out as negatives the pairs of a batch that are known to fit as well: of the same image file, or with
-            the same caption (`image_id` and `text_id` of the batch). On unless `label_smoothing_factor` is set, which
-            gives every pair a share. Batches without such repetitions train the same either way; the log counts the
-            pairs left out as `false_negatives_masked`.
+            Leave out as negatives pairs of the same image file or caption; on unless `label_smoothing_factor` is set.
+            Batches without such repetitions train the same either way; the log counts `false_negatives_masked`.
         loss_exchange (`str`, *optional*, defaults to `"gather"`):
-            How the loss sees the texts of other devices: `"gather"` (all at once) or `"ring"` (one device's at a time:
-            less memory, more transfers).
+            How the loss sees the texts of other devices: `"gather"`, or `"ring"`, in less memory.
         loss_compute_dtype (`str`, *optional*, defaults to `"auto"`):
-            What the loss rounds embeddings to for its matrix products, whatever autocast says: `"float32"`,
-            `"float16"`, `"bfloat16"`, or `"auto"`: float16 on a GPU with tensor cores for it, else float32.
+            What the loss rounds embeddings to: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`, float16 on a GPU
+            with tensor cores for it. Autocast has no influence.
         vision_layer_decay (`float`, *optional*, defaults to 0.85):
             Factor of the learning rate per vision layer, from output to input; 1.0 turns it off.
         encoder_chunk_size (`int`, *optional*):

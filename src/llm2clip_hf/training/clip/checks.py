@@ -230,7 +230,7 @@ def describe_rows(
     names = _row_names(batches)
     broken = [name for name, is_finite in zip(names, _finite_inputs(batches)) if not is_finite]
     if broken:
-        return f"The images, stored embeddings or weights of rows {broken} are not finite: repair or remove them."
+        return f"The weights, images or stored embeddings of rows {broken} are not finite: repair or remove them."
     finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
     broken = [name for name, is_finite in zip(names, finite) if not is_finite]
     if not broken:
