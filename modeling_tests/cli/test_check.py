@@ -104,6 +104,12 @@ CLIP_CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "weights of unknown sources": ({"caption_weights": ["a=1", "b=1"]}, "`caption_weights` names ['a', 'b']"),
     "weights that are none": ({"caption_weights": ["raw_caption=x"]}, "`--caption_weights` must be numbers"),
+    "column of weights": ({"weight_column": "nosuch"}, "has no column `nosuch`; it has"),
+    "weights that are no numbers": ({"weight_column": "raw_caption"}, "expected a positive number"),
+    "exchange": ({"loss_exchange": "star"}, "`loss_exchange` must be one of 'gather', 'ring', got 'star'"),
+    "smoothed false negatives": (
+        {"label_smoothing_factor": 0.1, "mask_false_negatives": True}, "`label_smoothing_factor=0.1` gives every pair"
+    ),
     "columns": ({"caption_columns": "nosuch"}, "nosuch"),
     "LLM that is not used": (
         {"vision_model": None, "model": "{}/model", "text_mode": "online"}, "so `--text_model` has no effect"
@@ -132,6 +138,10 @@ CLIP_CASES: dict[str, tuple[dict[str, Any], str]] = {
         "holds no LLM and names none",
     ),
     "shards": ({"data": None, "shards": "nothere/*.tar", "caption_fields": "real=txt"}, "nothere/*.tar"),
+    "weights of shards": (
+        {"data": None, "shards": "{}/{{000..001}}.tar", "caption_fields": "real=txt", "weight_column": "score"},
+        "`--weight_column score` is a column of `--data`",
+    ),
     "field of shards": (
         {"data": None, "shards": "{}/{{000..001}}.tar", "caption_fields": "real=nosuch"}, "no caption"
     ),
@@ -292,6 +302,16 @@ def test_check_of_train_clip_tells_the_run(folder: Path, capsys: pytest.CaptureF
     trained = next(line for line in text.splitlines() if line.startswith("trained"))
     assert "vision_model" not in trained and "text_adapter" in trained and "logit_scale 1" in trained
     assert not (folder / "out").exists() and not (folder / "store-zero-shot").exists()
+
+
+def test_check_of_train_clip_tells_the_weights_of_pairs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import datasets
+
+    weights = [0.5 + 0.25 * (row % 4) for row in range(20)]
+    table = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    table.add_column("score", weights).to_parquet(folder / "scored.parquet")
+    run("train-clip", *clip_options(folder, data=folder / "scored.parquet", weight_column="score"), "--check")
+    assert "weights   of pairs from `score`, 0.5 to 1.25" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

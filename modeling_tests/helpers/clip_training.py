@@ -49,6 +49,14 @@ class ClipPairs(Pairs):
         return super().__getitem__(index) | {"clip_input_ids": ids, "clip_attention_mask": torch.ones_like(ids)}
 
 
+class KnownPairs(Pairs):
+    """Pairs with weights, some of the same image or caption as others by their ids."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = {"image_id": 10**17 + index % 7, "text_id": -(10**17) + index * index % 5}
+        return super().__getitem__(index) | ids | {"weight": torch.tensor(0.5 + index % 3)}
+
+
 def stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 

@@ -105,7 +105,9 @@ def load_tables(options: Any) -> "tuple[ImageTextTable | None, ImageTextTable | 
     if options.test_split and not (options.test_data or options.data):
         raise ValueError(f"`--test_split {options.test_split}` is a split of `--test_data`, which is not given.")
     settings = options.table_settings()
-    table = load_image_text(options.data, split=options.split, **settings) if options.data else None
+    table = None
+    if options.data:
+        table = load_image_text(options.data, split=options.split, weight_column=options.weight_column, **settings)
     test_data = options.test_data or (options.data if options.test_split else None)
     if test_data is None:
         return table, None
@@ -294,6 +296,8 @@ def print_plan(options: Any, args: Any, plan: Plan) -> None:
         names = plan.table.captions.source_names
         describe_table("data", options.data, options.split or "train, or the only one", plan.table)
         print(f"train     {len(plan.table)} images, {plan.table.captions.num_captions} captions, {', '.join(names)}")
+        if (of_pairs := plan.table.weights) is not None:
+            print(f"weights   of pairs from `{options.weight_column}`, {of_pairs.min():g} to {of_pairs.max():g}")
     weights = named_values(options.caption_weights, "caption_weights") or dict.fromkeys(names, 1.0)
     total = sum(map(float, weights.values()))
     print(f"captions  {', '.join(f'{name} {float(weights[name]) / total:.0%}' for name in names)} of the draws")

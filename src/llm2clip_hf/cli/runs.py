@@ -35,7 +35,7 @@ _TRAINING = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs", "max_steps", "seed"),
     *("data_seed", "label_smoothing_factor", "neftune_noise_alpha"),
 )
-_SPEED = ("mini_batch_size", "mini_batch_tokens", "encoder_chunk_size")
+_SPEED = ("mini_batch_size", "mini_batch_tokens", "encoder_chunk_size", "loss_exchange")
 
 
 def logs_to_stderr() -> contextlib.AbstractContextManager[Any]:
@@ -92,14 +92,16 @@ def run_identity(verb: str, options: Any, args: Any, data: Mapping[str, Any]) ->
 
 
 def table_identity(table: Any) -> dict[str, Any]:
-    """Images with captions by digests of captions and keys; nothing for shards, which count by their names."""
+    """Images with captions by digests of captions, keys and weights; nothing for shards, known by their names."""
     if table is None:
         return {}
+    from ..data.store.fingerprint import lines_digest
+
     found = {"data": table.captions.sha256, "images": len(table)}
     if table.keys is not None:
-        from ..data.store.fingerprint import lines_digest
-
         found["keys"] = lines_digest(table.keys, "\0")
+    if table.weights is not None:
+        found["weights"] = lines_digest([repr(weight) for weight in table.weights.tolist()], "\0")
     return found
 
 

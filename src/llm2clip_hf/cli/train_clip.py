@@ -78,6 +78,7 @@ class TrainClipOptions(EmbeddingOptions):
     caption_weights: list[str] | None = option(
         "Weight of each source, e.g. real=0.5 dense=0.5 (paper); equal if left out."
     )
+    weight_column: str | None = option("Column of positive numbers of `data`, the weight of each pair in the loss.")
     on_bad_image: Literal["error", "skip"] = option(
         "Images that cannot be read: stop, or take another row and count.", "error"
     )
@@ -166,6 +167,10 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
         (
             options.store is not None and not stored,
             "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out.",
+        ),
+        (
+            options.weight_column is not None and options.data is None,
+            f"`--weight_column {options.weight_column}` is a column of `--data`; `--shards` have no weights.",
         ),
         (
             options.caption_fields is not None and options.data is not None,

@@ -13,6 +13,8 @@ LOSS_TYPES = ("softmax", "sigmoid")
 TRAIN_VISION = ("full", "lora", "projection", "frozen")
 TRAIN_TEXT = ("adapter", "lora", "frozen")
 INTEGRATIONS = ("replace", "both", "aligned", "concatenated")
+LOSS_EXCHANGES = ("gather", "ring")
+COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Options of `TrainingArguments` that have no effect in stage 2, and why.
 UNUSED_OPTIONS = {
     "label_names": "batches hold no labels",
@@ -39,6 +41,14 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             Pairs per device in evaluation; by default as many as in training, so that `eval_loss`, which grows with
             the number of negatives, compares with the training loss.
         loss_type (`str`, *optional*): `"softmax"` or `"sigmoid"`; by default sigmoid for a model with a logit bias.
+        mask_false_negatives (`bool`, *optional*):
+            Leave out as negatives pairs of the same image file or caption; on unless `label_smoothing_factor` is set.
+            Batches without such repetitions train the same either way; the log counts `false_negatives_masked`.
+        loss_exchange (`str`, *optional*, defaults to `"gather"`):
+            How the loss sees the texts of other devices: `"gather"`, or `"ring"`, in less memory.
+        loss_compute_dtype (`str`, *optional*, defaults to `"auto"`):
+            What the loss rounds embeddings to: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`, float16 on a GPU
+            with tensor cores for it. Autocast has no influence.
         vision_layer_decay (`float`, *optional*, defaults to 0.85):
             Factor of the learning rate per vision layer, from output to input; 1.0 turns it off.
         encoder_chunk_size (`int`, *optional*):
@@ -101,6 +111,24 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
     loss_type: str | None = field(
         default=None,
         metadata={"help": '`"softmax"` or `"sigmoid"`; by default sigmoid for a model with a logit bias.'},
+    )
+    mask_false_negatives: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out as negatives pairs of the same image file or caption; on unless "
+            "`label_smoothing_factor` is set."
+        },
+    )
+    loss_exchange: str = field(
+        default="gather",
+        metadata={"help": 'How the loss sees the texts of other devices: `"gather"`, or `"ring"`, in less memory.'},
+    )
+    loss_compute_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": 'What the loss rounds embeddings to: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`, float16 '
+            "on a GPU with tensor cores for it."
+        },
     )
     vision_layer_decay: float = field(
         default=0.85,
@@ -178,6 +206,8 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
         _check_choice("train_vision", self.train_vision, TRAIN_VISION)
         _check_choice("train_text", self.train_text, TRAIN_TEXT)
         _check_choice("integration", self.integration, INTEGRATIONS)
+        _check_choice("loss_exchange", self.loss_exchange, LOSS_EXCHANGES)
+        _check_choice("loss_compute_dtype", self.loss_compute_dtype, COMPUTE_DTYPES)
         for side in ("vision", "text"):
             if getattr(self, f"{side}_lora") is not None and getattr(self, f"train_{side}") != "lora":
                 raise ValueError(
@@ -207,6 +237,13 @@ class LLM2CLIPTrainingArguments(TrainingArguments):
             )
         if not 0.0 <= self.label_smoothing_factor <= 1.0:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1], got {self.label_smoothing_factor}.")
+        if self.mask_false_negatives is None:
+            self.mask_false_negatives = not self.label_smoothing_factor
+        elif self.mask_false_negatives and self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` gives every pair of a batch a share of the "
+                "target, those that `mask_false_negatives=True` leaves out too. Set one of the two."
+            )
         loading: Any = self.accelerator_config
         if loading.dispatch_batches is None:
             # Streams: each process reads its own shards. The default would decode everything on the first one.

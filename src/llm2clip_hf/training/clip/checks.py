@@ -23,8 +23,8 @@ from .parameters import is_llm2clip, prepare_trained_parts
 logger = logging.getLogger(__name__)
 # Entries of a batch about its rows, which do not enter the model: their names, and what the loss is told of them.
 ROW_NAMES = ("key", "index")
-PAIR_NAMES = ("image_id", "text_id")
-NO_FEATURES = frozenset({*ROW_NAMES, *PAIR_NAMES})
+PAIR_IDS = ("image_id", "text_id")
+NO_FEATURES = frozenset({*ROW_NAMES, *PAIR_IDS, "weight"})
 _OWN_REMEDY = (
     "Embed the captions with the LLM and processor of this model, or build the model with the `text_prefix_length` "
     "and `text_pooling` of the store."
@@ -230,7 +230,7 @@ def describe_rows(
     names = _row_names(batches)
     broken = [name for name, is_finite in zip(names, _finite_inputs(batches)) if not is_finite]
     if broken:
-        return f"The images or stored embeddings of rows {broken} are not finite: repair or remove them."
+        return f"The weights, images or stored embeddings of rows {broken} are not finite: repair or remove them."
     finite = torch.stack([value.isfinite().all(dim=1) for value in embeds.values()]).all(dim=0).tolist()
     broken = [name for name, is_finite in zip(names, finite) if not is_finite]
     if not broken:
@@ -252,7 +252,9 @@ def _finite_inputs(batches: list[dict[str, Any]]) -> list[bool]:
     rows: list[bool] = []
     for batch in batches:
         numbers = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        rows += torch.stack([value.isfinite().flatten(1).all(dim=1) for value in numbers]).all(dim=0).tolist()
+        rows += (
+            torch.stack([value.isfinite().reshape(len(value), -1).all(dim=1) for value in numbers]).all(dim=0).tolist()
+        )
     return rows
 
 

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stage 2 reads: whole contrastive batches in training, every row in evaluation."""
+"""What stage 2 reads: whole contrastive batches in training, every row in evaluation, and what is known of pairs."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers.trainer_utils import has_length
 
+from ... import distributed
+from ...ops.contrastive import count_equal, dense_ids
 from ..streams import shards_itself
 from .arguments import LLM2CLIPTrainingArguments
+from .checks import PAIR_IDS
 
 
 STREAM_FILE = "stream_state.json"
@@ -59,3 +63,28 @@ class CountedLoader:
 
     def __len__(self) -> int:
         return self.batches
+
+
+def known_of_pairs(batches: list[dict[str, Any]], mask_false_negatives: bool) -> dict[str, Any]:
+    """What some batches know of their pairs, as arguments of `ContrastiveLoss`."""
+    known: dict[str, Any] = {}
+    if "weight" in batches[0]:
+        known["weights"] = torch.cat([batch["weight"] for batch in batches])
+    names = [name for name in PAIR_IDS if name in batches[0]]
+    if mask_false_negatives and names:
+        ids = torch.stack([torch.cat([batch[name] for batch in batches]) for name in names], dim=1)
+        known["mask_ids"] = (ids, ids)
+    return known
+
+
+def count_masked(ids: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
+    """
+    How many pairs of an image and another row's text the loss leaves out over all processes, without waiting for the
+    device: those that agree in the first id, and in the second, less those that agree in both.
+    """
+    columns = [dense_ids(column).long() for column in distributed.all_gather(ids, sizes=sizes).unbind(1)]
+    agreeing = [count_equal(column, column).sum() for column in columns]
+    if len(columns) == 2:
+        both = columns[0] * len(columns[0]) + columns[1]
+        agreeing.append(-count_equal(both, both).sum())
+    return torch.stack(agreeing).sum() - len(columns[0])

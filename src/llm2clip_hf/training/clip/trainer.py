@@ -49,7 +49,7 @@ from .checks import (
     resolve_loss_type,
 )
 from .evaluation import evaluate_pairs, retrieval_of_pairs, run_evaluators
-from .loading import STREAM_FILE, CountedLoader, check_batches, every_row
+from .loading import STREAM_FILE, CountedLoader, check_batches, count_masked, every_row, known_of_pairs
 from .parameters import LogitScaleClamp, build_optimizer_groups, frozen_towers
 
 
@@ -71,7 +71,9 @@ class LLM2CLIPTrainer(BaseTrainer):
     gradient accumulation, the loss is that of the batches of all devices and micro-batches together.
 
     A batch is a dict with `pixel_values`, with `llm_embeds` (stored LLM embeddings) or `input_ids` and
-    `attention_mask`, and optionally `index` or `key` (numbers or names of the rows, used in errors). Checkpoints leave
+    `attention_mask`, and optionally `index` or `key` (numbers or names of the rows, used in errors), `image_id` and
+    `text_id` (whole numbers, equal for equal images and captions, for `mask_false_negatives`), and `weight` (positive;
+    the loss is the weighted mean of those of the pairs). All processes give the same entries. Checkpoints leave
     the frozen LLM out, hold LoRA merged, and appear whole or not at all. After LoRA training `save_model` writes the
     merged model; `merge_lora(model)` merges the one in memory.
 
@@ -133,7 +135,13 @@ class LLM2CLIPTrainer(BaseTrainer):
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_stores(model, dataset, processing_class)
         loss_type = resolve_loss_type(model, args.loss_type)
-        self.contrastive_loss = ContrastiveLoss(loss_type, label_smoothing=args.label_smoothing_factor)
+        compute: Any = args.loss_compute_dtype
+        self.contrastive_loss = ContrastiveLoss(
+            loss_type,
+            label_smoothing=args.label_smoothing_factor,
+            ring=args.loss_exchange == "ring",
+            compute_dtype=compute if compute == "auto" else getattr(torch, compute),
+        )
         if self.contrastive_loss.loss_type == "softmax" and getattr(model, "logit_bias", None) is not None:
             cast(nn.Parameter, model.logit_bias).requires_grad_(False)  # has no part in the softmax loss
         self.evaluators = dict(evaluators or {})
@@ -152,6 +160,7 @@ class LLM2CLIPTrainer(BaseTrainer):
         # another end-of-text id, a reloaded `CLIPModel` pools another position than the trained one.
         self.processor = processing_class
         self._held_batches: list[dict[str, Any]] = []
+        self._masked: torch.Tensor | None = None  # false negatives since the last log
         max_scale = getattr(getattr(model, "config", None), "max_logit_scale", None) or DEFAULT_MAX_LOGIT_SCALE
         self.add_callback(LogitScaleClamp(max_scale, deepspeed=self.is_deepspeed_enabled))
         if hasattr(train_dataset, "set_epoch") and (has_length(train_dataset) or not shards_itself(train_dataset)):
@@ -190,7 +199,13 @@ class LLM2CLIPTrainer(BaseTrainer):
         scale = whole_parameter(core.logit_scale).exp()
         bias = whole_parameter(core.logit_bias) if self.contrastive_loss.loss_type == "sigmoid" else None
         pairs = clip_text.loss_pairs(embeds, self.args.integration)
-        loss = torch.stack([self.contrastive_loss(one, other, scale, bias) for one, other in pairs]).sum()
+        known = known_of_pairs(batches, bool(self.args.mask_false_negatives))
+        if sizes := self._known_sizes(embeds):
+            known["sizes"] = sizes
+        loss = torch.stack([self.contrastive_loss(one, other, scale, bias, **known) for one, other in pairs]).sum()
+        if torch.is_grad_enabled() and "mask_ids" in known:
+            masked = count_masked(known["mask_ids"][0], sizes)
+            self._masked = masked if self._masked is None else self._masked + masked
         explain = partial(self._explain, {name: value.detach() for name, value in embeds.items()}, batches)
         if self._in_step:
             self._unchecked += ((loss.detach(), explain),)
@@ -207,6 +222,15 @@ class LLM2CLIPTrainer(BaseTrainer):
             tower.eval()  # after `model.train()`, which is called for every step
         features = [{name: value for name, value in batch.items() if name not in NO_FEATURES} for batch in batches]
         return embed_batches(model, core, features, self.args, self.accelerator.autocast)
+
+    def _known_sizes(self, embeds: dict[str, torch.Tensor]) -> list[int] | None:
+        """
+        The rows of all processes, where batches are surely whole and nothing leaves rows out. Otherwise the loss asks,
+        for which the host waits.
+        """
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        whole = torch.is_grad_enabled() and self.args.dataloader_drop_last and type(collator) is ImageTextCollator
+        return [len(embeds["image_embeds"])] * self.args.world_size if whole and self.args.world_size > 1 else None
 
     def _is_one_row(self, embeds: dict[str, torch.Tensor]) -> bool:
         return len(embeds["image_embeds"]) * self.args.world_size == 1
@@ -379,10 +403,12 @@ class LLM2CLIPTrainer(BaseTrainer):
         return loss, tuple(value.float() for value in embeds.values()), rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with the logit scale beside the training loss."""
+        """Logs, with the logit scale and the number of false negatives left out beside the training loss."""
         if "loss" in logs:
             core: Any = self.accelerator.unwrap_model(self.model)
             logs = logs | {"logit_scale": whole_parameter(core.logit_scale).exp().item()}
+            if self._masked is not None:
+                logs, self._masked = logs | {"false_negatives_masked": self._masked.item()}, None
         super().log(logs, start_time)
 
     # ---------------------------------------------------------------------------------------------- saving and pushing
