@@ -80,7 +80,7 @@ def test_from_captions_to_a_model(folder: Path, capsys: pytest.CaptureFixture[st
     assert "already holds a finished model" in capsys.readouterr().err
 
     run("embed-captions", "--llm", folder / "cc", "--data", folder / "train.parquet", "--output_dir", folder / "store")
-    run("embed-captions", "--verify", folder / "store")
+    run("store", "verify", folder / "store")
     run(
         "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "cc", "--data",
         folder / "train.parquet", "--test_data", folder / "train.parquet", "--store", folder / "store",
@@ -294,7 +294,11 @@ def test_bundled_model_replaces_the_external_one_whole_or_not_at_all(
         (["train-clip", "--model", "m", "--shards", "x.tar"], "`shards` need `caption_fields`"),
         (["embed-captions", "--llm", "x"], "`--output_dir` is missing"),
         (["embed-captions", "--llm", "x", "--output_dir", "o"], "Give one of `data`"),
-        (["embed-captions", "--verify", "nowhere"], "no caption embedding store"),
+        (["store", "verify", "nowhere"], "no caption embedding store"),
+        (["store", "append", "store"], "`--others` is needed by `append`"),
+        (["store", "info", "store", "--llm", "x"], "`--llm` has no effect on `llm2clip store info`"),
+        (["store", "sell", "store"], "ACTION must be one of merge, verify, repair, append, info"),
+        (["embed-captions", "--llm", "x", "--output_dir", "o", "--shard_range", "3"], "Give one of `data`"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -523,3 +527,32 @@ def test_splits_are_those_of_the_options(folder: Path, tmp_path: Path, caplog: p
         "validation",
     )  # fmt: skip
     assert CaptionEmbeddingStore.open(tmp_path / "store").num_images == 3
+
+
+def test_jobs_that_know_nothing_of_each_other_make_a_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, other = folder / "sliced", folder / "other"
+    options = ["--llm", folder / "llm", "--data", folder / "train.parquet", "--rows_per_shard", 5, "--device", "cpu"]
+    run("embed-captions", *options, "--output_dir", made, "--shard_range", "1:4")
+    assert "written   shards 1:4 of 4" in capsys.readouterr().out
+    assert cli.main(["store", "merge", str(made)]) == 1
+    assert "Rows 0 to 5 of 20 are missing" in capsys.readouterr().err
+    run("embed-captions", *options, "--output_dir", other, "--shard_range", "0:1")
+    run("store", "merge", made, "--others", other)
+    assert "shards    4, 0.00 GiB" in capsys.readouterr().out
+    run("embed-captions", *options, "--output_dir", folder / "at-once")
+    names = {file.name for file in made.iterdir()}
+    assert names == {file.name for file in (folder / "at-once").iterdir()}
+    for name in names:
+        assert (made / name).read_bytes() == (folder / "at-once" / name).read_bytes()
+    shard = made / "embeddings-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert cli.main(["store", "verify", str(made)]) == 1
+    assert "do not match their SHA-256: ['embeddings-00002.safetensors']" in capsys.readouterr().err
+    run("store", "repair", made, *options)
+    assert shard.read_bytes() == whole
+    run("store", "append", made, "--others", folder / "at-once")
+    capsys.readouterr()
+    run("store", "info", made)
+    text = capsys.readouterr().out
+    assert "of 40 images" in text and "shards    8" in text and "made by   weights_sha256" in text

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from llm2clip_hf.data import CaptionEmbeddingStore, embed_captions, embedding_fingerprint
+from llm2clip_hf.data import CaptionEmbeddingStore, CaptionTable, embed_captions, embedding_fingerprint
 from llm2clip_hf.data.sampling import token_budget_batches
 from llm2clip_hf.data.store.text_encoders import as_text_encoder
 
@@ -107,7 +107,7 @@ def test_a_finished_store_of_anything_else_is_refused(tmp_path):
         embed(tmp_path, Recorder(), fingerprint=FINGERPRINT | {"template": "chat"})
     with pytest.raises(ValueError, match="`dtype`: store 'float16', expected 'float32'"):
         embed(tmp_path, Recorder(), dtype="float32")
-    with pytest.raises(ValueError, match="`captions_sha256`"):
+    with pytest.raises(ValueError, match="other captions in `embeddings-00000.safetensors`, of the rows .0, 10. inst"):
         embed_captions(Recorder(), ["a"], tmp_path, fingerprint=FINGERPRINT, rows_per_shard=10, show_progress=False)
 
 
@@ -126,14 +126,14 @@ def interrupt_after(recorder: Recorder, batches: int):
 
 def test_an_interrupted_run_resumes_at_the_unfinished_shard(tmp_path):
     first, second = Recorder(), Recorder()
-    # A budget of 1 token makes batches of one caption: two full shards of 10 and 3 captions of the third.
+    # A budget of 1 token makes batches of one caption: a full shard of 19 and 4 captions of the second.
     with pytest.raises(Interrupted):
         embed(tmp_path / "s", interrupt_after(first, 23), max_tokens_per_batch=1)
     with pytest.raises(ValueError, match="is not finished"):
         CaptionEmbeddingStore.open(tmp_path / "s")
     store = embed(tmp_path / "s", second)
-    assert len(second.texts) == 45 - 20
-    assert not set(first.texts[:20]) & set(second.texts)
+    assert len(second.texts) == 45 - 19
+    assert not set(first.texts[:19]) & set(second.texts)
     reference = embed(tmp_path / "reference", Recorder())
     assert torch.equal(store.gather(range(45)), reference.gather(range(45)))
     assert sorted(file.name for file in (tmp_path / "s").iterdir()) == sorted(
@@ -143,26 +143,26 @@ def test_an_interrupted_run_resumes_at_the_unfinished_shard(tmp_path):
 
 def test_leftovers_of_another_run_are_refused_and_kept(tmp_path):
     with pytest.raises(Interrupted):
-        embed(tmp_path, interrupt_after(Recorder(), 2))
+        embed(tmp_path, interrupt_after(Recorder(), 40), max_tokens_per_batch=1)
     before = sorted(file.name for file in tmp_path.iterdir())
     with pytest.raises(ValueError, match="`fingerprint.max_length`: store 512, expected 77"):
         embed(tmp_path, Recorder(), fingerprint=FINGERPRINT | {"max_length": 77})
-    with pytest.raises(ValueError, match="`rows_per_shard`: store 10, expected 11"):
+    with pytest.raises(ValueError, match=r"of the rows \[0, 10\] instead of \[0, 11\]: check `rows_per_shard`"):
         embed(tmp_path, Recorder(), rows_per_shard=11)
     assert sorted(file.name for file in tmp_path.iterdir()) == before
-    (tmp_path / "build.json").unlink()
-    with pytest.raises(ValueError, match="of an unknown run"):
+    save_file({"embeddings": torch.ones(10, 7)}, tmp_path / "embeddings-00000.safetensors")
+    with pytest.raises(ValueError, match="00000.safetensors` has no record of what made it"):
         embed(tmp_path, Recorder())
 
 
 def test_a_finished_shard_that_was_truncated_is_done_again(tmp_path):
     with pytest.raises(Interrupted):
-        embed(tmp_path, interrupt_after(Recorder(), 25), max_tokens_per_batch=1)
+        embed(tmp_path, interrupt_after(Recorder(), 42), max_tokens_per_batch=1)
     damaged = tmp_path / "embeddings-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
     recorder = Recorder()
     embed(tmp_path, recorder).verify()
-    assert len(recorder.texts) == 45 - 10
+    assert len(recorder.texts) == 45 - 19
 
 
 def overflowing_llm() -> Any:
@@ -214,7 +214,7 @@ def test_an_embedding_that_is_not_finite_in_the_dtype_is_refused(tmp_path):
         return torch.tensor([[1e5 if text == "loud" else 1.0] for text in texts])
 
     arguments = {"fingerprint": {}, "show_progress": False}
-    with pytest.raises(ValueError, match=r"caption row 2 \('loud'\) is not finite in torch.float16"):
+    with pytest.raises(ValueError, match=r"caption 2 of shard 0 \('loud'\) is not finite in torch.float16"):
         embed_captions(encode, ["a", "b", "loud"], tmp_path / "half", **arguments)
     store = embed_captions(encode, ["a", "b", "loud"], tmp_path / "single", dtype="float32", **arguments)
     assert store.gather([2]).item() == 1e5
@@ -225,6 +225,7 @@ class FakeBar:
 
     def __init__(self, **kwargs):
         self.options, self.updates, self.postfix = kwargs, [], ""
+        self.disable, self.initial, self.n = False, 0, 0
 
     def __enter__(self):
         return self
@@ -250,10 +251,10 @@ def test_progress_counts_captions_and_leaves_finished_ones_out_of_the_rate(tmp_p
         embed(tmp_path, Recorder(), show_progress=True)
     first, second = bars
     assert (first.options["total"], first.options["initial"], first.options["unit"]) == (45, 0, "caption")
-    assert (second.options["total"], second.options["initial"], second.options["disable"]) == (45, 20, False)
-    assert sum(second.updates) == 25
+    assert (second.options["total"], second.options["disable"], second.initial, second.n) == (45, False, 19, 19)
+    assert sum(second.updates) == 26
     assert re.fullmatch(r"\d+ tokens/s", second.postfix)
-    assert "Embedded 25 captions in" in caplog.text
+    assert "Embedded 26 captions in" in caplog.text
 
 
 def test_the_log_tells_the_share_of_padding(tmp_path, caplog):
@@ -354,11 +355,20 @@ def test_the_folder_is_plain_safetensors_and_json(tmp_path):
     index = json.loads((tmp_path / "index.json").read_text())
     names = ["layout.safetensors", *(shard["file"] for shard in index["shards"])]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["index.json", *names])
-    assert [shard["rows"] for shard in index["shards"]] == [10, 10, 10, 10, 5]
+    assert [(shard["images"], shard["rows"]) for shard in index["shards"]] == [(10, 19), (10, 20), (3, 6)]
     rows = torch.cat([load_file(tmp_path / shard["file"])["embeddings"] for shard in index["shards"]])
     assert torch.equal(rows, CaptionEmbeddingStore.open(tmp_path).gather(range(45)))
     for entry in [index["layout"], *index["shards"]]:
-        assert hashlib.sha256((tmp_path / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+        content = (tmp_path / entry["file"]).read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        assert hashlib.sha256(content[header:]).hexdigest() == entry["sha256"]
+    # The layout of a shard is that of its own images.
+    for shard, first in zip(index["shards"], (0, 10, 20)):
+        part = CaptionTable({name: column[first : first + 10] for name, column in CAPTIONS.items()})
+        tensors = load_file(tmp_path / shard["file"])
+        assert tensors["offsets"].tolist() == part.offsets.tolist()
+        assert tensors["source_ids"].tolist() == part.source_ids.tolist()
+        assert shard["captions_sha256"] == part.digest()
 
 
 NAME = "flash_attention_stand_in"

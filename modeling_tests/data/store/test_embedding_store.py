@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import version_1
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip_hf.data import CaptionEmbeddingStore, embed_captions
 from llm2clip_hf.data.store import mapped_files as store_keys
+from llm2clip_hf.data.store.folder import StoreFolder
 
 
 FINGERPRINT = {"weights_sha256": "abc", "max_length": 512, "is_causal": False}
@@ -126,7 +128,7 @@ def test_results_are_copies_that_may_be_changed(folder, rows):
 def test_opening_reads_no_embeddings_and_access_maps_only_its_shard(folder):
     store = CaptionEmbeddingStore.open(folder)
     assert (store._shards, store._layout) == ({}, None)
-    store.gather([20])
+    store.gather([40])
     assert list(store._shards) == [1]
     # The array is a view of the file, not a copy in memory.
     assert isinstance(store._shards[1].base, np.memmap)
@@ -191,19 +193,22 @@ def test_open_refuses_what_is_not_a_complete_store(folder, tmp_path):
 def test_verify_names_the_file_with_a_changed_bit(folder):
     store = CaptionEmbeddingStore.open(folder)
     store.verify()
-    shard = folder / "embeddings-00003.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"do not match their SHA-256: \['embeddings-00003.safetensors'\]"):
-        CaptionEmbeddingStore.open(folder).verify()
+    shard = folder / "embeddings-00002.safetensors"
+    whole = shard.read_bytes()
+    for place in (-1, 12, 400):
+        content = bytearray(whole)
+        content[place] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=r"do not match their SHA-256: \['embeddings-00002.safetensors'\]"):
+            CaptionEmbeddingStore.open(folder).verify()
 
 
 def test_a_shard_that_states_another_shape_is_refused(folder):
-    # Shards 0 and 1 have the same size in bytes; give shard 0 the header of another shape.
     shard = folder / "embeddings-00000.safetensors"
-    shard.write_bytes(shard.read_bytes().replace(b'"shape":[13,5]', b'"shape":[5,13]'))
-    with pytest.raises(ValueError, match=r"tensor `embeddings` of dtype F32 and shape \(13, 5\)"):
+    changed = shard.read_bytes().replace(b'"shape": [31, 5]', b'"shape": [5, 31]')
+    assert changed != shard.read_bytes()
+    shard.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"tensor `embeddings` of dtype F32 and shape \(31, 5\)"):
         CaptionEmbeddingStore.open(folder)[0]
 
 
@@ -246,7 +251,7 @@ def test_keys_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):
 
 def test_a_look_up_reads_a_few_pages_of_many_keys(tmp_path):
     keys = [f"shard-{image // 1000:03d}/{image:09d}" for image in range(50_000)]
-    entry = store_keys.write_keys(tmp_path, keys)
+    entry = store_keys.write_keys(StoreFolder(tmp_path), lambda: [store_keys.pack_keys(keys)])
     touched = []
 
     class Watched(np.ndarray):
@@ -254,7 +259,7 @@ def test_a_look_up_reads_a_few_pages_of_many_keys(tmp_path):
             touched.append(item)
             return super().__getitem__(item)
 
-    index = store_keys.KeyIndex(tmp_path, entry, len(keys))
+    index = store_keys.KeyIndex(tmp_path / entry["file"], entry, len(keys))
     for name in ("_hashes", "_images", "_offsets", "_text"):
         array = getattr(index, name)
         assert isinstance(array.base, np.memmap)
@@ -283,16 +288,24 @@ def test_keys_that_name_no_image_are_refused_before_anything_is_written(tmp_path
 def test_a_store_without_keys_is_as_before_and_takes_them_later(folder, rows):
     index = json.loads((folder / "index.json").read_text())
     assert "keys" not in index
-    assert index["format_version"] == 1
+    assert index["format_version"] == 2
     store = CaptionEmbeddingStore.open(folder)
     assert not store.has_keys
     with pytest.raises(ValueError, match="has no keys. Call `embed_captions` again"):
         store.index_of(KEYS[0])
-    shards = {file.name: file.stat().st_mtime_ns for file in folder.glob("embeddings-*")}
-    with_keys = embed(folder, keys=KEYS)
+    with_keys = embed_captions(
+        lambda texts: pytest.fail("nothing is to be encoded"),
+        CAPTIONS,
+        folder,
+        fingerprint=FINGERPRINT,
+        dtype="float32",
+        rows_per_shard=13,
+        keys=KEYS,
+        show_progress=False,
+    )
     assert [with_keys.index_of(key) for key in KEYS] == list(range(31))
+    assert torch.equal(with_keys.gather(range(76)), rows)
     with_keys.verify()
-    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("embeddings-*")} == shards
     # Keys once given stay, and others are refused.
     assert embed(folder).index_of(KEYS[3]) == embed(folder, keys=KEYS).index_of(KEYS[3]) == 3
     with pytest.raises(ValueError, match="has other keys than `keys`"):
@@ -362,9 +375,9 @@ def test_a_fingerprint_of_an_earlier_release_counts_as_mean_and_matches_its_llm(
     index = json.loads((tmp_path / "index.json").read_text())
     for key in ("pooling", "weights_bf16_sha256", "weights_sample_sha256"):
         del index["fingerprint"][key]
-    (tmp_path / "index.json").write_text(json.dumps(index))
     # The finished store is found again and used.
-    old = embed_captions(model, ["a", "b"], tmp_path, **arguments)
+    version_1.write(tmp_path / "old", new, [["a"], ["b"]], fingerprint=index["fingerprint"])
+    old = embed_captions(model, ["a", "b"], tmp_path / "old", **arguments)
     assert "pooling" not in old.fingerprint
     old.check_compatible(model, tokenizer)
     old.check_compatible(new)

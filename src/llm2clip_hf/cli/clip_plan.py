@@ -129,7 +129,7 @@ def open_finished(captions: Mapping[str, Any]) -> "dict[str, CaptionEmbeddingSto
     for folder, table in captions.items():
         if (Path(folder) / "index.json").is_file():
             stores[folder] = CaptionEmbeddingStore.open(folder)
-            if table is not None and table.sha256 != stores[folder].captions_sha256:
+            if table is not None and not stores[folder].holds(table):
                 raise ValueError(
                     f"The store `{folder}` was made from other captions than those of this run. Give another "
                     "`--store`, or delete the folder."
@@ -273,11 +273,11 @@ def make_evaluators(options: Any, plan: Plan) -> dict[str, Any]:
 
 def embed_missing(options: Any, plan: Plan, captions: Any, folder: str) -> "CaptionEmbeddingStore":
     """The store in `folder`, made from captions, or from those of the shards."""
-    from .embed_captions import embed, read_shards
+    from .embed_captions import data_shards, embed
 
     keys = plan.table.keys if plan.table is not None and captions is plan.table.captions else None
     if captions is None:
-        captions, keys = read_shards(options)
+        captions = data_shards(options)
     llm, pooling = str(options.text_model or options.model), plan.model.config.text_pooling
     return embed(options, llm, captions, keys, folder, pooling)
 
@@ -332,7 +332,9 @@ def print_plan(options: Any, args: Any, plan: Plan) -> None:
         elif captions is None:
             print(f"store     {folder}: to be made")
         else:
-            print(f"store     {folder}: to be made, {options.store_size(captions, config.llm_hidden_size)}")
+            print(
+                f"store     {folder}: to be made, {options.store_size(captions.num_captions, config.llm_hidden_size)}"
+            )
 
 
 def describe_table(role: str, source: str, split: str, table: "ImageTextTable") -> None:

@@ -3,26 +3,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .options import EmbeddingOptions, named_values, option, parse_options
 from .runs import is_main_process, process_device
-
-
-if TYPE_CHECKING:
-    from ..data import CaptionEmbeddingStore
 
 
 EXAMPLES = """\
   llm2clip embed-captions --llm llm-cc --data pairs.parquet --output_dir store
   llm2clip embed-captions --llm llm-cc --captions captions.jsonl --output_dir store --store_dtype bfloat16
   accelerate launch --num_processes 8 -m llm2clip_hf embed-captions --llm llm-cc --data pairs.parquet \\
-      --output_dir store
+      --output_dir s3://bucket/store
   llm2clip embed-captions --llm llm-cc --shards "cc3m/{00000..00287}.tar" --caption_fields real=txt \\
-      dense=json.longSV_captions --output_dir store
-  llm2clip embed-captions --llm llm-cc --data pairs.parquet --output_dir store --check
-  llm2clip embed-captions --verify store"""
+      dense=json.longSV_captions --output_dir store --shard_range 0:100
+  llm2clip embed-captions --llm llm-cc --data pairs.parquet --output_dir store --check"""
 
 
 @dataclass(kw_only=True)
@@ -30,9 +24,14 @@ class EmbedCaptionsOptions(EmbeddingOptions):
     llm: str | None = option(
         "Folder or repository of the LLM: a result of stage 1, a decoder LLM, or an LLM2CLIP model."
     )
-    output_dir: str | None = option("Folder of the store; an unfinished one is resumed.")
+    output_dir: str | None = option(
+        "Folder of the store, or an address such as s3://bucket/store; an unfinished one is resumed."
+    )
     captions: str | None = option("Captions alone: a file, a folder of files, or a Hub data set.")
-    verify: str | None = option("Instead of embedding: read all files of this store and compare checksums.")
+    shard_range: str | None = option(
+        "Embed these shards only, e.g. 10:20, and wait for no other; the last to finish makes the store."
+    )
+    repair: bool = option("Embed again shards that are damaged or hold other captions.", False)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -41,36 +40,68 @@ def run(argv: Sequence[str]) -> int:
         argv,
         verb="embed-captions",
         description="Compute the LLM's embedding of every caption once and store it. Runs on all devices of "
-        "`accelerate launch`, continues where a killed run stopped, and records what made the embeddings.",
+        "`accelerate launch` or as many jobs, continues where a killed run stopped, and records what made the "
+        "embeddings.",
         examples=EXAMPLES,
         own=EmbedCaptionsOptions,
     )
-    if options.verify is not None:
-        return verify(options.verify)
+    return embed_into(options)
+
+
+def embed_into(options: EmbedCaptionsOptions) -> int:
+    """Embeds captions into the folder that the options name."""
     for name in ("llm", "output_dir"):
         if getattr(options, name) is None:
             raise ValueError(f"`--{name}` is missing.")
-    captions, keys = prepare(options)
+    slices = prepare(options)
     if options.check:
         return 0
-    store = embed(options, options.llm, captions, keys, options.output_dir)
+    shard_range = read_range(options.shard_range)
+    store = embed(
+        options,
+        str(options.llm),
+        slices,
+        None,
+        str(options.output_dir),
+        shard_range=shard_range,
+        repair=options.repair,
+    )
     if not is_main_process():
         return 0
-    print(f"captions  {store.num_captions} of {store.num_images} images, sources {', '.join(store.source_names)}")
-    print(f"width     {store.embedding_dim}, {options.store_dtype}")
-    print(f"written   {store.path}")
+    if store is None:
+        print(f"written   shards {options.shard_range} of {len(slices)} of {options.output_dir}; others are missing")
+        return 0
+    describe(store)
     return 0
 
 
-def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
-    """The captions and their keys, after all checks that need no weights; prints what would be embedded."""
-    from ..data import CaptionEmbeddingStore
+def describe(store: Any) -> None:
+    """Prints the size of a store."""
+    print(f"captions  {store.num_captions} of {store.num_images} images, sources {', '.join(store.source_names)}")
+    print(f"width     {store.embedding_dim}, {store.stored_dtype}")
+    print(f"shards    {store.num_shards}, {store.num_bytes / 2**30:,.2f} GiB")
+    print(f"written   {store.path}")
+
+
+def read_range(text: str | None) -> tuple[int, int] | None:
+    """The two numbers of `10:20`."""
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdigit() and stop.isdigit()):
+        raise ValueError(f"`--shard_range` must be two numbers such as 10:20, got {text!r}.")
+    return int(start), int(stop)
+
+
+def prepare(options: EmbedCaptionsOptions) -> Any:
+    """The captions in slices, after all checks that need no weights; prints what would be embedded."""
+    from ..data.store.process import refuse_other_captions
     from ..training.captions.encoder import check_caption_encoder
     from ..training.model_checks import describe_llm, find_model
 
     if sum(given is not None for given in (options.data, options.captions, options.shards)) != 1:
         raise ValueError("Give one of `data` (images with captions), `shards` (of the same) or `captions`.")
-    llm = str(options.llm)
+    llm, folder = str(options.llm), str(options.output_dir)
     config: Any = find_model(llm, "llm", trust_remote_code=options.trust_remote_code)
     whole_model = config.model_type == "llm2clip"
     if whole_model:
@@ -80,22 +111,20 @@ def prepare(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
     else:
         check_caption_encoder(llm, config, **options.llm_settings())
     check_store_options(options)
-    captions, keys = load_texts(options)
-    folder = str(options.output_dir)
-    if (Path(folder) / "index.json").is_file():
-        if CaptionEmbeddingStore.open(folder).captions_sha256 != captions.sha256:
-            raise ValueError(
-                f"`--output_dir {folder}` holds the embeddings of other captions. Choose another folder, or delete it."
-            )
+    read_range(options.shard_range)
+    slices = open_slices(options)
+    # A run looks at the first slice before the weights are read, a check at all.
+    numbers = range(len(slices) if options.check else 1)
+    counts = [] if options.repair else refuse_other_captions(folder, slices, numbers)
     if options.check and is_main_process():
         width = config.llm_hidden_size if whole_model else config.get_text_config().hidden_size
-        print(
-            f"captions  {captions.num_captions} of {len(captions)} images, sources {', '.join(captions.source_names)}"
-        )
+        images, captions = (sum(column) for column in zip(*counts))
+        names = slices.load(0).table.source_names
+        print(f"captions  {captions} of {images} images, sources {', '.join(names)}")
         if not whole_model:
             print(describe_llm(llm, lora_rank=None, dtype=options.dtype))
-        print(f"store     {folder}: {options.store_size(captions, width)}")
-    return captions, keys
+        print(f"store     {folder}: {options.store_size(captions, width)}, {len(slices)} shards")
+    return slices
 
 
 def check_store_options(options: Any) -> None:
@@ -114,61 +143,50 @@ def refuse_template(options: Any, llm: str) -> None:
         )
 
 
-def verify(path: str) -> int:
-    """Compares every file of a store with its checksum."""
-    from ..data import CaptionEmbeddingStore
-
-    store = CaptionEmbeddingStore.open(path)
-    store.verify()
-    print(f"{path}: {store.num_captions} captions of {store.num_images} images, all checksums agree")
-    return 0
-
-
-def load_texts(options: EmbedCaptionsOptions) -> tuple[Any, list[str] | None]:
-    """The captions, and one key per image where the table has keys."""
-    from ..data import load_captions, load_image_text
+def open_slices(options: EmbedCaptionsOptions) -> Any:
+    """The captions, which are read slice by slice where the data can be."""
+    from ..data.store.slices import caption_slices, image_text_slices
 
     if options.shards is not None:
         if options.split or options.subset:
             raise ValueError("`--split` and `--subset` are of `--data` and `--captions`; `--shards` name their files.")
-        return read_shards(options)
+        return data_shards(options)
     if options.captions is not None:
         if options.key_column is not None:
             raise ValueError("`--key_column` is of `--data` and `--shards`; captions alone have no keys.")
-        table = load_captions(
+        return caption_slices(
             options.captions,
+            options.rows_per_shard,
             columns=options.caption_columns,
             image_column=options.image_column,
             split=options.split,
             subset=options.subset,
             on_bad_row=options.on_bad_row,
         )
-        return table, None
-    images = load_image_text(options.data, split=options.split, **options.table_settings())
-    return images.captions, images.keys
+    return image_text_slices(options.data, options.rows_per_shard, split=options.split, **options.table_settings())
 
 
-def read_shards(options: Any) -> tuple[Any, list[str]]:
-    """The captions and keys of tar or parquet shards."""
-    from ..data import load_shard_captions
+def data_shards(options: Any) -> Any:
+    """The captions and keys of tar or parquet shards, one slice each."""
+    from ..data.store.slices import DataShardSlices
 
     fields = named_values(options.caption_fields, "caption_fields")
     if fields is None:
         raise ValueError(
             "`shards` need `caption_fields`, which say where captions are, e.g. `real=txt dense=json.long_caption`."
         )
-    return load_shard_captions(
-        options.shards,
-        fields,
-        image_column=options.image_column,
-        key_column=options.key_column,
-        on_bad_row=options.on_bad_row,
-    )
+    return DataShardSlices(options.shards, fields, options.image_column, options.key_column, options.on_bad_row)
 
 
 def embed(
-    options: Any, llm: str, captions: Any, keys: list[str] | None, output_dir: str, pooling: Any = None
-) -> "CaptionEmbeddingStore":
+    options: Any,
+    llm: str,
+    captions: Any,
+    keys: list[str] | None,
+    output_dir: str,
+    pooling: Any = None,
+    **part: Any,
+) -> Any:
     """Embeds captions on the device of this process; `options` are those of this verb or of `train-clip`."""
     from ..data import embed_captions
 
@@ -182,6 +200,7 @@ def embed(
         rows_per_shard=options.rows_per_shard,
         keys=keys,
         **arguments,
+        **part,
     )
 
 

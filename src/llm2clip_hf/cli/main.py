@@ -16,6 +16,7 @@ VERBS = {
     "demo": ("demo", "train a miniature LLM2CLIP end to end on a CPU, without any download"),
     "train-captions": ("train_captions", "stage 1: tune an LLM so that it tells captions apart"),
     "embed-captions": ("embed_captions", "embed captions once with the LLM, into a store on disk"),
+    "store": ("store", "finish, check, mend, extend and describe stores of caption embeddings"),
     "train-clip": ("train_clip", "stage 2: train the vision tower with the LLM as text encoder"),
     "evaluate": ("evaluate", "measure a model on retrieval, zero-shot and caption tasks"),
     "convert": ("convert", "convert a published checkpoint to a folder that AutoModel loads"),

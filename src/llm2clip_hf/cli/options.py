@@ -71,7 +71,7 @@ class EmbeddingOptions(DataOptions):
     )
     store_dtype: Dtype = option("Type of the stored embeddings.", "float16")
     max_tokens_per_batch: int = option("Padded tokens of a batch of the LLM.", 16384)
-    rows_per_shard: int = option("Captions per file of the store.", 32768)
+    rows_per_shard: int = option("Images per file of the store; tar and parquet shards have one file each.", 16384)
     device: str | None = option("Device for embedding; a GPU per process where there is one.")
     trust_remote_code: bool = option("Run code that comes with an LLM2CLIP folder.", False)
 
@@ -80,9 +80,9 @@ class EmbeddingOptions(DataOptions):
         names = ("image_column", "caption_columns", "image_root", "key_column", "subset", "on_bad_row")
         return {name: getattr(self, name) for name in names}
 
-    def store_size(self, captions: Any, width: int) -> str:
+    def store_size(self, num_captions: int, width: int) -> str:
         """The size that a store will have."""
-        size = captions.num_captions * width * (4 if self.store_dtype == "float32" else 2)
+        size = num_captions * width * (4 if self.store_dtype == "float32" else 2)
         return f"{size / 2**30:,.2f} GiB at width {width} in {self.store_dtype}"
 
 

@@ -9,9 +9,9 @@ embedding store and the image-text dataset share.
 
 import hashlib
 import logging
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ CaptionsOfImage = str | Sequence[str]
 Captions = Sequence[CaptionsOfImage] | Mapping[str, Sequence[CaptionsOfImage]]
 """Per image a caption or a list of captions; or a mapping from source name to such a sequence."""
 DEFAULT_SOURCE = "caption"
-_PARTS_PER_UPDATE = 8192
+_IMAGES_AT_ONCE = 8192
 
 
 class CaptionTable:
@@ -49,7 +49,7 @@ class CaptionTable:
         distinct_counts (`np.ndarray` of shape `(num_images,)`, int32): distinct captions of each image.
         num_shared_captions (`int`): captions whose text another image has too; as negatives of each other they are
             false.
-        sha256 (`str`): digest of all captions, their sources and their grouping.
+        sha256 (`str`): digest of all captions, their sources and their grouping; made when it is first asked for.
         report (`LoadReport` or `None`): what `load_captions` read and left out, if it made the table.
 
     Raises:
@@ -69,7 +69,12 @@ class CaptionTable:
         self._columns = tuple(sources.values())
         self._num_images = len(self._columns[0])
         self.report: LoadReport | None = None
-        self._scan()
+        counts = np.stack([_counts(column, name) for name, column in sources.items()], axis=1)
+        self.offsets = np.concatenate([[0], np.cumsum(counts.sum(1))])
+        if (empty := np.flatnonzero(np.diff(self.offsets) == 0)).size:
+            raise ValueError(f"Image {empty[0]} has no caption. Give every image at least one, or drop the row.")
+        numbers = np.arange(len(sources), dtype=np.int16)
+        self.source_ids = np.repeat(np.broadcast_to(numbers, counts.shape).reshape(-1), counts.reshape(-1))
 
     def __len__(self) -> int:
         return self._num_images
@@ -120,57 +125,87 @@ class CaptionTable:
                 raise IndexError(f"Image {image} is out of range for {len(self)} images.")
         return CaptionTable({name: _Selection(c, images) for name, c in zip(self.source_names, self._columns)})
 
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """
+        SHA-256 of the captions of the images `start` to `stop` and of their grouping, whatever their sources are.
+
+        It covers the number of captions of each image, the bytes of each caption and the captions in UTF-8, each in
+        flat order. That of a part of a table is that of a table of the part.
+        """
+        counts, lengths, texts = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+        for first, last in self._blocks(start, self._num_images if stop is None else stop):
+            counts.update(np.diff(self.offsets[first : last + 1]).astype("<i8").tobytes())
+            sizes, content = self._encoded(first, last)
+            lengths.update(sizes.astype("<i8").tobytes())
+            texts.update(content)
+        return hashlib.sha256(counts.digest() + lengths.digest() + texts.digest()).hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:  # noqa: D102 (described with the class)
+        return self.sha256_as(self.source_names, self.source_ids)
+
     def sha256_as(self, source_names: Sequence[str], source_ids: Sequence[int] | np.ndarray) -> str:
-        """
-        The `sha256` of a table with the same captions in the same flat order, from sources of other names.
-
-        Tells whether a digest is that of these captions where the sources were named differently, or merged.
-
-        Args:
-            source_names (sequence of `str`): names of the sources of that table.
-            source_ids (`(num_captions,)` integers): position in `source_names` of each flat row.
-
-        Example:
-        >>> columns = CaptionTable({"real": ["a cat"], "dense": ["a grey cat"]})
-        >>> merged = CaptionTable([["a cat", "a grey cat"]])
-        >>> merged.sha256_as(columns.source_names, columns.source_ids) == columns.sha256
-        True
-        """
+        """The `sha256` of a table of the same captions whose sources have other names, or are merged."""
         digest = hashlib.sha256("\0".join(source_names).encode())
-        sources = iter(np.asarray(source_ids).tolist())
-        for image in range(len(self)):
-            digest.update(b"".join(_digest_part(image, next(sources), text.encode()) for text in self[image]))
+        numbers = np.asarray(source_ids).tolist()
+        for first, last in self._blocks(0, self._num_images):
+            rows = range(int(self.offsets[first]), int(self.offsets[last]))
+            images = np.repeat(np.arange(first, last), np.diff(self.offsets[first : last + 1])).tolist()
+            # The length prefix keeps ["ab", "c"] apart from ["a", "bc"].
+            parts = [
+                b"%d,%d,%d:%b" % (image, numbers[row], len(text), text)
+                for row, image, text in zip(rows, images, self._texts_of(first, last))
+            ]
+            digest.update(b"".join(parts))
         return digest.hexdigest()
 
-    def _scan(self) -> None:
-        """One pass over all captions: checks, layout, digest, repeated texts."""
-        counts = np.zeros(self._num_images, dtype=np.int64)
-        self.distinct_counts = np.zeros(self._num_images, dtype=np.int32)
-        source_ids, hashes = array("h"), array("q")
-        digest = hashlib.sha256("\0".join(self.source_names).encode())
-        parts: list[bytes] = []
-        for image, entries in enumerate(zip(*self._columns)):
-            own: list[str] = []
-            for source, entry in enumerate(entries):
-                texts = _as_list(entry)
-                for text in texts:
-                    _check_caption(text, image, self.source_names[source])
-                    parts.append(_digest_part(image, source, text.encode()))
-                    hashes.append(hash(text))
-                source_ids.extend([source] * len(texts))
-                own.extend(texts)
-            if not own:
-                raise ValueError(f"Image {image} has no caption. Give every image at least one, or drop the row.")
-            counts[image] = len(own)
-            self.distinct_counts[image] = len(set(own))
-            if len(parts) > _PARTS_PER_UPDATE:
-                digest.update(b"".join(parts))
-                parts.clear()
-        digest.update(b"".join(parts))
-        self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self.source_ids = np.array(source_ids, dtype=np.int16)
-        self.sha256 = digest.hexdigest()
-        self.num_shared_captions = _count_shared(np.array(hashes, dtype=np.int64), counts)
+    @cached_property
+    def distinct_counts(self) -> np.ndarray:  # noqa: D102 (described with the class)
+        counts = np.diff(self.offsets).astype(np.int32)
+        several = np.flatnonzero(counts > 1)
+        rows = np.flatnonzero(np.repeat(counts > 1, counts))
+        images = np.repeat(np.arange(len(several)), counts[several])
+        hashes = self._hashes[rows]
+        order = np.lexsort((hashes, images))
+        hashes, images = hashes[order], images[order]
+        is_repeated = (hashes[1:] == hashes[:-1]) & (images[1:] == images[:-1])
+        counts[several] -= np.bincount(images[1:][is_repeated], minlength=len(several)).astype(np.int32)
+        return counts
+
+    @cached_property
+    def num_shared_captions(self) -> int:  # noqa: D102 (described with the class)
+        return _count_shared(self._hashes, np.diff(self.offsets))
+
+    @cached_property
+    def _hashes(self) -> np.ndarray:
+        """64-bit hashes of all captions in flat order, which all but never collide."""
+        blocks = self._blocks(0, self._num_images)
+        hashes = (hash(text) for first, last in blocks for text in self._texts_of(first, last))
+        return np.fromiter(hashes, dtype=np.int64, count=self.num_captions)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return ((first, min(first + _IMAGES_AT_ONCE, stop)) for first in range(start, stop, _IMAGES_AT_ONCE))
+
+    def _texts_of(self, start: int, stop: int) -> Iterator[bytes]:
+        """The captions of some images in UTF-8, in flat order."""
+        sizes, content = self._encoded(start, stop)
+        ends = np.cumsum(sizes).tolist()
+        return (bytes(content[end - size : end]) for size, end in zip(sizes.tolist(), ends))
+
+    def _encoded(self, start: int, stop: int) -> tuple[np.ndarray, Any]:
+        """Bytes of each caption of some images, and the captions in UTF-8, one after the other, in flat order."""
+        sizes, contents = zip(*(_encoded_rows(column, start, stop) for column in self._columns))
+        if len(contents) == 1:
+            return sizes[0], contents[0]
+        ends = [np.cumsum(each).tolist() for each in sizes]
+        texts = [
+            [content[end - size : end] for size, end in zip(each.tolist(), column_ends)]
+            for each, column_ends, content in zip(sizes, ends, contents)
+        ]
+        rows = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        next_text = [iter(column) for column in texts]
+        flat = [next(next_text[source]) for source in self.source_ids[rows].tolist()]
+        return np.array([len(text) for text in flat], dtype=np.int64), b"".join(flat)
 
 
 class _Selection(Sequence[CaptionsOfImage]):
@@ -186,9 +221,28 @@ class _Selection(Sequence[CaptionsOfImage]):
         return self._column[self._rows[index]]
 
 
-def _digest_part(image: int, source: int, text: bytes) -> bytes:
-    # The length prefix keeps ["ab", "c"] apart from ["a", "bc"].
-    return b"%d,%d,%d:%b" % (image, source, len(text), text)
+def _counts(column: Sequence[CaptionsOfImage], source: str) -> np.ndarray:
+    """Number of captions of each entry, int64; texts that no loader has looked at are checked."""
+    if hasattr(column, "encoded"):
+        checked: np.ndarray = column.lengths()  # type: ignore[attr-defined]
+        return checked
+    counts = np.zeros(len(column), dtype=np.int64)
+    for image, entry in enumerate(column):
+        texts = _as_list(entry)
+        counts[image] = len(texts)
+        for text in texts:
+            _check_caption(text, image, source)
+    return counts
+
+
+def _encoded_rows(column: Any, start: int, stop: int) -> tuple[np.ndarray, Any]:
+    """Bytes of each text of some entries, and the texts in UTF-8, one after the other."""
+    if hasattr(column, "encoded"):
+        found: tuple[np.ndarray, Any] = column.encoded(start, stop)
+        return found
+    entries = column[start:stop] if isinstance(column, (list, tuple)) else (column[row] for row in range(start, stop))
+    texts = [text.encode() for entry in entries for text in _as_list(entry)]
+    return np.array([len(text) for text in texts], dtype=np.int64), b"".join(texts)
 
 
 def _as_list(entry: CaptionsOfImage) -> Sequence[str]:
@@ -220,7 +274,7 @@ def _check_caption(text: object, image: int, source: str) -> None:
 
 
 def _count_shared(hashes: np.ndarray, counts: np.ndarray) -> int:
-    """Captions whose text more than one image has; texts by their 64-bit hashes, which all but never collide."""
+    """Captions whose text more than one image has."""
     images = np.repeat(np.arange(len(counts)), counts)
     # Stable, so that the images ascend within a text: its first and last caption tell whether there are several.
     order = np.argsort(hashes, kind="stable")

@@ -153,6 +153,20 @@ class TextColumn(Sequence[Any]):
             return np.zeros(0, dtype=np.int64)
         return np.concatenate([_lengths(chunk) for chunk in self._chunks])
 
+    def encoded(self, start: int, stop: int) -> tuple[np.ndarray, memoryview]:
+        """Bytes of each text of some rows, int64, and their texts in UTF-8, one after the other."""
+        parts = []
+        for first, chunk in zip(self._starts, self._chunks):
+            if first < stop and start < first + len(chunk):
+                part = chunk.slice(max(start - first, 0), stop - max(start, first))
+                parts.append((part.flatten() if _is_list(part.type) else part).cast(pa.large_string()))
+        texts = pa.concat_arrays(parts) if len(parts) != 1 else parts[0]
+        if not len(texts):
+            return np.zeros(0, dtype=np.int64), memoryview(b"")
+        _, offsets, content = texts.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        return np.diff(bounds), memoryview(content)[bounds[0] : bounds[-1]]
+
     def filter(self, keep: np.ndarray) -> "TextColumn":
         """The rows where `keep` (bool, one per row) is set; chunks that stay whole are shared."""
         chunks = []

@@ -91,7 +91,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         table = CaptionTable(captions) if captions is not None and not isinstance(captions, CaptionTable) else captions
         if table is None and store is None:
             raise ValueError("Neither `captions` nor `store` is given. Pass at least one of them.")
-        if table is not None and store is not None and table.sha256 != store.captions_sha256:
+        if table is not None and store is not None and not store.holds(table):
             raise ValueError(
                 f"The store `{store.path}` was made from other captions than `captions`. "
                 "Pass the captions it was made from, or embed these captions."

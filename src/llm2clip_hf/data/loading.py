@@ -93,9 +93,30 @@ def load_captions(
     """
     if min_captions < 1:
         raise ValueError(f"`min_captions` must be positive, got {min_captions}.")
-    bad = BadRows(on_bad_row)
     # Step (1)
     sources = open_source(source, split, subset, default_split)
+    name = f"`{source}`" if isinstance(source, (str, Path)) else "the caption table"
+    return captions_of_sources(
+        sources,
+        name=name,
+        columns=columns,
+        image_column=image_column,
+        on_bad_row=on_bad_row,
+        min_captions=min_captions,
+    )
+
+
+def captions_of_sources(
+    sources: list[TextSource],
+    *,
+    name: str,
+    columns: str | Sequence[str] | Mapping[str, str] | None,
+    image_column: str | None,
+    on_bad_row: str,
+    min_captions: int = 1,
+) -> CaptionTable:
+    """`load_captions` of opened tables."""
+    bad = BadRows(on_bad_row)
     kinds = kinds_of(sources)
     chosen = resolve_caption_columns(columns, kinds, sources[0].name)
     image_column = image_column or sources[0].image_column
@@ -111,11 +132,9 @@ def load_captions(
     # Steps (3) and (4)
     texts, first_rows = _keep(texts, first_rows, _num_texts(texts, len(first_rows)) > 0, places, min_captions, bad)
     table = CaptionTable(dict(zip(chosen, texts)))
-    keep = table.distinct_counts >= min_captions
-    if not keep.all():
+    if min_captions > 1 and not (keep := table.distinct_counts >= min_captions).all():
         texts, _ = _keep(texts, first_rows, keep, places, min_captions, bad)
         table = CaptionTable(dict(zip(chosen, texts)))
-    name = f"`{source}`" if isinstance(source, (str, Path)) else "the caption table"
     table.report = bad.finish(name, len(table), table.num_captions, table.num_shared_captions)
     return table
 
@@ -407,4 +426,4 @@ def _has_weight(weights: list[Any], column: str, refuse: Callable[[int, str], No
     return keep
 
 
-__all__ = ["ImageTextTable", "load_captions", "load_image_text"]
+__all__ = ["ImageTextTable", "captions_of_sources", "load_captions", "load_image_text"]

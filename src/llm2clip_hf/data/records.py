@@ -57,37 +57,57 @@ class TextSource:
     kinds: dict[str, str]
     blocks: Callable[[Sequence[str]], Iterator[Block]]
     image_column: str | None = None
+    # Where any rows can be read without those before them:
+    num_rows: int | None = None
+    part: "Callable[[int, int], TextSource] | None" = None
 
 
-def dataset_source(dataset: Dataset, name: str = "") -> TextSource:
+def dataset_source(dataset: Dataset, name: str = "", first: int = 0, last: int | None = None) -> TextSource:
+    end = len(dataset) if last is None else last
+
     def blocks(columns: Sequence[str]) -> Iterator[Block]:
         # Slices of a memory-mapped table are views; only a shuffled or selected data set is gathered, block by block.
         roots = dict.fromkeys(root_column(dataset.column_names, column) for column in columns)
         rows = dataset.select_columns(list(roots)).with_format("arrow")
-        for start in range(0, len(dataset), ROWS_PER_BLOCK):
-            yield from _arrow_blocks(rows[start : start + ROWS_PER_BLOCK], columns, name, start)
+        for start in range(first, end, ROWS_PER_BLOCK):
+            yield from _arrow_blocks(rows[start : min(start + ROWS_PER_BLOCK, end)], columns, name, start)
 
-    return TextSource(name, arrow_kinds(dataset.features.arrow_schema), blocks)
+    kinds = arrow_kinds(dataset.features.arrow_schema)
+    return TextSource(
+        name, kinds, blocks, None, end - first, lambda start, stop: dataset_source(dataset, name, start, stop)
+    )
 
 
-def _read_parquet(file: Path) -> TextSource:
+def _read_parquet(file: Path, first: int = 0, last: int | None = None) -> TextSource:
     try:
-        schema = pq.read_schema(file)
+        metadata = pq.read_metadata(file)
+        schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"`{file}` is not a readable parquet file: {error}") from error
+    end = metadata.num_rows if last is None else last
 
     def blocks(columns: Sequence[str]) -> Iterator[Block]:
         start = 0
         try:
             with pq.ParquetFile(file) as reader:
                 roots = dict.fromkeys(root_column(schema.names, column) for column in columns)
-                for batch in reader.iter_batches(ROWS_PER_BLOCK, columns=list(roots)):
-                    yield from _arrow_blocks(pa.Table.from_batches([batch]), columns, str(file), start)
-                    start += len(batch)
+                for group in range(metadata.num_row_groups):
+                    rows = metadata.row_group(group).num_rows
+                    if start + rows <= first or start >= end:
+                        start += rows
+                        continue
+                    for batch in reader.iter_batches(ROWS_PER_BLOCK, row_groups=[group], columns=list(roots)):
+                        low, high = max(first - start, 0), max(min(end - start, len(batch)), 0)
+                        if low < high:
+                            wanted = pa.Table.from_batches([batch.slice(low, high - low)])
+                            yield from _arrow_blocks(wanted, columns, str(file), start + low)
+                        start += len(batch)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"`{file}` cannot be read after row {start}: {error}.") from error
 
-    return TextSource(str(file), arrow_kinds(schema), blocks)
+    return TextSource(
+        str(file), arrow_kinds(schema), blocks, None, end - first, lambda start, stop: _read_parquet(file, start, stop)
+    )
 
 
 def _arrow_blocks(table: pa.Table, names: Sequence[str], name: str, start: int) -> Iterator[Block]:

@@ -14,7 +14,7 @@ import numpy as np
 from .captions import CaptionTable
 from .images import undecoded_rows
 from .reports import BadRows
-from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard
+from .shards import COMPRESSIONS, DatasetShard, ParquetShard, Shard, TarShard, UnreadableShardError
 from .store.embedding_store import CaptionEmbeddingStore
 
 
@@ -210,27 +210,39 @@ def load_shard_captions(
     >>> table, keys = load_shard_captions("cc3m/{00000..00287}.tar", {"real": "json.caption"})  # doctest: +SKIP
     >>> store = embed_captions(model, table, "store", keys=keys, tokenizer=tokenizer)  # doctest: +SKIP
     """
+    readers = make_shards(shards, dict(caption_fields), image_column, key_column)
+    return captions_of_shards(readers, caption_fields, on_bad_row)
+
+
+def captions_of_shards(
+    readers: Sequence[Shard], caption_fields: Mapping[str, str], on_bad_row: str
+) -> tuple[CaptionTable, list[str]]:
+    """`load_shard_captions` of opened shards; image bytes are passed over."""
     bad = BadRows(on_bad_row)
-    fields = dict(caption_fields)
-    columns: dict[str, list[list[str]]] = {source: [] for source in fields}
+    columns: dict[str, list[list[str]]] = {source: [] for source in caption_fields}
     keys: dict[str, None] = {}
-    for shard in make_shards(shards, fields, image_column, key_column):
-        for sample in shard.read(range(shard.count())):
-            bad.report.rows_read += 1
-            captions = {source: sample.captions.get(source, []) for source in fields}
-            problem = sample.problem
-            if not problem and not any(captions.values()):
-                problem = f"it has no caption in {list(fields.values())}"
-            if not problem and sample.key in keys:
-                problem = "its key occurs before"
-            if problem:
-                bad.add("bad_rows", f"Sample `{sample.key}` of `{shard.name}`", f"cannot be used: {problem}.")
-                continue
-            keys[sample.key] = None
-            for source, texts in captions.items():
-                columns[source].append(texts)
+    for shard in readers:
+        try:
+            for sample in shard.read_captions():
+                bad.report.rows_read += 1
+                problem = sample.problem
+                if not problem and not any(sample.captions.values()):
+                    problem = f"it has no caption in {list(caption_fields.values())}"
+                if not problem and sample.key in keys:
+                    problem = "its key occurs before"
+                if problem:
+                    bad.add("bad_rows", f"Sample `{sample.key}` of `{shard.name}`", f"cannot be used: {problem}.")
+                    continue
+                keys[sample.key] = None
+                for source, texts in columns.items():
+                    texts.append(sample.captions.get(source, []))
+        except UnreadableShardError as error:
+            # What comes before the damage is used.
+            bad.add("bad_rows", str(error), "What is behind is lost.")
     if not keys:
-        raise ValueError(f"The shards hold no sample with a caption in {list(fields.values())}. Check the fields.")
+        raise ValueError(
+            f"The shards hold no sample with a caption in {list(caption_fields.values())}. Check the fields."
+        )
     table = CaptionTable(columns)
     table.report = bad.finish("the shards", len(keys), table.num_captions, table.num_shared_captions)
     return table, list(keys)
@@ -238,6 +250,7 @@ def load_shard_captions(
 
 __all__ = [
     "SamplesPerShard",
+    "captions_of_shards",
     "count_samples",
     "load_shard_captions",
     "make_shards",

@@ -129,6 +129,10 @@ class RawSample(NamedTuple):
     problem: str = ""
 
 
+class UnreadableShardError(ValueError):
+    """A shard that cannot be read, or not to its end."""
+
+
 class Shard(Protocol):
     """What the stream needs of a shard."""
 
@@ -139,6 +143,9 @@ class Shard(Protocol):
 
     def read(self, wanted: Sequence[int]) -> Iterator[RawSample]:
         """The samples at the ascending positions `wanted`."""
+
+    def read_captions(self) -> Iterator[RawSample]:
+        """All samples without their images, whose bytes are not read."""
 
 
 @dataclass
@@ -175,22 +182,33 @@ class TarShard:
             if not remaining:
                 return
 
-    def _samples(self, wanted: Sequence[int]) -> Iterator[RawSample | None]:
-        """Every sample in order; None for those that are not wanted."""
-        chosen, seen = set(wanted), set[str]()
+    def read_captions(self) -> Iterator[RawSample]:
+        """All samples without their images, which are passed over."""
+        return (sample for sample in self._samples(None) if sample is not None)
+
+    def _samples(self, wanted: Sequence[int] | None) -> Iterator[RawSample | None]:
+        """Every sample in order; None for those that are not wanted. Without `wanted`, all without their images."""
+        chosen, seen = set(wanted or ()), set[str]()
         try:
             with open_archive(Path(self.name)) as file:
                 for position, (key, group) in enumerate(itertools.groupby(_named(file), key=lambda named: named[0])):
                     repeated, parts = key in seen, [(extension, member) for _, extension, member in group]
                     seen.add(key)
-                    yield self._sample(file, position, key, parts, repeated) if position in chosen else None
+                    is_wanted = wanted is None or position in chosen
+                    yield self._sample(file, position, key, parts, repeated, wanted is not None) if is_wanted else None
         except (tarfile.TarError, OSError) as error:
-            raise ValueError(
+            raise UnreadableShardError(
                 f"Shard `{self.name}` cannot be read: {error}. Download or write it again, as a plain tar file."
             ) from error
 
     def _sample(
-        self, file: io.FileIO, position: int, key: str, parts: list[tuple[str, Member]], repeated: bool
+        self,
+        file: io.FileIO,
+        position: int,
+        key: str,
+        parts: list[tuple[str, Member]],
+        repeated: bool,
+        with_image: bool,
     ) -> RawSample:
         extensions = [extension for extension, _ in parts]
         images = [extension for extension in extensions if self._is_image(extension)]
@@ -205,10 +223,12 @@ class TarShard:
             problem = f"its members {extensions} repeat an extension"
         if problem:
             return RawSample(position, key, None, {}, problem)
-        needed = {images[0], *(root_column(extensions, field) for field in self.fields.values())}
+        needed = {root_column(extensions, field) for field in self.fields.values()} | (
+            {images[0]} if with_image else set()
+        )
         contents = {extension: read_member(file, member) for extension, member in parts if extension in needed}
         captions, problem = _captions_of_members(contents, self.fields)
-        return RawSample(position, key, contents[images[0]], captions, problem)
+        return RawSample(position, key, contents.get(images[0]), captions, problem)
 
     def _is_image(self, extension: str) -> bool:
         if self.image_column is not None:
@@ -250,6 +270,17 @@ class ParquetShard:
                     yield from self._read_group(file, group, first, columns, image, positions)
                 first += rows
 
+    def read_captions(self) -> Iterator[RawSample]:
+        """All rows without their images, whose column is not read."""
+        with self._open() as file:
+            present = file.schema_arrow.names
+            columns = _columns_of(self.name, self.fields, None, self.key_column, present)
+            position = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS * 16, columns=columns):
+                for row in batch.to_pylist():
+                    yield _row_sample(position, row, self.fields, None, self.key_column, Path(self.name).name)
+                    position += 1
+
     def _read_group(
         self, file: Any, group: int, first: int, columns: list[str], image: str, wanted: np.ndarray
     ) -> Iterator[RawSample]:
@@ -268,7 +299,9 @@ class ParquetShard:
         try:
             return pyarrow.parquet.ParquetFile(self.name)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"Shard `{self.name}` cannot be read: {error}. Download or write it again.") from error
+            raise UnreadableShardError(
+                f"Shard `{self.name}` cannot be read: {error}. Download or write it again."
+            ) from error
 
 
 @dataclass
@@ -303,6 +336,13 @@ class DatasetShard:
             if position >= last:
                 return
 
+    def read_captions(self) -> Iterator[RawSample]:
+        """All rows without their images."""
+        present = self.dataset.column_names or list(next(iter(self._rows().take(1)), {}))
+        columns = _columns_of(self.name, self.fields, None, self.key_column, present)
+        for position, row in enumerate(self._rows().select_columns(columns)):
+            yield _row_sample(position, row, self.fields, None, self.key_column, self.name)
+
     def _rows(self) -> Any:
         return self.dataset.shard(num_shards=self.dataset.num_shards, index=self.number)
 
@@ -321,10 +361,11 @@ def _find_image_column(shard: str, schema: Any) -> str:
 
 
 def _columns_of(
-    shard: str, fields: dict[str, str], image_column: str, key_column: str | None, present: Sequence[str]
+    shard: str, fields: dict[str, str], image_column: str | None, key_column: str | None, present: Sequence[str]
 ) -> list[str]:
     """The columns that a sample is made of."""
-    names = [image_column, *(root_column(present, field) for field in fields.values()), key_column or image_column]
+    roots = [root_column(present, field) for field in fields.values()]
+    names = [name for name in (image_column, *roots, key_column) if name is not None]
     if missing := sorted(set(names) - set(present)):
         raise ValueError(
             f"Shard `{shard}` has no columns {missing}, it has {sorted(present)}. Name the columns in "
@@ -376,7 +417,12 @@ def caption_list(value: Any, source: str) -> tuple[list[str], str]:
 
 
 def _row_sample(
-    position: int, row: dict[str, Any], fields: dict[str, str], image_column: str, key_column: str | None, shard: str
+    position: int,
+    row: dict[str, Any],
+    fields: dict[str, str],
+    image_column: str | None,
+    key_column: str | None,
+    shard: str,
 ) -> RawSample:
     key = f"{shard}:{position}" if key_column is None else str(row[key_column])
     captions: dict[str, list[str]] = {}
@@ -384,6 +430,8 @@ def _row_sample(
     for source, column in fields.items():
         captions[source], wrong = caption_list(entry_of(row, column), source)
         problem = problem or wrong
+    if image_column is None:
+        return RawSample(position, key, None, captions, problem)
     image = row.get(image_column)
     if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
         problem = problem or f"it has no image in the column `{image_column}`"
@@ -398,6 +446,7 @@ __all__ = [
     "RawSample",
     "Shard",
     "TarShard",
+    "UnreadableShardError",
     "iterate_members",
     "open_archive",
     "read_member",

@@ -242,6 +242,18 @@ def open_files(source: str | Path, files: list[Path]) -> list[TextSource]:
     return [READERS[format_of(file)](file) for file in files]
 
 
+def part_of_sources(sources: list[TextSource], start: int, stop: int) -> list[TextSource]:
+    """The rows `start` to `stop` of tables that follow each other, each of which can be read in part."""
+    parts, first = [], 0
+    for source in sources:
+        count = source.num_rows or 0
+        low, high = max(start - first, 0), min(stop - first, count)
+        if low < high and source.part is not None:
+            parts.append(source.part(low, high))
+        first += count
+    return parts
+
+
 def kinds_of(sources: list[TextSource]) -> dict[str, str]:
     """The columns of all tables; of a column that differs, the kind in the first table where it holds texts."""
     kinds: dict[str, str] = {}

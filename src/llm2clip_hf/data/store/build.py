@@ -1,445 +1,358 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Several processes that fill one folder: who does which shard, and how each learns of the end or failure of the others.
+What a store is made of: shards, each whole by itself, and an index over all of them.
 
-Nobody waits in a collective: shards take minutes, and a process group gives up on a rank that is late, or waits for
-ever for one that is dead. Processes meet in the folder instead. Each keeps a small status file there with a sign of
-life, or the error that ended it; process 0 watches all of them and the others watch process 0, which passes errors on.
-So the processes may sit on several machines that share the folder, with or without a process group.
+A shard is one safetensors file with the embeddings of a slice of the captions, their layout, and a record of what made
+them. Whoever has a slice writes its shard, on any machine, in any order, without asking anybody; a shard that is there
+is finished. `merge` looks at the records of all shards and writes the index, which makes the folder a store; it gives
+the same bytes whoever calls it, and however often.
 """
 
+import hashlib
 import json
-import logging
 import os
-import platform
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 
-from ... import distributed
-from ...files import sha256_of_file, write_atomically, write_json_atomically
-from ..captions import CaptionTable
-from .embedding_store import FORMAT_NAME, FORMAT_VERSION, INDEX_FILE, LAYOUT_FILE, PLAN_FILE, CaptionEmbeddingStore
 from .fingerprint import FingerprintValue, build_differences
-from .mapped_files import keys_digest, write_keys
-
-
-if sys.platform != "win32":
-    import fcntl
-logger = logging.getLogger(__name__)
-STATUS_FILES = "process-*.json"
-_SECONDS_BETWEEN_SIGNS = 5.0
-_LONGEST_PAUSE = 1.0
-
-
-class OtherProcessFailedError(RuntimeError):
-    """Another process ended with an error; this one has none of its own. `failure` says which and why."""
-
-    def __init__(self, failure: str, message: str) -> None:
-        super().__init__(message)
-        self.failure = failure
-
-
-class StoreProcesses:
-    """
-    This process among those that fill `folder`.
-
-    Rank and number come from the default process group, or from the environment variables `RANK` and `WORLD_SIZE` that
-    torchrun and `accelerate launch` set. Otherwise there is one process.
-    """
-
-    def __init__(self, folder: Path, timeout: float) -> None:
-        self.rank, self.size = _placement()
-        self._folder, self._timeout = folder, timeout
-        self._captions_done = 0
-        self._next_sign = 0.0
-        # Statuses that were there before this run, by rank; an error in them is an old one.
-        self._old: dict[int, str] = {}
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes what exists once: plan, layout, keys and index."""
-        return self.rank == 0
-
-    def owns(self, shard: int) -> bool:
-        """Whether this process embeds shard number `shard`; every shard has one owner."""
-        return shard % self.size == self.rank
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Around all work: an error in it is told to the other processes."""
-        if self.size == 1:
-            yield
-            return
-        self._begin()
-        try:
-            yield
-        except OtherProcessFailedError as error:
-            self._write_status(error.failure)
-            raise
-        except BaseException as error:
-            self._write_status(f"process {self.rank}: {type(error).__name__}: {error}")
-            raise
-        self._status_file(self.rank).unlink(missing_ok=True)
-
-    def sign_of_life(self, captions: int = 0) -> None:
-        """Tells the others, every few seconds at most, that this process is alive and did `captions` more captions."""
-        self._captions_done += captions
-        if self.size > 1 and time.monotonic() >= self._next_sign:
-            self._write_status(None)
-
-    def wait_for(self, is_done: Callable[[], bool], missing: Callable[[], str]) -> None:
-        """Wait until `is_done()`; the others are taken for dead after `timeout` seconds without a sign of life."""
-        pause, last_sign = 0.01, time.monotonic()
-        before: tuple[dict[int, str], str] | None = None
-        while not is_done():
-            statuses = self.check()
-            signs = (statuses, missing())
-            if signs != before:
-                before, last_sign = signs, time.monotonic()
-            elif time.monotonic() - last_sign > self._timeout:
-                raise TimeoutError(self._timeout_message(statuses, missing()))
-            self.sign_of_life()
-            time.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 1.5)
-
-    def _begin(self) -> None:
-        failure = None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._status_file(self.rank).unlink(missing_ok=True)
-        except OSError as error:
-            failure = f"{type(error).__name__}: {error}"
-            if not distributed.is_initialized():
-                raise
-        if distributed.is_initialized():
-            # One meeting at the start, after which every status is of this run.
-            failures: list[str | None] = [None] * self.size
-            dist.all_gather_object(failures, failure)
-            for rank, each in enumerate(failures):
-                if each is not None:
-                    raise RuntimeError(f"Process {rank} of {self.size} cannot use `{self._folder}`: {each}")
-        else:
-            self._old = self._statuses()
-        self._write_status(None)
-
-    def check(self) -> dict[int, str]:
-        """The statuses of the watched processes; an error if one of them failed."""
-        statuses = self._statuses()
-        for rank, text in statuses.items():
-            failure = json.loads(text)["failure"]
-            if failure is not None and text != self._old.get(rank):
-                raise OtherProcessFailedError(
-                    failure,
-                    f"Of the {self.size} processes that fill `{self._folder}`, one failed: {failure} [The output of "
-                    "that process has more. Finished shards stay; start all processes again to resume.]",
-                )
-        return statuses
-
-    def _timeout_message(self, statuses: dict[int, str], missing: str) -> str:
-        signs = []
-        for rank, text in statuses.items():
-            status = json.loads(text)
-            signs.append(f"{rank} on {status['host']} ({status['failure'] or str(status['captions']) + ' captions'})")
-        return (
-            f"Process {self.rank} of {self.size} waited {self._timeout:.0f} s for {missing} in `{self._folder}` "
-            f"without a sign of life. Last known processes: {', '.join(signs) or 'none'}. Check that every process "
-            "calls `embed_captions`, is alive and sees the same folder, then start all again: finished shards stay."
-        )
-
-    def _status_file(self, rank: int) -> Path:
-        return self._folder / STATUS_FILES.replace("*", f"{rank:05d}")
-
-    def _write_status(self, failure: str | None) -> None:
-        self._next_sign = time.monotonic() + _SECONDS_BETWEEN_SIGNS
-        status = {"host": platform.node(), "pid": os.getpid(), "time": time.time(), "captions": self._captions_done}
-        file = self._status_file(self.rank)
-        # Whole or not at all, but not flushed to disk: it means nothing after a crash of the machine.
-        temporary = file.with_name(f".{file.name}.tmp")
-        try:
-            temporary.write_text(json.dumps(status | {"failure": failure}), encoding="utf-8")
-            os.replace(temporary, file)
-        except OSError:
-            # An error in telling an error would hide it; a missing sign of life is what the timeout is for.
-            temporary.unlink(missing_ok=True)
-
-    def _statuses(self) -> dict[int, str]:
-        """By rank, the status of every watched process that has one."""
-        statuses = {}
-        # With hundreds of processes, all watching all would be too much for a shared folder.
-        for rank in range(1, self.size) if self.is_first else [0]:
-            with suppress(OSError):
-                statuses[rank] = self._status_file(rank).read_text(encoding="utf-8")
-        return statuses
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """
-    Holds a lock file while the block runs, so that two runs never write the same file; a kill frees it.
-
-    Where the system or the file system has no locks, the block runs without.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RuntimeError(
-                f"Another run ({file.read().strip() or 'unknown'}) is embedding captions into `{path.parent}`. "
-                "Wait for it, end it, or choose another `output_dir`."
-            ) from error
-        except OSError:
-            yield
-            return
-        file.truncate(0)
-        file.write(f"host {platform.node()}, process {os.getpid()}")
-        file.flush()
-        yield
-        path.unlink(missing_ok=True)
-
-
-def _placement() -> tuple[int, int]:
-    if distributed.is_initialized():
-        return distributed.rank(), distributed.world_size()
-    texts = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if None in texts:
-        return 0, 1
-    try:
-        rank, size = (int(text) for text in texts if text is not None)
-    except ValueError:
-        rank, size = -1, 0
-    if not 0 <= rank < size:
-        raise ValueError(
-            f"The environment variables `RANK` {texts[0]!r} and `WORLD_SIZE` {texts[1]!r} must be numbers with "
-            "0 <= RANK < WORLD_SIZE. Launch with torchrun or `accelerate launch`, or unset both."
-        )
-    return rank, size
-
-
-_LOCK_FILE = ".build.lock"
-# What killed and finished runs of any number of processes leave behind.
-_LEFTOVERS = (
-    PLAN_FILE,
-    "embeddings-*.json",
-    STATUS_FILES,
-    f".{STATUS_FILES}.tmp",
-    f".{PLAN_FILE}.tmp",
-    ".embeddings-*.tmp",
-    ".embeddings-*.lock",
-    _LOCK_FILE,
+from .folder import StoreFolder
+from .mapped_files import (
+    KEYS_FILE,
+    DamagedFileError,
+    Tensor,
+    copy_tensors,
+    pack_keys,
+    read_record,
+    read_tensor,
+    tensors_digest,
+    unpack_keys,
+    write_keys,
+    write_tensors,
 )
+from .slices import CaptionSlice
 
 
-class StoreBuild:
-    """The folder of a store, as one of the processes that fill it sees it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        processes: StoreProcesses,
-        table: CaptionTable,
-        fingerprint: Mapping[str, FingerprintValue],
-        dtype: str,
-        rows_per_shard: int,
-    ) -> None:
-        self._folder, self._processes, self._table = folder, processes, table
-        plan = {
-            "format": FORMAT_NAME,
-            "format_version": FORMAT_VERSION,
-            "dtype": dtype,
-            "num_images": len(table),
-            "num_captions": table.num_captions,
-            "rows_per_shard": rows_per_shard,
-            "source_names": list(table.source_names),
-            "captions_sha256": table.sha256,
-            "fingerprint": dict(fingerprint),
-        }
-        # Through JSON and back, so that a comparison with a file never fails on a tuple or a numpy number.
-        self._plan: dict[str, Any] = json.loads(json.dumps(plan))
-        self._num_shards = -(-table.num_captions // rows_per_shard)
-        self._missing = list(range(self._num_shards))
-
-    @property
-    def has_index(self) -> bool:
-        """Whether the store is finished."""
-        return (self._folder / INDEX_FILE).is_file()
-
-    @contextmanager
-    def filling(self) -> Iterator[None]:
-        """Around the writing of shards: claims the folder, and writes the plan or compares with it."""
-        if not self._processes.is_first:
-            self._follow()
-            yield
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with held(self._folder / _LOCK_FILE):
-            if not self.has_index:
-                self._start()
-            yield
-
-    def rows_of(self, shard: int) -> tuple[int, int]:
-        """First caption row of a shard and the row after its last one."""
-        start = shard * self._plan["rows_per_shard"]
-        return start, min(start + self._plan["rows_per_shard"], self._table.num_captions)
-
-    def own_shards(self) -> tuple[list[int], list[int]]:
-        """Numbers of this process's shards: the finished ones and those to do."""
-        own = [shard for shard in range(self._num_shards) if self._processes.owns(shard)]
-        finished = {shard for shard in own if self.is_finished(shard)}
-        return sorted(finished), [shard for shard in own if shard not in finished]
-
-    def is_finished(self, shard: int) -> bool:
-        """Whether shard number `shard` needs no more work."""
-        record = _read_json(self._folder / _record_name(shard))
-        file = self._folder / _shard_name(shard)
-        if record is not None and file.is_file() and file.stat().st_size == record["bytes"]:
-            return True
-        # Records are removed after the index is written, so the order of the two questions matters.
-        return self.has_index
-
-    def claimed(self, shard: int) -> AbstractContextManager[None]:
-        """Context in which no other run writes shard number `shard`."""
-        return held(self._folder / f".{_shard_name(shard)}.lock")
-
-    def write_shard(self, shard: int, embeddings: torch.Tensor) -> None:
-        """Write the embeddings `(rows, dim)` of a shard, then its record."""
-        file = self._folder / _shard_name(shard)
-        write_atomically(file, lambda temporary: save_file({"embeddings": embeddings}, temporary))
-        record = {
-            "file": file.name,
-            "rows": embeddings.shape[0],
-            "dim": embeddings.shape[1],
-            "bytes": file.stat().st_size,
-            "sha256": sha256_of_file(file),
-        }
-        write_json_atomically(self._folder / _record_name(shard), record)
-
-    def finish(self, keys: Sequence[str] | None) -> None:
-        """Process 0 waits for all shards and writes the index; the others wait for the index."""
-        if not self._processes.is_first:
-            self._processes.wait_for(lambda: self.has_index, lambda: f"`{INDEX_FILE}` of process 0")
-        elif not self.has_index:
-            self._processes.wait_for(lambda: not self._still_missing(), self._describe_missing)
-            self._write_index(keys)
-
-    def open(self, keys: Sequence[str] | None) -> CaptionEmbeddingStore:
-        """Open the finished store."""
-        index = self._index()
-        self._refuse_differences({key: index.get(key) for key in self._plan})
-        if keys is not None and "keys" not in index:
-            if self._processes.is_first:
-                with held(self._folder / _LOCK_FILE):
-                    index |= {"keys": write_keys(self._folder, keys)}
-                    write_json_atomically(self._folder / INDEX_FILE, index)
-            else:
-                self._processes.wait_for(lambda: "keys" in self._index(), lambda: "keys of process 0")
-                index = self._index()
-        if keys is not None and index["keys"]["keys_sha256"] != keys_digest(keys):
-            raise ValueError(
-                f"The store in `{self._folder}` has other keys than `keys`, or the same in another order. "
-                "Leave `keys` out to use the store as it is, or choose another `output_dir`."
-            )
-        if self._processes.is_first:
-            self._remove_leftovers()
-        return CaptionEmbeddingStore.open(self._folder)
-
-    def _index(self) -> dict[str, Any]:
-        index: dict[str, Any] = json.loads((self._folder / INDEX_FILE).read_text(encoding="utf-8"))
-        return index
-
-    def _start(self) -> None:
-        plan_file = self._folder / PLAN_FILE
-        if (found := _read_json(plan_file)) is not None:
-            self._refuse_differences(found)
-            finished = self._num_shards - len(self._still_missing())
-            logger.info("Resuming in %s: %d of %d shards are finished.", self._folder, finished, self._num_shards)
-        elif leftovers := sorted(file.name for file in self._folder.glob("embeddings-*")):
-            raise ValueError(
-                f"`{self._folder}` holds {leftovers[:3]} of an unknown run, but no `{PLAN_FILE}` and no "
-                f"`{INDEX_FILE}`. Choose another `output_dir`, or delete the folder."
-            )
-        layout = {
-            "offsets": torch.from_numpy(self._table.offsets),
-            "source_ids": torch.from_numpy(self._table.source_ids),
-        }
-        write_atomically(self._folder / LAYOUT_FILE, lambda temporary: save_file(layout, temporary))
-        write_json_atomically(plan_file, self._plan)
-
-    def _follow(self) -> None:
-        plan_file = self._folder / PLAN_FILE
-        self._processes.wait_for(lambda: self.has_index or plan_file.is_file(), lambda: f"`{PLAN_FILE}` of process 0")
-        # Gone again if process 0 found all shards finished.
-        if (found := _read_json(plan_file)) is not None:
-            self._refuse_differences(found)
-
-    def _still_missing(self) -> list[int]:
-        self._missing = [shard for shard in self._missing if not self.is_finished(shard)]
-        return self._missing
-
-    def _describe_missing(self) -> str:
-        files = ", ".join(f"`{_shard_name(shard)}`" for shard in self._missing[:5])
-        more = f" and {len(self._missing) - 5} more" if len(self._missing) > 5 else ""
-        return f"{len(self._missing)} of {self._num_shards} shards ({files}{more})"
-
-    def _write_index(self, keys: Sequence[str] | None) -> None:
-        records = [
-            json.loads((self._folder / _record_name(shard)).read_text(encoding="utf-8"))
-            for shard in range(self._num_shards)
-        ]
-        dims = {record.pop("dim") for record in records}
-        if len(dims) > 1:
-            raise ValueError(
-                f"The shards in `{self._folder}` have different embedding widths {sorted(dims)}: the encoder changed "
-                "between runs or processes with the same fingerprint. Delete the folder and embed again."
-            )
-        layout = self._folder / LAYOUT_FILE
-        layout_entry = {"file": layout.name, "bytes": layout.stat().st_size, "sha256": sha256_of_file(layout)}
-        index = self._plan | {"embedding_dim": dims.pop(), "layout": layout_entry, "shards": records}
-        if keys is not None:
-            index["keys"] = write_keys(self._folder, keys)
-        write_json_atomically(self._folder / INDEX_FILE, index)
-
-    def _remove_leftovers(self) -> None:
-        for pattern in _LEFTOVERS:
-            for file in self._folder.glob(pattern):
-                # They do no harm, and a finished store may be read-only.
-                with suppress(OSError):
-                    file.unlink(missing_ok=True)
-
-    def _refuse_differences(self, found: Mapping[str, Any]) -> None:
-        differences = build_differences(found, self._plan)
-        if differences:
-            raise ValueError(
-                f"`{self._folder}` holds embeddings made in another way: {differences}. "
-                "Choose another `output_dir`, or delete the folder to embed again."
-            )
+FORMAT_NAME = "llm2clip-caption-embeddings"
+FORMAT_VERSION = 2
+INDEX_FILE = "index.json"
+LAYOUT_FILE = "layout.safetensors"
+_SHARD_START = "embeddings-"
+# Name of the dtype -> (torch dtype, safetensors tag, integer type of the same width). numpy has no bfloat16, so every
+# dtype is mapped as integers and reinterpreted by torch.
+DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
+    "float16": (torch.float16, "F16", np.int16),
+    "bfloat16": (torch.bfloat16, "BF16", np.int16),
+    "float32": (torch.float32, "F32", np.int32),
+}
+# What all shards of a store have in common.
+_SHARED = ("dtype", "embedding_dim", "source_names", "has_keys")
+_READERS = 16
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def torch_dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a store dtype name; ValueError for a dtype that a store cannot have."""
+    if name not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {sorted(DTYPES)}, got {name!r}.")
+    return DTYPES[name][0]
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"{_SHARD_START}{number:05d}.safetensors"
+
+
+def shard_names(folder: StoreFolder) -> list[str]:
+    """The files of all shards that are there, in order of their numbers."""
+    names = folder.names(_SHARD_START)
+    return sorted((name for name in names if name.endswith(".safetensors")), key=lambda name: (len(name), name))
+
+
+def write_shard(
+    folder: StoreFolder,
+    number: int,
+    embeddings: torch.Tensor,
+    captions: CaptionSlice,
+    rows: tuple[int, int],
+    num_rows: int,
+    fingerprint: Mapping[str, FingerprintValue],
+    dtype: str,
+) -> dict[str, Any]:
+    """Write the embeddings `(captions, dim)` of a slice; returns the record of the shard."""
+    _, tag, integer = DTYPES[dtype]
+    tensors = [
+        Tensor.of(
+            "embeddings", embeddings.to(torch_dtype_of(dtype)).contiguous().view(_integers(integer)).numpy(), tag
+        ),
+        Tensor.of("offsets", captions.offsets()),
+        Tensor.of("source_ids", captions.source_ids().astype(np.int16)),
+    ]
+    if captions.keys is not None:
+        text, bounds = pack_keys(captions.keys)
+        tensors += [Tensor.of("key_text", text), Tensor.of("key_offsets", bounds)]
+    record = {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype,
+        "rows": list(rows),
+        "num_rows": num_rows,
+        "num_images": captions.stop - captions.start,
+        "num_captions": embeddings.shape[0],
+        "embedding_dim": embeddings.shape[1],
+        "source_names": list(captions.table.source_names),
+        "has_keys": captions.keys is not None,
+        "captions_sha256": captions.digest(),
+        "fingerprint": dict(fingerprint),
+    }
+    return write_tensors(folder, shard_name(number), tensors, record)
+
+
+def _integers(kind: type[np.generic]) -> torch.dtype:
+    return {np.int16: torch.int16, np.int32: torch.int32}[kind]
+
+
+def read_shard(folder: StoreFolder, record: Mapping[str, Any]) -> torch.Tensor:
+    """The embeddings of a shard, in memory."""
+    dtype, _, integer = DTYPES[record["dtype"]]
+    return torch.from_numpy(read_tensor(folder, record["file"], "embeddings", integer).copy()).view(dtype)
+
+
+def keys_of(folder: StoreFolder, name: str) -> list[str]:
+    """The keys of the images of a shard."""
+    text, bounds = next(_keys_of(folder, [name]))
+    return [key.decode() for key in unpack_keys(text, bounds)]
+
+
+def shard_record(folder: StoreFolder, name: str) -> dict[str, Any]:
+    """The record of a shard; a `DamagedFileError` if it has none."""
+    record = read_record(folder, name)
+    if record.get("format") != FORMAT_NAME or record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"`{folder.place(name)}` has format {record.get('format')!r}, version {record.get('format_version')!r}; "
+            f"this release makes stores of {FORMAT_NAME!r}, version {FORMAT_VERSION}."
+        )
+    return record
+
+
+def shard_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In what the shards of two builds differ, as text; empty if they can be of one store."""
+    keys = [key for key in _SHARED if key in found and key in wanted]
+    return build_differences(
+        *({"fingerprint": record["fingerprint"], **{key: record[key] for key in keys}} for record in (found, wanted))
+    )
+
+
+def damage_of(folder: StoreFolder, name: str, sha256: str | None = None) -> str:
+    """What is wrong with a file, by its own digests or one from elsewhere; empty if nothing. Reads all of it."""
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        record = read_record(folder, name)
+    except DamagedFileError as error:
+        return str(error)
+    if not tensors_digest(folder, name) == record["sha256"] == (sha256 or record["sha256"]):
+        return f"`{folder.place(name)}` does not match its SHA-256"
+    return ""
+
+
+def merge(folder: StoreFolder, others: Sequence[StoreFolder] = ()) -> dict[str, Any]:
+    """
+    Write the index over the shards of a folder, and those of others, which are copied; returns the index.
+
+    Raises:
+        ValueError: if a shard is missing or damaged, two overlap, or they were made in different ways; names them.
+    """
+    for other in others:
+        _copy_shards(other, folder)
+    records = _in_order(folder, _records_of(folder))
+    names = [record["file"] for record in records]
+    for name in (*names, LAYOUT_FILE, KEYS_FILE, INDEX_FILE):
+        folder.remove_unfinished(name)
+    first = records[0]
+    layout = _write_layout(folder, records)
+    shards = [
+        {
+            "file": record["file"],
+            "bytes": record["bytes"],
+            "images": record["num_images"],
+            "rows": record["num_captions"],
+            "sha256": record["sha256"],
+            "captions_sha256": record["captions_sha256"],
+        }
+        for record in records
+    ]
+    index: dict[str, Any] = {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "dtype": first["dtype"],
+        "num_images": sum(record["num_images"] for record in records),
+        "num_captions": sum(record["num_captions"] for record in records),
+        "embedding_dim": first["embedding_dim"],
+        "source_names": first["source_names"],
+        "captions_sha256": _digest_of([[shard["images"], shard["captions_sha256"]] for shard in shards]),
+        "fingerprint": first["fingerprint"],
+        "layout": layout,
+        "shards": shards,
+    }
+    if first["has_keys"]:
+        index["keys"] = write_keys(folder, partial(_keys_of, folder, names))
+    index["index_sha256"] = _digest_of(index)
+    folder.write(INDEX_FILE, [(json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()])
+    return index
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(folder: StoreFolder) -> dict[str, Any] | None:
+    """The index of a finished store of this or an earlier version; None if there is none."""
+    try:
+        text = folder.read(INDEX_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return content
+    place = folder.place(INDEX_FILE)
+    remedy = "Write it again with `llm2clip store merge`, or copy the store again."
+    try:
+        index = json.loads(text)
+        found, version = index.get("format"), index.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"`{place}` is not valid JSON ({error}). {remedy}") from error
+    if found != FORMAT_NAME or version not in (1, FORMAT_VERSION):
+        raise ValueError(
+            f"`{place}` has format {found!r}, version {version!r}; this release reads {FORMAT_NAME!r}, version 1 and "
+            f"{FORMAT_VERSION}. Update the package, or embed the captions again."
+        )
+    if version > 1 and index.pop("index_sha256", None) != _digest_of(index):
+        raise ValueError(f"`{place}` was changed after it was written. {remedy}")
+    return dict(index)
 
 
-def _shard_name(shard: int) -> str:
-    return f"embeddings-{shard:05d}.safetensors"
+def _records_of(folder: StoreFolder) -> list[dict[str, Any]]:
+    names = shard_names(folder)
+    if not names:
+        raise ValueError(
+            f"`{folder.path}` holds no shard. Embed captions into it first, with `llm2clip embed-captions`."
+        )
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(partial(shard_record, folder), names))
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}. Embed its captions again with `llm2clip store repair`.") from error
 
 
-def _record_name(shard: int) -> str:
-    return f"embeddings-{shard:05d}.json"
+def _in_order(folder: StoreFolder, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records in the order of their rows, which must be of one build and without a gap."""
+    records = sorted(records, key=lambda record: (record["rows"], record["file"]))
+    total = max(record["num_rows"] for record in records)
+    end, before = 0, ""
+    remedy = "Embed them with `llm2clip embed-captions` and the same data; finished shards are kept."
+    for record in records:
+        if differences := shard_differences(records[0], record):
+            raise ValueError(
+                f"`{records[0]['file']}` and `{record['file']}` of `{folder.path}` were made in two ways: "
+                f"{differences}. Embed the captions of one of them again, with the settings of the other."
+            )
+        start, stop = record["rows"]
+        if start < end:
+            raise ValueError(
+                f"`{before}` and `{record['file']}` of `{folder.path}` overlap: both hold row {start}. They are of "
+                "two builds with different slices; remove the shards of one of them."
+            )
+        if start > end:
+            raise ValueError(f"Rows {end} to {start} of {total} are missing in `{folder.path}`. {remedy}")
+        end, before = stop, record["file"]
+    if end < total:
+        raise ValueError(f"Rows {end} to {total} of {total} are missing in `{folder.path}`. {remedy}")
+    return records
 
 
-__all__ = ["StoreBuild", "StoreProcesses", "held"]
+def _write_layout(folder: StoreFolder, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    images = sum(record["num_images"] for record in records)
+    captions = sum(record["num_captions"] for record in records)
+
+    def offsets() -> Iterator[np.ndarray]:
+        first = 0
+        yield np.zeros(1, dtype=np.int64)
+        for record in records:
+            yield first + read_tensor(folder, record["file"], "offsets", np.int64)[1:]
+            first += record["num_captions"]
+
+    def source_ids() -> Iterable[np.ndarray]:
+        return (read_tensor(folder, record["file"], "source_ids", np.int16) for record in records)
+
+    tensors = [
+        Tensor("offsets", "I64", (images + 1,), offsets),
+        Tensor("source_ids", "I16", (captions,), source_ids),
+    ]
+    return write_tensors(folder, LAYOUT_FILE, tensors, {})
+
+
+def _keys_of(folder: StoreFolder, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for name in names:
+        yield read_tensor(folder, name, "key_text", np.uint8), read_tensor(folder, name, "key_offsets", np.int64)
+
+
+def _copy_shards(source: StoreFolder, target: StoreFolder) -> None:
+    there = set(shard_names(target))
+    for record in _records_of(source):
+        name = record["file"]
+        if name in there:
+            if read_record(target, name)["sha256"] == record["sha256"]:
+                continue
+            raise ValueError(
+                f"`{source.place(name)}` and `{target.place(name)}` overlap and differ. Remove the one that is wrong."
+            )
+        copied = False
+        if not source.is_remote and not target.is_remote:
+            with suppress(OSError):  # another disk, or a file system without links
+                os.makedirs(target.root, exist_ok=True)
+                os.link(f"{source.root}/{name}", f"{target.root}/{name}")
+                copied = True
+        if not copied:
+            copy_tensors(source, name, target, name, {})
+
+
+def append(folder: StoreFolder, others: Sequence[StoreFolder]) -> dict[str, Any]:
+    """Put copies of the shards of other finished stores behind those of a store; returns the new index."""
+    records = _in_order(folder, _records_of(folder))
+    added = [(other, record) for other in others for record in _in_order(other, _records_of(other))]
+    for other, record in added:  # before anything is written
+        if differences := shard_differences(records[0], record):
+            raise ValueError(
+                f"`{other.path}` was made in another way than `{folder.path}`: {differences}. Embed its captions "
+                "again, with the settings of the other."
+            )
+    end = records[-1]["rows"][1]
+    total = end + sum(record["rows"][1] - record["rows"][0] for _, record in added)
+    number = max(int(record["file"][len(_SHARD_START) :].partition(".")[0]) for record in records)
+    folder.remove(INDEX_FILE)
+    for other, record in added:
+        number += 1
+        size = record["rows"][1] - record["rows"][0]
+        copy_tensors(other, record["file"], folder, shard_name(number), {"rows": [end, end + size], "num_rows": total})
+        end += size
+    return merge(folder)
+
+
+__all__ = [
+    "DTYPES",
+    "FORMAT_VERSION",
+    "INDEX_FILE",
+    "DamagedFileError",
+    "append",
+    "damage_of",
+    "keys_of",
+    "merge",
+    "read_index",
+    "read_shard",
+    "shard_differences",
+    "shard_name",
+    "shard_names",
+    "shard_record",
+    "torch_dtype_of",
+    "write_shard",
+]

@@ -2,44 +2,45 @@
 """
 Caption embeddings on disk, computed once and read many times.
 
-A store is a folder:
+A store is a folder, here or at an address that fsspec opens:
 
     index.json                  format version, sizes, dtype, source names, fingerprint, and a digest per file
     layout.safetensors          `offsets` (num_images + 1,) and `source_ids` (num_captions,)
     keys.safetensors            a string key per image, if keys were given; see `mapped_files`
-    embeddings-00000.safetensors, ...   `embeddings` (rows, dim); every shard but the last has `rows_per_shard` rows
+    embeddings-00000.safetensors, ...   shards: `embeddings` (rows, dim), with the layout and keys of their own images
 
 Captions are flat rows, image by image. Files are memory-mapped: opening reads `index.json` only, and an access touches
-the pages of its rows. `embed_captions` writes a store.
+the pages of its rows. `embed_captions` writes a store; those of version 1, whose shards do not stand alone, are read.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from ...files import sha256_of_file
+from ..captions import Captions, CaptionTable
+from . import build
+from .build import DTYPES, INDEX_FILE
 from .fingerprint import FingerprintValue, model_fingerprint, model_settings, require_identity
-from .mapped_files import KeyIndex, map_tensor
+from .folder import StoreFolder
+from .mapped_files import KeyIndex, check_keys, file_digest, map_tensor
+from .slices import CaptionSlice
 
 
-FORMAT_NAME = "llm2clip-caption-embeddings"
-FORMAT_VERSION = 1
-INDEX_FILE = "index.json"
-LAYOUT_FILE = "layout.safetensors"
-PLAN_FILE = "build.json"
+if TYPE_CHECKING:
+    import datasets
+
+
 # `gather` copies blocks of about this size through a temporary that stays in the cache of a core.
 _BLOCK_BYTES = 1 << 18
-# Name of the dtype -> (torch dtype, safetensors tag, integer type of the same width). numpy has no bfloat16, so every
-# dtype is mapped as integers and reinterpreted by torch.
-_DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
-    "float16": (torch.float16, "F16", np.int16),
-    "bfloat16": (torch.bfloat16, "BF16", np.int16),
-    "float32": (torch.float32, "F32", np.int32),
-}
+# Every mapped shard holds a file descriptor.
+_SHARE_OF_DESCRIPTORS = 4
+_MOST_MAPPED = 4096
 
 
 class CaptionEmbeddingStore:
@@ -55,6 +56,7 @@ class CaptionEmbeddingStore:
         num_captions (`int`): captions of all images together.
         embedding_dim (`int`): width of an embedding.
         dtype (`torch.dtype`): float16, bfloat16 or float32.
+        stored_dtype (`str`): what the rows are on disk.
         source_names (`tuple[str, ...]`): names of the caption sources, e.g. `("real", "dense")`.
         captions_sha256 (`str`): `CaptionTable.sha256` of the captions that were embedded.
         fingerprint (`dict`): what the embeddings depend on, see `embedding_fingerprint`.
@@ -72,21 +74,25 @@ class CaptionEmbeddingStore:
     """
 
     def __init__(self, path: str | Path, index: Mapping[str, Any]) -> None:
-        self.path = Path(path)
+        self._folder = StoreFolder(path)
+        self.path: Any = self._folder.path
         self.num_images: int = index["num_images"]
         self.num_captions: int = index["num_captions"]
         self.embedding_dim: int = index["embedding_dim"]
         self.source_names: tuple[str, ...] = tuple(index["source_names"])
         self.captions_sha256: str = index["captions_sha256"]
         self.fingerprint: dict[str, FingerprintValue] = dict(index["fingerprint"])
-        self.dtype, self._tag, self._integer = _DTYPES[index["dtype"]]
-        self._rows_per_shard: int = index["rows_per_shard"]
+        self.stored_dtype: str = index["dtype"]
+        self.dtype, self._tag, self._integer = DTYPES[self.stored_dtype]
+        self._version: int = index["format_version"]
         self._layout_entry: dict[str, Any] = index["layout"]
         self._shard_entries: list[dict[str, Any]] = index["shards"]
-        # Absent in stores without keys, which older releases wrote too.
+        # Shard `k` holds the caption rows `_first_rows[k]` to `_first_rows[k + 1]`.
+        self._first_rows = _starts(entry["rows"] for entry in self._shard_entries)
         self._keys_entry: dict[str, Any] | None = index.get("keys")
         self.has_keys = self._keys_entry is not None
-        self._shards: dict[int, np.ndarray] = {}
+        # The shards that were touched last, each with its map.
+        self._shards: OrderedDict[int, np.ndarray] = OrderedDict()
         self._layout: tuple[np.ndarray, np.ndarray] | None = None
         self._keys: KeyIndex | None = None
 
@@ -98,7 +104,9 @@ class CaptionEmbeddingStore:
         Open a finished store; the cost does not depend on the number of captions.
 
         Args:
-            path (`str` or `Path`): folder of the store.
+            path (`str` or `Path`):
+                Folder of the store, or an address such as `s3://bucket/store`, whose shards are copied to the cache of
+                this machine (`HF_HOME`) when they are first touched.
             expected_fingerprint (mapping, *optional*):
                 Fingerprint of the model that will use the embeddings. All keys must agree with those of the store; the
                 weights of the LLM may have been rounded to bfloat16 on one side.
@@ -109,19 +117,37 @@ class CaptionEmbeddingStore:
         Raises:
             ValueError: if there is no finished store, a file is missing or truncated, or the fingerprints differ.
         """
-        path = Path(path)
-        store = cls(path, _read_index(path))
-        for entry in store._entries:
-            file = path / entry["file"]
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["bytes"]:
+        folder = StoreFolder(path)
+        index = build.read_index(folder)
+        if index is None:
+            if build.shard_names(folder) or folder.size("build.json") is not None:
                 raise ValueError(
-                    f"`{file}` should have {entry['bytes']} bytes, got {'no file' if size is None else size}. "
-                    "Copy the store again, or delete it and embed the captions again."
+                    f"The store in `{path}` is not finished. Call `embed_captions` with the same arguments to resume, "
+                    "or `llm2clip store merge` if all shards are there."
+                )
+            raise ValueError(f"`{path}` is no caption embedding store: it has no `{INDEX_FILE}`. Check the path.")
+        store = cls(path, index)
+        sizes = folder.sizes()
+        for entry in store._entries:
+            if (size := sizes.get(entry["file"])) != entry["bytes"]:
+                raise ValueError(
+                    f"`{folder.place(entry['file'])}` should have {entry['bytes']} bytes, got "
+                    f"{'no file' if size is None else size}. Copy the store again, or mend it with "
+                    "`llm2clip store repair`."
                 )
         if expected_fingerprint is not None:
             store.check_compatible(expected_fingerprint)
         return store
+
+    @property
+    def num_shards(self) -> int:
+        """Number of files with embeddings."""
+        return len(self._shard_entries)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files of the index."""
+        return sum(entry["bytes"] for entry in self._entries)
 
     def __len__(self) -> int:
         return self.num_images
@@ -166,7 +192,7 @@ class CaptionEmbeddingStore:
         if rows.min() < 0 or rows.max() >= self.num_captions:
             outside = rows[(rows < 0) | (rows >= self.num_captions)]
             raise IndexError(f"Caption row {outside[0]} is out of range for {self.num_captions} captions.")
-        shard_of_row = rows // self._rows_per_shard
+        shard_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
         first = int(shard_of_row[0])
         if (shard_of_row == first).all():
             self._copy_rows(first, rows, slice(None), gathered)
@@ -200,8 +226,9 @@ class CaptionEmbeddingStore:
         if start == stop:
             return self.gather([])
         parts = []
-        for shard in range(start // self._rows_per_shard, (stop - 1) // self._rows_per_shard + 1):
-            first = shard * self._rows_per_shard
+        shards = np.searchsorted(self._first_rows, [start, stop - 1], side="right") - 1
+        for shard in range(int(shards[0]), int(shards[1]) + 1):
+            first = int(self._first_rows[shard])
             # A private map per call: torch knows no read-only tensors, and a shared one would keep a user's changes.
             part = self._map_shard(shard, "c")[max(start - first, 0) : stop - first]
             parts.append(torch.from_numpy(part).view(self.dtype))
@@ -246,9 +273,7 @@ class CaptionEmbeddingStore:
                 f"The store `{self.path}` has no keys. Call `embed_captions` again with the same arguments and "
                 "`keys`; it adds them without encoding."
             )
-        if self._keys is None:
-            self._keys = KeyIndex(self.path, self._keys_entry, self.num_images)
-        image = self._keys.find(key)
+        image = self._key_index().find(key)
         if image is None:
             raise KeyError(f"No image of the store `{self.path}` has the key {key!r}.")
         return image
@@ -288,18 +313,146 @@ class CaptionEmbeddingStore:
         Raises:
             ValueError: naming the files that differ.
         """
-        damaged = [
-            entry["file"] for entry in self._entries if sha256_of_file(self.path / entry["file"]) != entry["sha256"]
-        ]
-        if damaged:
+        wrong = [entry["file"] for entry in self._entries if not self._is_whole(entry)]
+        if wrong:
             raise ValueError(
-                f"Files of the store `{self.path}` do not match their SHA-256: {damaged}. "
-                "Copy the store again, or delete it and embed the captions again."
+                f"Files of the store `{self.path}` do not match their SHA-256: {wrong}. Copy the store again, or "
+                "embed these captions again with `llm2clip store repair`."
             )
+
+    def _is_whole(self, entry: Mapping[str, Any]) -> bool:
+        if self._version == 1:
+            return file_digest(self._folder, entry["file"]) == entry["sha256"]
+        return not build.damage_of(self._folder, entry["file"], entry["sha256"])
+
+    def holds(self, captions: CaptionTable, any_sources: bool = False) -> bool:
+        """
+        Whether these are the embeddings of exactly these captions, in their order and grouping.
+
+        Args:
+            captions (`CaptionTable`): the captions.
+            any_sources (`bool`, defaults to `False`): leave the sources of the captions, and their names, aside.
+        """
+        if (len(captions), captions.num_captions) != (self.num_images, self.num_captions):
+            return False
+        if not any_sources and captions.source_names != self.source_names:
+            return False
+        if not any_sources and not np.array_equal(captions.source_ids, self.source_ids):
+            return False
+        if not np.array_equal(captions.offsets, self.offsets):
+            return False
+        if self._version == 1:
+            return self.captions_sha256 == captions.sha256_as(self.source_names, self.source_ids)
+        ends = _starts(entry["images"] for entry in self._shard_entries).tolist()
+        return all(
+            captions.digest(start, stop) == entry["captions_sha256"]
+            for start, stop, entry in zip(ends, ends[1:], self._shard_entries)
+        )
+
+    @staticmethod
+    def write_shard(
+        path: str | Path,
+        number: int,
+        embeddings: torch.Tensor | np.ndarray,
+        captions: Captions | CaptionTable,
+        *,
+        rows: tuple[int, int],
+        num_rows: int,
+        fingerprint: Mapping[str, FingerprintValue],
+        dtype: str = "float16",
+        keys: Sequence[str] | None = None,
+    ) -> None:
+        """
+        Write one shard of a store from embeddings that were made elsewhere; `merge` makes the store of all.
+
+        Args:
+            path (`str` or `Path`): folder or address of the store.
+            number (`int`): number of the shard; an older one of that number is replaced.
+            embeddings (`(captions, dim)`): one row per caption, in the flat order of `CaptionTable`.
+            captions: the captions of the shard, as for `CaptionTable`.
+            rows (`(start, stop)`): which rows of the data the shard is made from; shards follow each other.
+            num_rows (`int`): rows of the data as a whole.
+            fingerprint (mapping of JSON scalars): what the embeddings depend on, see `embedding_fingerprint`.
+            dtype (`str`, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`.
+            keys (sequence of `str`, *optional*): one unique key per image.
+
+        Raises:
+            ValueError: if embeddings, captions and keys do not agree in number, or a value is not finite in `dtype`.
+            OSError: if the file cannot be written.
+
+        Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> for number, text in enumerate(["a cat", "a dog"]):
+        ...     CaptionEmbeddingStore.write_shard(
+        ...         folder, number, np.full((1, 3), number), [text], rows=(number, number + 1), num_rows=2,
+        ...         fingerprint={"llm": "mine"},
+        ...     )
+        >>> CaptionEmbeddingStore.merge(folder).gather([1]).tolist()
+        [[1.0, 1.0, 1.0]]
+        """
+        table = captions if isinstance(captions, CaptionTable) else CaptionTable(captions)
+        values = torch.as_tensor(embeddings).to(build.torch_dtype_of(dtype))
+        if values.ndim != 2 or len(values) != table.num_captions:
+            raise ValueError(
+                f"`embeddings` has shape {tuple(values.shape)} for {table.num_captions} captions. It must have one "
+                "row per caption."
+            )
+        if not values.isfinite().all():
+            raise ValueError(f"`embeddings` has a value that is not finite in {dtype}.")
+        if keys is not None:
+            check_keys(keys, len(table))
+        if not 0 <= rows[0] < rows[1] <= num_rows:
+            raise ValueError(f"`rows` {rows} must be a range within the `num_rows` {num_rows} of the data.")
+        part = CaptionSlice(table, 0, len(table), keys)
+        build.write_shard(StoreFolder(path), number, values, part, rows, num_rows, fingerprint, dtype)
+
+    @classmethod
+    def merge(cls, path: str | Path, others: Sequence[str | Path] = ()) -> "CaptionEmbeddingStore":
+        """
+        Make a store of the shards in a folder: write its index. Shards of other folders are copied (or linked) first.
+
+        Args:
+            path (`str` or `Path`): folder or address of the store.
+            others (sequence of paths, *optional*): folders with further shards, e.g. of other machines.
+
+        Returns:
+            `CaptionEmbeddingStore`: the finished store, opened.
+
+        Raises:
+            ValueError: if shards are missing, damaged, overlap, or were made in different ways; names them.
+        """
+        build.merge(StoreFolder(path), [StoreFolder(other) for other in others])
+        return cls.open(path)
+
+    def to_dataset(self) -> "datasets.Dataset":
+        """
+        The store as a `datasets.Dataset` with one row per image, for `push_to_hub`, parquet and other tools.
+
+        Returns:
+            `datasets.Dataset` with the columns `embeddings` (a list of vectors; bfloat16 as float32), `sources` (the
+            source of each) and, if the store has keys, `key`. Rows are written to the cache of `datasets`, image by
+            image, so that no more than a batch of them is in memory.
+        """
+        import datasets
+
+        kind = datasets.Value("float16" if self.dtype == torch.float16 else "float32")
+        columns: dict[str, Any] = {"key": datasets.Value("string")} if self.has_keys else {}
+        columns["embeddings"] = datasets.List(datasets.List(kind, self.embedding_dim))
+        columns["sources"] = datasets.List(datasets.Value("string"))
+        found: Any = datasets.Dataset.from_generator(self._images, features=datasets.Features(columns))
+        return found
+
+    def _images(self) -> Iterator[dict[str, Any]]:
+        for image in range(self.num_images):
+            vectors = self[image]
+            row: dict[str, Any] = {"embeddings": (vectors if self.dtype == torch.float16 else vectors.float()).numpy()}
+            row |= {"sources": self.sources(image)}
+            yield row | {"key": self._key_index().key_of(image)} if self.has_keys else row
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the data; the other process maps the files again.
-        return {**self.__dict__, "_shards": {}, "_layout": None, "_keys": None}
+        return {**self.__dict__, "_shards": OrderedDict(), "_layout": None, "_keys": None}
 
     @property
     def _entries(self) -> list[dict[str, Any]]:
@@ -324,9 +477,18 @@ class CaptionEmbeddingStore:
             raise IndexError(f"Image {index} is out of range for {self.num_images} images.")
         return int(self.offsets[index]), int(self.offsets[index + 1])
 
+    def _local(self, entry: Mapping[str, Any]) -> Path:
+        return self._folder.local_copy(entry["file"], entry["sha256"])
+
+    def _key_index(self) -> KeyIndex:
+        if self._keys is None:
+            assert self._keys_entry is not None
+            self._keys = KeyIndex(self._local(self._keys_entry), self._keys_entry, self.num_images)
+        return self._keys
+
     def _mapped_layout(self) -> tuple[np.ndarray, np.ndarray]:
         if self._layout is None:
-            file = self.path / self._layout_entry["file"]
+            file = self._local(self._layout_entry)
             offsets = map_tensor(file, "offsets", "I64", (self.num_images + 1,), np.int64)
             source_ids = map_tensor(file, "source_ids", "I16", (self.num_captions,), np.int16)
             self._layout = (offsets, source_ids)
@@ -335,8 +497,11 @@ class CaptionEmbeddingStore:
     def _copy_rows(self, shard: int, rows: np.ndarray, members: np.ndarray | slice, output: np.ndarray) -> None:
         """Copy the flat rows `rows`, all of one shard, to the positions `members` of `output`."""
         if shard not in self._shards:
+            while len(self._shards) >= _most_mapped():
+                self._shards.popitem(last=False)
             self._shards[shard] = self._map_shard(shard, "r")
-        mapped, local = self._shards[shard], rows - shard * self._rows_per_shard
+        self._shards.move_to_end(shard)
+        mapped, local = self._shards[shard], rows - self._first_rows[shard]
         if isinstance(members, slice):
             # "clip" only leaves out a check that has been made.
             np.take(mapped, local, axis=0, out=output, mode="clip")
@@ -348,34 +513,23 @@ class CaptionEmbeddingStore:
     def _map_shard(self, shard: int, mode: Literal["r", "c"]) -> np.ndarray:
         entry = self._shard_entries[shard]
         shape = (entry["rows"], self.embedding_dim)
-        return map_tensor(self.path / entry["file"], "embeddings", self._tag, shape, self._integer, mode)
+        return map_tensor(self._local(entry), "embeddings", self._tag, shape, self._integer, mode)
 
 
-def torch_dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of a store dtype name; ValueError for a dtype that a store cannot have."""
-    if name not in _DTYPES:
-        raise ValueError(f"`dtype` must be one of {sorted(_DTYPES)}, got {name!r}.")
-    return _DTYPES[name][0]
+def _starts(counts: Iterable[int]) -> np.ndarray:
+    """Where each of several parts of these sizes begins, and the end of the last."""
+    return np.concatenate([[0], np.cumsum(np.fromiter(counts, dtype=np.int64))])
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    file = path / INDEX_FILE
-    if not file.is_file():
-        if (path / PLAN_FILE).is_file():
-            raise ValueError(
-                f"The store in `{path}` is not finished. Call `embed_captions` with the same arguments to resume."
-            )
-        raise ValueError(f"`{path}` is no caption embedding store: it has no `{INDEX_FILE}`. Check the path.")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{file}` is not valid JSON ({error}). Copy the store again.") from error
-    if index.get("format") != FORMAT_NAME or index.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"`{file}` has format {index.get('format')!r}, version {index.get('format_version')!r}; this release "
-            f"reads {FORMAT_NAME!r}, version {FORMAT_VERSION}. Update the package, or embed the captions again."
-        )
-    return index
+@functools.cache
+def _most_mapped() -> int:
+    """Shards that may be mapped at once; the rest of the descriptors is for images, workers and sockets."""
+    if os.name != "posix":
+        return _MOST_MAPPED
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_MAPPED if limit < 0 else max(8, min(_MOST_MAPPED, limit // _SHARE_OF_DESCRIPTORS))
 
 
 __all__ = ["CaptionEmbeddingStore"]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-String keys of the images of a store: `keys.safetensors`, searched in place.
+Files of a store: safetensors with a record of what they hold, written in one pass, mapped, searched in place.
+
+The header of a shard carries its record and the digests of both record and tensors, so a shard is whole by itself. The
+keys of the images of a store lie in `keys.safetensors`:
 
     hashes        (n,) int64, ascending   first eight bytes of the SHA-256 of each key
     images        (n,) int64              image of each hash
@@ -13,15 +16,161 @@ A look-up searches the hashes, which touches log2(n) pages of the mapped file, a
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
-from ...files import sha256_of_file, write_atomically
+from .folder import StoreFolder
+
+
+_HEAD_BYTES = 1 << 16
+_READ_BYTES = 1 << 22
+
+
+class DamagedFileError(ValueError):
+    """A file of a store is not what was written."""
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written; its parts are asked for twice, so it need not be in memory at once."""
+
+    name: str
+    tag: str
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[np.ndarray]]
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray, tag: str = "") -> "Tensor":
+        """A tensor that is in memory, of the safetensors dtype `tag`."""
+        tag = tag or {"i8": "I64", "i2": "I16", "i1": "I8", "u1": "U8", "f4": "F32"}[array.dtype.str[1:]]
+        return cls(name, tag, array.shape, lambda: [np.ascontiguousarray(array)])
+
+
+_BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1}
+
+
+def write_tensors(folder: StoreFolder, name: str, tensors: Sequence[Tensor], record: dict[str, Any]) -> dict[str, Any]:
+    """Write a file whole or not at all; returns the record with the digest of the tensors and the size of the file."""
+    # Widest first, so that every tensor is aligned.
+    tensors = sorted(tensors, key=lambda tensor: -_BYTES[tensor.tag])
+    digest = hashlib.sha256()
+    header: dict[str, Any] = {}
+    offset = 0
+    for tensor in tensors:
+        size = int(np.prod(tensor.shape, dtype=np.int64)) * _BYTES[tensor.tag]
+        header[tensor.name] = {
+            "dtype": tensor.tag,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+        for part in tensor.parts():
+            digest.update(part.reshape(-1).view(np.uint8).data)
+    record = record | {"sha256": digest.hexdigest()}
+    return _write(
+        folder,
+        name,
+        header,
+        record,
+        lambda: (part.reshape(-1).view(np.uint8).data for tensor in tensors for part in tensor.parts()),
+    )
+
+
+def copy_tensors(
+    source: StoreFolder, name: str, target: StoreFolder, new_name: str, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the tensors of a file again, with some entries of the record changed."""
+    header, length = _read_header(source, name)
+    record = json.loads(header.pop("__metadata__")["record"]) | changes
+
+    def blocks() -> Iterator[bytes]:
+        with source.open(name) as file:
+            file.seek(8 + length)
+            yield from iter(lambda: file.read(_READ_BYTES), b"")
+
+    return _write(target, new_name, header, record, blocks)
+
+
+def _write(
+    folder: StoreFolder, name: str, header: dict[str, Any], record: dict[str, Any], blocks: Callable[[], Iterable[Any]]
+) -> dict[str, Any]:
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    metadata = {"record": text, "record_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    head = json.dumps({"__metadata__": metadata, **header}).encode()
+    head += b" " * (-len(head) % 8)
+
+    def parts() -> Iterator[Any]:
+        yield struct.pack("<Q", len(head)) + head
+        yield from blocks()
+
+    folder.write(name, parts())
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    return {**json.loads(text), "file": name, "bytes": 8 + len(head) + end}
+
+
+def read_record(folder: StoreFolder, name: str) -> dict[str, Any]:
+    """The record of a file, as `write_tensors` returns it; tensors are not read."""
+    size = folder.size(name)
+    header, length = _read_header(folder, name)
+    metadata = header.pop("__metadata__", {})
+    if "record" not in metadata:
+        raise ValueError(
+            f"`{folder.place(name)}` has no record of what made it: it is of an earlier release, or not of a store. "
+            "Choose another folder, or remove it."
+        )
+    text = metadata["record"]
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("record_sha256"):
+        raise DamagedFileError(f"`{folder.place(name)}` has a header that was changed after it was written")
+    expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    if size != expected:
+        raise DamagedFileError(f"`{folder.place(name)}` should have {expected} bytes, got {size}")
+    return {**json.loads(text), "file": name, "bytes": expected}
+
+
+def read_tensor(folder: StoreFolder, name: str, tensor: str, dtype: type[np.generic]) -> np.ndarray:
+    """One tensor of a file, read without the others."""
+    header, length = _read_header(folder, name)
+    start, stop = (8 + length + offset for offset in header[tensor]["data_offsets"])
+    return np.frombuffer(folder.read(name, start, stop), dtype=dtype).reshape(header[tensor]["shape"])
+
+
+def tensors_digest(folder: StoreFolder, name: str) -> str:
+    """SHA-256 of the bytes of all tensors of a file."""
+    with folder.open(name) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        return _digest_of(file)
+
+
+def file_digest(folder: StoreFolder, name: str) -> str:
+    """SHA-256 of a whole file."""
+    with folder.open(name) as file:
+        return _digest_of(file)
+
+
+def _digest_of(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(_READ_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_header(folder: StoreFolder, name: str) -> tuple[dict[str, Any], int]:
+    head = folder.read(name, 0, _HEAD_BYTES)
+    try:
+        (length,) = struct.unpack("<Q", head[:8])
+        if length > 100_000_000:
+            raise ValueError(f"it states {length} bytes")
+        if len(head) < 8 + length:
+            head += folder.read(name, len(head), 8 + length)
+        header: dict[str, Any] = json.loads(head[8 : 8 + length])
+        if not all("data_offsets" in entry for key, entry in header.items() if key != "__metadata__"):
+            raise ValueError("a tensor has no place")
+    except (struct.error, ValueError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"`{folder.place(name)}` has no readable header: {error}") from error
+    return header, int(length)
 
 
 def map_tensor(
@@ -38,18 +187,16 @@ def map_tensor(
     The lazy slices of the safetensors library cost about 50 microseconds per access and cannot gather; a numpy map of
     the same bytes costs 4 and gathers 4096 rows of 512 halves in 2 milliseconds instead of 300.
     """
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_bytes))
+    header, length = _read_header(StoreFolder(path.parent), path.name)
     found = header.get(name)
     if found is None or found["dtype"] != tag or tuple(found["shape"]) != shape:
-        raise ValueError(
+        raise DamagedFileError(
             f"`{path}` should hold a tensor `{name}` of dtype {tag} and shape {shape}, got {found}. "
             "The file does not belong to this store; copy the store again, or embed the captions again."
         )
     if 0 in shape:
         return np.empty(shape, dtype=dtype)
-    offset = 8 + header_bytes + found["data_offsets"][0]
+    offset = 8 + length + found["data_offsets"][0]
     # A plain array over the map: the memmap subclass pays for its bookkeeping at every slice.
     return np.asarray(np.memmap(path, mode=mode, dtype=dtype, offset=offset, shape=shape))
 
@@ -72,43 +219,58 @@ def check_keys(keys: Sequence[str], num_images: int) -> None:
             )
 
 
-def keys_digest(keys: Sequence[str]) -> str:
-    """Hexadecimal SHA-256 of the keys in their order."""
-    digest = hashlib.sha256()
-    for key in keys:
-        encoded = key.encode()
-        digest.update(f"{len(encoded)}:".encode() + encoded)
-    return digest.hexdigest()
-
-
-def write_keys(folder: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Write the keys of all images into a store."""
+def pack_keys(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of keys, one after the other, and where each begins, with the end of the last."""
     encoded = [key.encode() for key in keys]
-    hashes = np.array([_hash(key) for key in encoded], dtype=np.int64)
-    images = np.argsort(hashes, kind="stable")
     offsets = np.concatenate([[0], np.cumsum([len(key) for key in encoded])]).astype(np.int64)
-    tensors = {
-        "hashes": torch.from_numpy(hashes[images]),
-        "images": torch.from_numpy(images.astype(np.int64)),
-        "offsets": torch.from_numpy(offsets),
-        "text": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
-    }
-    file = folder / KEYS_FILE
-    write_atomically(file, lambda temporary: save_file(tensors, temporary))
-    return {
-        "file": file.name,
-        "bytes": file.stat().st_size,
-        "text_bytes": int(offsets[-1]),
-        "sha256": sha256_of_file(file),
-        "keys_sha256": keys_digest(keys),
-    }
+    return np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets
+
+
+def write_keys(folder: StoreFolder, parts: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]) -> dict[str, Any]:
+    """Write the keys of all images into a store, from those of its shards as `pack_keys` gives them."""
+    hashes = np.array([_hash(key) for text, offsets in parts() for key in unpack_keys(text, offsets)], dtype=np.int64)
+    images = np.argsort(hashes, kind="stable")
+    ordered = hashes[images]
+    _refuse_repeated(np.flatnonzero(ordered[1:] == ordered[:-1]), images, parts)
+    ends = [offsets for _, offsets in parts()]
+    starts = np.concatenate([[0], np.cumsum([offsets[-1] for offsets in ends])])
+    joined = np.concatenate([[0], *(start + offsets[1:] for start, offsets in zip(starts, ends))]).astype(np.int64)
+    tensors = [
+        Tensor.of("hashes", ordered),
+        Tensor.of("images", images.astype(np.int64)),
+        Tensor.of("offsets", joined),
+        Tensor("text", "U8", (int(joined[-1]),), lambda: (text for text, _ in parts())),
+    ]
+    entry = write_tensors(folder, KEYS_FILE, tensors, {})
+    return entry | {"text_bytes": int(joined[-1])}
+
+
+def _refuse_repeated(candidates: np.ndarray, images: np.ndarray, parts: Callable[[], Iterable[Any]]) -> None:
+    if not candidates.size:
+        return
+    wanted = {int(image) for place in candidates for image in images[place : place + 2]}
+    number = 0
+    seen: dict[bytes, int] = {}
+    for text, offsets in parts():
+        for image, key in enumerate(unpack_keys(text, offsets), start=number):
+            if image in wanted and (first := seen.setdefault(key, image)) != image:
+                raise ValueError(
+                    f"The key {key.decode()!r} belongs to image {first} and to image {image}. Keys must be unique; "
+                    "with several shards whose keys start anew, put the name of the shard before the key."
+                )
+        number += len(offsets) - 1
+
+
+def unpack_keys(text: np.ndarray, offsets: np.ndarray) -> Iterator[bytes]:
+    """The keys in what `pack_keys` gives, in UTF-8."""
+    content, bounds = text.tobytes(), offsets.tolist()
+    return (content[start:stop] for start, stop in zip(bounds, bounds[1:]))
 
 
 class KeyIndex:
     """The mapped keys of a store."""
 
-    def __init__(self, folder: Path, entry: Mapping[str, Any], num_images: int) -> None:
-        file = folder / entry["file"]
+    def __init__(self, file: Path, entry: Mapping[str, Any], num_images: int) -> None:
         self._hashes = map_tensor(file, "hashes", "I64", (num_images,), np.int64)
         self._images = map_tensor(file, "images", "I64", (num_images,), np.int64)
         self._offsets = map_tensor(file, "offsets", "I64", (num_images + 1,), np.int64)
@@ -122,14 +284,38 @@ class KeyIndex:
         # Different keys may have the same hash; they follow each other.
         while position < len(self._hashes) and self._hashes[position] == wanted:
             image = int(self._images[position])
-            if self._text[self._offsets[image] : self._offsets[image + 1]].tobytes() == encoded:
+            if self._bytes_of(image) == encoded:
                 return image
             position += 1
         return None
+
+    def key_of(self, image: int) -> str:
+        """The key of an image."""
+        return self._bytes_of(image).decode()
+
+    def _bytes_of(self, image: int) -> bytes:
+        content: bytes = self._text[self._offsets[image] : self._offsets[image + 1]].tobytes()
+        return content
 
 
 def _hash(key: bytes) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True)
 
 
-__all__ = ["KEYS_FILE", "KeyIndex", "check_keys", "keys_digest", "map_tensor", "write_keys"]
+__all__ = [
+    "KEYS_FILE",
+    "DamagedFileError",
+    "KeyIndex",
+    "Tensor",
+    "check_keys",
+    "copy_tensors",
+    "file_digest",
+    "map_tensor",
+    "pack_keys",
+    "read_record",
+    "read_tensor",
+    "tensors_digest",
+    "unpack_keys",
+    "write_keys",
+    "write_tensors",
+]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...data import CaptionEmbeddingStore, CaptionTable
+from ...data import CaptionEmbeddingStore
 from ...data.images import ImageSource
 from ..caption_accuracy import evaluate_caption_retrieval
 from ..embedding_cache import EmbeddingCache, cached_images, cached_llm_embeds, cached_texts
@@ -65,19 +65,11 @@ def find_stored_texts(data: RetrievalData, stores: Sequence[CaptionEmbeddingStor
     images) as well. The names of the caption sources do not matter, texts, order and grouping do.
     """
     for store in stores:
-        if _holds(store, data.captions):
+        if store.holds(data.captions, any_sources=True):
             return StoredTexts(store)
-        if _holds(store, data.all_captions):
+        if store.holds(data.all_captions, any_sources=True):
             return StoredTexts(store, data.rows)
     return None
-
-
-def _holds(store: CaptionEmbeddingStore, table: CaptionTable) -> bool:
-    if store.captions_sha256 == table.sha256:
-        return True
-    if store.num_captions != table.num_captions or not np.array_equal(store.offsets, table.offsets):
-        return False
-    return store.captions_sha256 == table.sha256_as(store.source_names, store.source_ids)
 
 
 logger = logging.getLogger(__name__)
