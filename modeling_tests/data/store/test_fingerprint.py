@@ -465,7 +465,7 @@ def test_the_llm_is_read_once_and_its_refusal_reaches_all_ranks(folder: Path, tm
     dataset(tiny_models.model(), tmp_path / "store")
 
     def check() -> tuple[str, int]:
-        from llm2clip_hf.cli import runs as store_check
+        from llm2clip_hf.cli import clip_plan as store_check
 
         reads = []
         load = store_check._weights_of
@@ -491,7 +491,7 @@ def store_check_options(folder: Path) -> Any:
 
 
 def test_what_cannot_be_compared_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from llm2clip_hf.cli.runs import check_finished_stores
+    from llm2clip_hf.cli.clip_plan import check_finished_stores
     from llm2clip_hf.cli.train_clip import TrainClipOptions
 
     encode = lambda texts: torch.ones(len(texts), tiny_models.TEXT_WIDTH)  # noqa: E731

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `train-clip` is about to do: the parts that were made and checked before the expensive one, and in words."""
 
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks.data import ClassificationData
 
 
+logger = logging.getLogger(__name__)
 # Fields of LLM2CLIPConfig that come from the parts, or have options of another name.
 OWN_FIELDS = (
     "vision_config vision_hidden_size text_config text_prefix_length text_weights text_base_model "
@@ -245,6 +248,87 @@ def outline_of_llm(config: Any) -> Any:
 
     with torch.device("meta"):
         return AutoModel.from_config(config).requires_grad_(False)
+
+
+def check_finished_stores(options: Any, folders: Iterable[str]) -> None:
+    """Compares the LLM's weights with what finished stores say of them; the trainer compares all else."""
+    from ..data import CaptionEmbeddingStore
+
+    stores = [CaptionEmbeddingStore.open(folder) for folder in folders if (Path(folder) / "index.json").is_file()]
+    for store in stores:
+        length = store.fingerprint.get("max_length")
+        if options.max_length is not None and length is not None and length != options.max_length:
+            raise ValueError(
+                f"The captions of `{store.path}` were cut at {length} tokens, `max_length` is {options.max_length}. "
+                "Leave `max_length` out, or give another `store`."
+            )
+    if stores:  # the LLM is read once, on the CPU of the first process, whose error is that of all
+        _on_first_process(lambda: _check_weights(options, stores))
+
+
+def _check_weights(options: Any, stores: "list[CaptionEmbeddingStore]") -> None:
+    from ..data.store.fingerprint import require_identity
+
+    llm = str(options.text_model or options.model)
+    silent = [store for store in stores if "weights_sha256" not in store.fingerprint]
+    for store in silent:
+        logger.warning("`%s` does not record the weights of its LLM; that it is %r is not checked.", store.path, llm)
+    stores = [store for store in stores if store not in silent]
+    if not stores:
+        return
+    note = f"checking  the weights of {llm}, which take a while to read, against {stores[0].path}"
+    print(note, file=sys.stderr, flush=True)
+    try:
+        identity = _weights_of(options, llm, stores[0].fingerprint.get("weights_dtype"))
+    except OSError as error:
+        logger.warning("The weights of %r cannot be read (%s); `%s` is not checked.", llm, error, stores[0].path)
+        return
+    if identity is None:
+        logger.warning("%r holds no LLM, so that `%s` was made by its LLM is not checked.", llm, stores[0].path)
+        return
+    for store in stores:
+        remedy = "Give the `text_model` that made them, or another `store`."
+        require_identity(store, identity, repr(llm), remedy, maker="LLM")
+
+
+def _weights_of(options: Any, llm: str, dtype: Any) -> dict[str, Any] | None:
+    """The identity of the LLM's weights, loaded in the dtype that a store names; `None` for a model without LLM."""
+    from transformers import AutoModel
+
+    import llm2clip_hf  # noqa: F401  (registers the model type)
+
+    from ..data.store.fingerprint import weights_identity
+    from ..modeling.loading_llm2clip import load_pretrained_text, load_text_config
+
+    kwargs = {"dtype": dtype} if dtype in ("float32", "bfloat16", "float16") else {}
+    trust = options.trust_remote_code
+    config = load_text_config(llm, {"trust_remote_code": trust})
+    if config.model_type != "llm2clip":
+        return weights_identity(load_pretrained_text(llm, None, kwargs))
+    if config.text_weights == "none":
+        return None
+    model = AutoModel.from_pretrained(llm, trust_remote_code=trust, text_model_kwargs=kwargs)
+    return weights_identity(model.text_model)
+
+
+def _on_first_process(check: Callable[[], None]) -> None:
+    """Runs a check on the first process and raises its error on all."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        if is_main_process():
+            check()
+        return
+    problems: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            check()
+        except Exception as error:
+            problems = [str(error)]
+    # Otherwise the others would wait in the first step for a process that has ended.
+    dist.broadcast_object_list(problems)
+    if problems[0] is not None:
+        raise ValueError(problems[0])
 
 
 def make_evaluators(options: Any, plan: Plan) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class DataOptions:
         template = None if self.template == "none" else self.template
         return {"template": template, "attn_implementation": self.attn_implementation}
 
+    def weights_settings(self) -> dict[str, Any]:
+        """What is given of the LLM's type and attention, as arguments of `from_pretrained`."""
+        given = {name: getattr(self, name) for name in ("dtype", "attn_implementation")}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 @dataclass(kw_only=True)
 class EmbeddingOptions(DataOptions):

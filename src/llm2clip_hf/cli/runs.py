@@ -3,22 +3,16 @@
 
 import contextlib
 import json
-import logging
 import os
 import platform
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-
-if TYPE_CHECKING:
-    from ..data import CaptionEmbeddingStore
+from typing import Any
 
 
 RESULTS_FILE = "results.json"
@@ -193,54 +187,6 @@ def write_results(output_dir: Any, results: Mapping[str, Any]) -> Path:
     return path
 
 
-def bundle(options: Any, folder: str) -> None:
-    """
-    Puts the LLM into a saved model that only names it, or that was trained without it.
-
-    The new files are written beside and flushed to disk before they take the place of the old ones, which takes no
-    longer than to rename them. Meanwhile there is no config, so that the folder never passes for a finished model.
-    """
-    from .. import LLM2CLIPModel
-    from ..files import UNFINISHED, publish_folder
-
-    kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": options.dtype}
-    text_model = None
-    if options.model is not None and options.text_model is None:
-        trust = options.trust_remote_code
-        text_model = LLM2CLIPModel.from_pretrained(options.model, trust_remote_code=trust, **kwargs).text_model
-    model = LLM2CLIPModel.from_pretrained(folder, text_model=text_model, text_model_kwargs=kwargs)
-    model.config.text_weights = "bundled"
-    target = Path(folder)
-    staging, complete = target / f"{UNFINISHED}model", target / f"{UNFINISHED}bundled-model"
-    for leftover in (staging, complete):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        model.save_pretrained(staging)
-        publish_folder(staging, complete)  # flushes the files
-    except OSError:
-        shutil.rmtree(staging, ignore_errors=True)  # what a full disk needs most is space
-        raise
-    (target / "config.json").unlink()
-    if not (complete / "model.safetensors").exists():
-        (target / "model.safetensors").unlink()  # would be read in place of several files
-    for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, target / file.name)
-    complete.rmdir()
-
-
-def print_results(results: dict[str, Any], num_images: int) -> None:
-    """Caption retrieval accuracy before and after, in percent."""
-    print(f"\n{f'caption retrieval, {num_images} images':<36}{'before':>8}{'after':>8}")
-    for key, name in (
-        ("caption_retrieval_accuracy", "accuracy (CRA), both ways"),
-        ("first_to_second_recall@1", "caption 1 to 2"),
-        ("second_to_first_recall@1", "caption 2 to 1"),
-        ("mean_recall@5", "R@5"),
-        ("mean_recall@10", "R@10"),
-    ):
-        print(f"  {name:<34}{100 * results['before'][key]:8.1f}{100 * results['after'][key]:8.1f}")
-
-
 def process_device(given: str | None) -> str:
     """The device of this process: the given one, its own GPU, or the CPU; a `ValueError` if it is not there."""
     import torch
@@ -278,92 +224,3 @@ def process_group(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-logger = logging.getLogger(__name__)
-
-
-def check_finished_stores(options: Any, folders: Iterable[str]) -> None:
-    """
-    Compares the LLM's weights with what finished stores say of them; template, tokenizer and pooling are compared by
-    the trainer, which has the model's.
-
-    The LLM is read once, on the CPU of the first process, whose error is that of all.
-    """
-    from ..data import CaptionEmbeddingStore
-
-    stores = [CaptionEmbeddingStore.open(folder) for folder in folders if (Path(folder) / "index.json").is_file()]
-    for store in stores:
-        length = store.fingerprint.get("max_length")
-        if options.max_length is not None and length is not None and length != options.max_length:
-            raise ValueError(
-                f"The captions of `{store.path}` were cut at {length} tokens, `max_length` is {options.max_length}. "
-                "Leave `max_length` out, or give another `store`."
-            )
-    if stores:
-        _on_first_process(lambda: _check_weights(options, stores))
-
-
-def _check_weights(options: Any, stores: "list[CaptionEmbeddingStore]") -> None:
-    from ..data.store.fingerprint import require_identity
-
-    llm = str(options.text_model or options.model)
-    silent = [store for store in stores if "weights_sha256" not in store.fingerprint]
-    for store in silent:
-        logger.warning("`%s` does not record the weights of its LLM; that it is %r is not checked.", store.path, llm)
-    stores = [store for store in stores if store not in silent]
-    if not stores:
-        return
-    note = f"checking  the weights of {llm}, which take a while to read, against {stores[0].path}"
-    print(note, file=sys.stderr, flush=True)
-    try:
-        identity = _weights_of(options, llm, stores[0].fingerprint.get("weights_dtype"))
-    except OSError as error:
-        logger.warning("The weights of %r cannot be read (%s); `%s` is not checked.", llm, error, stores[0].path)
-        return
-    if identity is None:
-        logger.warning("%r holds no LLM, so that `%s` was made by its LLM is not checked.", llm, stores[0].path)
-        return
-    for store in stores:
-        remedy = "Give the `text_model` that made them, or another `store`."
-        require_identity(store, identity, repr(llm), remedy, maker="LLM")
-
-
-def _weights_of(options: Any, llm: str, dtype: Any) -> dict[str, Any] | None:
-    """The identity of the LLM's weights, loaded in the dtype that a store names; `None` for a model without LLM."""
-    from transformers import AutoModel
-
-    import llm2clip_hf  # noqa: F401  (registers the model type)
-
-    from ..data.store.fingerprint import weights_identity
-    from ..modeling.loading_llm2clip import load_pretrained_text, load_text_config
-
-    kwargs = {"dtype": dtype} if dtype in ("float32", "bfloat16", "float16") else {}
-    trust = options.trust_remote_code
-    config = load_text_config(llm, {"trust_remote_code": trust})
-    if config.model_type != "llm2clip":
-        return weights_identity(load_pretrained_text(llm, None, kwargs))
-    if config.text_weights == "none":
-        return None
-    model = AutoModel.from_pretrained(llm, trust_remote_code=trust, text_model_kwargs=kwargs)
-    return weights_identity(model.text_model)
-
-
-def _on_first_process(check: Callable[[], None]) -> None:
-    """Runs a check on the first process and raises its error on all."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        if is_main_process():
-            check()
-        return
-    problems: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            check()
-        except Exception as error:
-            problems = [str(error)]
-    # Otherwise the others would wait in the first step for a process that has ended.
-    dist.broadcast_object_list(problems)
-    if problems[0] is not None:
-        raise ValueError(problems[0])

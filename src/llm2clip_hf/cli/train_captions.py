@@ -13,7 +13,6 @@ from .runs import (
     is_main_process,
     last_checkpoint,
     logs_to_stderr,
-    print_results,
     refuse_finished,
     resume_point,
     write_results,
@@ -348,6 +347,19 @@ def train_and_save(
     return 0
 
 
+def print_results(results: dict[str, Any], num_images: int) -> None:
+    """Caption retrieval accuracy before and after, in percent."""
+    print(f"\n{f'caption retrieval, {num_images} images':<36}{'before':>8}{'after':>8}")
+    for key, name in (
+        ("caption_retrieval_accuracy", "accuracy (CRA), both ways"),
+        ("first_to_second_recall@1", "caption 1 to 2"),
+        ("second_to_first_recall@1", "caption 2 to 1"),
+        ("mean_recall@5", "R@5"),
+        ("mean_recall@10", "R@10"),
+    ):
+        print(f"  {name:<34}{100 * results['before'][key]:8.1f}{100 * results['after'][key]:8.1f}")
+
+
 def mntp_arguments(options: TrainCaptionsOptions, args: "CaptionContrastiveTrainingArguments") -> Any:
     """The arguments of masked next token prediction."""
     from ..training import MNTPTrainingArguments
@@ -374,12 +386,11 @@ def pretrained_with_mntp(
     if (folder / "config.json").is_file():
         return str(folder)
     tables: Any = [source.table for source in train.values() if isinstance(source, CaptionPairDataset)]
-    kwargs = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
     trainer = MNTPTrainer(
         options.llm,
         mntp_arguments(options, args),
         train_dataset=ConcatDataset(tables),
-        model_kwargs={key: value for key, value in kwargs.items() if value is not None},
+        model_kwargs=options.weights_settings(),
     )
     with logs_to_stderr():
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm2clip train-clip`: stage 2, the vision tower learns with the LLM as text encoder."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .clip_plan import (
     Plan,
     check_evaluation,
+    check_finished_stores,
     check_first_images,
     check_llm,
     embed_missing,
@@ -24,8 +27,6 @@ from .clip_plan import (
 )
 from .options import EmbeddingOptions, named_values, option, parse_options
 from .runs import (
-    bundle,
-    check_finished_stores,
     claim_folder,
     is_main_process,
     logs_to_stderr,
@@ -276,6 +277,38 @@ def train_and_save(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments",
     return 0
 
 
+def bundle(options: Any, folder: str) -> None:
+    """Puts the LLM into a saved model that only names it, or that was trained without it."""
+    from .. import LLM2CLIPModel
+    from ..files import UNFINISHED, publish_folder
+
+    kwargs: dict[str, Any] = {} if options.dtype is None else {"dtype": options.dtype}
+    text_model = None
+    if options.model is not None and options.text_model is None:
+        trust = options.trust_remote_code
+        text_model = LLM2CLIPModel.from_pretrained(options.model, trust_remote_code=trust, **kwargs).text_model
+    model = LLM2CLIPModel.from_pretrained(folder, text_model=text_model, text_model_kwargs=kwargs)
+    model.config.text_weights = "bundled"
+    target = Path(folder)
+    staging, complete = target / f"{UNFINISHED}model", target / f"{UNFINISHED}bundled-model"
+    for leftover in (staging, complete):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(staging)
+        publish_folder(staging, complete)  # flushes the files
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # what a full disk needs most is space
+        raise
+    # The new files are on the disk: they only have to be renamed. Meanwhile there is no config, so that the folder
+    # never passes for a finished model.
+    (target / "config.json").unlink()
+    if not (complete / "model.safetensors").exists():
+        (target / "model.safetensors").unlink()  # would be read in place of several files
+    for file in sorted(complete.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, target / file.name)
+    complete.rmdir()
+
+
 def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPModel", Any]:
     """Model and processor; the LLM's weights only where they are needed."""
     from transformers import AutoModel, AutoProcessor
@@ -298,13 +331,12 @@ def load_model(options: TrainClipOptions, with_llm: bool) -> tuple["LLM2CLIPMode
     processor = LLM2CLIPProcessor.from_vision_text_pretrained(vision, llm, text_template=template)
     sizes = {**model_fields(options), "text_base_model": llm}
     if with_llm:
-        kwargs = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
         model = LLM2CLIPModel.from_vision_text_pretrained(
             vision,
             llm,
             text_template=template,
             text_weights=options.text_weights,
-            text_model_kwargs={key: value for key, value in kwargs.items() if value is not None},
+            text_model_kwargs=options.weights_settings(),
             **sizes,
         )
         return model, processor
