@@ -409,7 +409,8 @@ def test_all_text_encoders_of_an_integration_are_measured(
     torch.manual_seed(1)
     tokenizer = tiny_models.llama3_tokenizer()
     tokenizer.pad_token, tokenizer.model_max_length = tokenizer.eos_token, 77
-    config = clip_text_tower(width=12).config
+    # Another width than the joint space: the projection starts anew, the rest as it was.
+    config = clip_text_tower(width=11).config
     config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
     CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "clip-text")
     tokenizer.save_pretrained(tmp_path / "clip-text")
@@ -428,7 +429,13 @@ def test_all_text_encoders_of_an_integration_are_measured(
     table = load_image_text(folder / "train.parquet")
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     texts = table.captions.rows(0, table.captions.num_captions)
-    clip = CLIPTextModelWithProjection.from_pretrained(output / "clip_text_model")
+    start, clip = (
+        CLIPTextModelWithProjection.from_pretrained(path)
+        for path in (tmp_path / "clip-text", output / "clip_text_model")
+    )
+    assert clip.text_projection.weight.shape == (12, start.text_projection.weight.shape[1])
+    moved = (clip.get_input_embeddings().weight - start.get_input_embeddings().weight).abs().amax()
+    assert 0 < moved < 0.1  # trained from what was given, two steps of 0.01 and less
     heads = {"": embed_texts(model, texts, processor=processor)}
     heads["clip_text_"] = embed_texts(clip, texts, processor=tokenizer)
     if integration == "concatenated":

@@ -12,17 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
-from clip_training import clip_text_tower
 from safetensors.torch import load_file, save_file
 from shard_files import CAPTION_FIELDS, write_shards
 from tiny_data import write_training_files
-from transformers import AutoModel, CLIPTextModelWithProjection
+from transformers import AutoModel
 
 from llm2clip_hf.cli import main as cli
 from llm2clip_hf.cli import train_captions, train_clip
 from llm2clip_hf.data import CaptionEmbeddingStore, load_captions, load_image_text
 from llm2clip_hf.evaluation import evaluate_retrieval
-from llm2clip_hf.training import build_caption_encoder, load_concatenated_text_head
+from llm2clip_hf.training import build_caption_encoder
 
 
 pytest.importorskip("sentence_transformers")
@@ -201,33 +200,6 @@ def test_training_on_tar_shards(folder: Path) -> None:
     model = AutoModel.from_pretrained(folder / "shard-clip", load_text_model=False)
     embeds = model.get_text_features(llm_embeds=store[3].float()).pooler_output
     assert torch.isfinite(embeds).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["stored", "online"])
-def test_integration_of_the_text_encoder_of_clip(folder: Path, mode: str) -> None:
-    torch.manual_seed(1)
-    tokenizer = tiny_models.llama3_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder / "clip-text")
-    # Another width than the joint space: the projection starts anew, the rest as it was.
-    config = clip_text_tower(width=11).config
-    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
-    CLIPTextModelWithProjection(config).save_pretrained(folder / "clip-text")
-    run(
-        "train-clip", "--vision_model", folder / "vision", "--text_model", folder / "llm", "--data",
-        folder / "train.parquet", "--projection_dim", 20, "--output_dir", folder / f"both-{mode}", "--max_steps", 2,
-        "--integration", "concatenated", "--clip_text_model", folder / "clip-text", "--text_mode", mode,
-        "--learning_rate", 1e-2, *COMMON,
-    )  # fmt: skip
-    saved = folder / f"both-{mode}" / "clip_text_model"
-    before = CLIPTextModelWithProjection.from_pretrained(folder / "clip-text")
-    after = CLIPTextModelWithProjection.from_pretrained(saved)
-    assert after.text_projection.weight.shape == (20, before.text_projection.weight.shape[1])
-    first, second = (tower.get_input_embeddings().weight for tower in (before, after))
-    moved = (first - second).abs().amax()
-    assert 0 < moved < 0.1  # trained from what was given, two steps of 0.01 and less
-    assert load_concatenated_text_head(folder / f"both-{mode}").weight.shape == (20, 40)
 
 
 def test_max_length_is_that_of_the_batches() -> None:
