@@ -214,11 +214,8 @@ def test_train_clip_fails_before_anything_is_embedded(
 
 CAPTION_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "LLM": ({"llm": "nowhere"}, "`--llm nowhere` is no model"),
-    "weights": ({"llm": "{}/cut"}, "is cut off"),
     "causal LLM": ({"llm": "{}/gpt2"}, "does not attend bidirectionally"),
     "captions": ({"captions": "nowhere.jsonl"}, "nowhere.jsonl"),
-    "columns": ({"caption_columns": "nosuch"}, "nosuch"),
-    "epochs": ({"num_train_epochs": 0}, "`--num_train_epochs 0`"),
     "batch": ({"per_device_train_batch_size": 99}, "less than one batch"),
     "reporter": ({"report_to": "nosuch"}, "`--report_to nosuch` cannot be used"),
     "pooling": ({"pooling": "eos", "template": "a caption: {{text}} ."}, "texts end in no end token"),

@@ -275,9 +275,6 @@ def test_json_file_is_the_same(tmp_path: Path) -> None:
     [
         ([], "missing --captions"),
         (["--captions", "a", "--learning_rat", "1"], "unknown option --learning_rat; did you mean `--learning_rate`?"),
-        (["--captions", "a", "b"], "unexpected argument b"),
-        (["--captions", "a", "--num_workers", "many"], "invalid int value: 'many'"),
-        (["--captions", "a", "--pooling", "sum"], "invalid choice: 'sum'"),
         (["--captions", "a", "--do_train"], "--do_train has no effect on llm2clip train, which always trains"),
     ],
 )

@@ -836,33 +836,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert image_processor.crop_size["height"] == 30
 
 
-def pickled_code(folder: Path) -> list[str]:
-    return [str(write({"a": Evil()}, folder / "a.pt"))]
-
-
-def model_that_is_converted(folder: Path) -> list[str]:
-    tiny_models.model(text=None).save_pretrained(folder / "source")
-    return [str(folder / "source")]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (model_that_is_converted, "is converted already"),
-        (pickled_code, "holds more than tensors"),
-        (lambda folder: ["some-org/wrong"], "'some-org/wrong' is neither a file"),
-    ],
-)
-def test_command_names_what_is_wrong_and_leaves_nothing(
-    make: Callable[[Path], list[str]], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    source, *options = make(tmp_path)
-    before = sorted(path.name for path in tmp_path.iterdir())
+def test_command_names_what_is_wrong_and_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny_models.model(text=None).save_pretrained(tmp_path / "source")
     capfd.readouterr()
-    assert cli.main(["convert", source, str(tmp_path / "new" / "out"), *options]) == 1
+    assert cli.main(["convert", str(tmp_path / "source"), str(tmp_path / "new" / "out")]) == 1
     error = capfd.readouterr().err
-    assert error.startswith("llm2clip convert: ValueError: ") and message in error and error.count("\n") == 1
-    assert leaves_nothing(tmp_path, *before)
+    assert error.startswith("llm2clip convert: ValueError: ") and error.count("\n") == 1
+    assert "is converted already" in error
+    assert leaves_nothing(tmp_path, "source")
 
 
 def test_command_needs_both_folders(capsys: pytest.CaptureFixture[str]) -> None:

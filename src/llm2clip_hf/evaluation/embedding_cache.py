@@ -174,6 +174,4 @@ __all__ = [
     "cached_images",
     "cached_llm_embeds",
     "cached_texts",
-    "images_digest",
-    "texts_digest",
 ]

@@ -442,6 +442,5 @@ __all__ = [
     "is_unedited",
     "merged_card",
     "mntp_card",
-    "released_card",
     "write_released_cards",
 ]

@@ -456,4 +456,4 @@ def _verify(model: LLM2CLIPModel, folder: Path) -> float:
     return difference
 
 
-__all__ = ["ConversionReport", "check_output", "convert_checkpoint"]
+__all__ = ["ConversionReport", "convert_checkpoint"]

@@ -304,9 +304,7 @@ def _block(
 
 __all__ = [
     "Adaptor",
-    "LanguageModel",
     "TextModel",
-    "caption_tokenizer",
     "find_adaptor",
     "is_language_model",
     "quiet_transformers",

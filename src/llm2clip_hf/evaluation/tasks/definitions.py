@@ -215,4 +215,4 @@ def _tasks_of_file(path: str) -> list[TaskDefinition]:
     return tasks
 
 
-__all__ = ["TASKS", "HubSource", "TaskDefinition", "TaskKind", "resolve_tasks"]
+__all__ = ["TASKS", "TaskDefinition", "resolve_tasks"]

@@ -287,7 +287,6 @@ def _entry(metric: str, value: float, **fields: Any) -> EvalResult:
 __all__ = [
     "ENGLISH_SETS",
     "PUBLISHED",
-    "PublishedResult",
     "average",
     "describe_hardware",
     "format_report",

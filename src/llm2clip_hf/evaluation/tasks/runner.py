@@ -389,4 +389,4 @@ def _gallery(
     return gallery
 
 
-__all__ = ["Evaluation", "GalleryRow", "StoredTexts", "evaluate_tasks", "find_stored_texts"]
+__all__ = ["Evaluation", "GalleryRow", "evaluate_tasks"]
