@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import datetime
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -47,7 +48,6 @@ from llm2clip_hf.ops import contrastive_loss, sigmoid_loss
 
 Loss = Callable[..., Tensor]
 FLOPS = {"softmax": 8, "sigmoid": 6}
-OURS = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Methods that hold all logits, at 16 bytes each, are skipped where those alone exceed the memory.
 DENSE_BYTES = 16
@@ -71,16 +71,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def eager_softmax(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def eager_softmax(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, wrong: Tensor | None = None) -> Tensor:
     logits = (scale * x @ y.T).to(scale.dtype)
+    logits = logits if wrong is None else logits.masked_fill(wrong, -torch.inf)
     target = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def eager_sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def eager_sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, wrong: Tensor | None = None) -> Tensor:
     logits = (scale * x @ y.T).to(scale.dtype) + bias
     sign = 2 * torch.eye(len(x), device=x.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(x)
+    losses = -F.logsigmoid(sign * logits)
+    return (losses if wrong is None else losses.masked_fill(wrong, 0)).sum() / len(x)
 
 
 EAGER: dict[str, Loss] = {"softmax": eager_softmax, "sigmoid": eager_sigmoid}
@@ -125,10 +127,12 @@ def other_kernels(kind: str) -> dict[str, Loss]:
     return found
 
 
-def ours(kind: str, implementation: str) -> Loss:
+def ours(kind: str, implementation: str, **options: Any) -> Loss:
     """One of our implementations, with the arguments of all methods."""
-    scalars = 1 if kind == "softmax" else 2
-    return lambda x, y, *rest: OURS[kind](x, y, *rest[:scalars], implementation=implementation)  # type: ignore[operator]
+    options |= {"implementation": implementation}
+    if kind == "softmax":
+        return lambda x, y, scale, bias: contrastive_loss(x, y, scale, **options)
+    return lambda x, y, scale, bias: sigmoid_loss(x, y, scale, bias, **options)
 
 
 def implementations() -> tuple[str, ...]:
@@ -136,7 +140,7 @@ def implementations() -> tuple[str, ...]:
     return ("torch", "triton") if CUDA or os.environ.get("TRITON_INTERPRET") == "1" else ("torch",)
 
 
-def methods(kind: str, compiled: bool = False) -> dict[str, Loss]:
+def methods(kind: str, compiled: bool = False, exact: bool = False) -> dict[str, Loss]:
     """Label and implementation of everything that can run here."""
     found = {"eager": EAGER[kind]}
     if compiled and CUDA:
@@ -145,7 +149,10 @@ def methods(kind: str, compiled: bool = False) -> dict[str, Loss]:
         label, loss = open_clip_methods()[kind]
         found[label] = loss
     found |= other_kernels(kind)
-    return found | {f"ours ({each})": ours(kind, each) for each in implementations()}
+    found |= {f"ours ({each})": ours(kind, each) for each in implementations()}
+    if exact:
+        found["ours (fp32 products)"] = ours(kind, implementations()[-1], compute_dtype=None)
+    return found
 
 
 def features(n: int, d: int, dtype: torch.dtype, near: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -175,28 +182,25 @@ def synchronize() -> None:
 def accuracy(sizes: list[int], widths: list[int], dtypes: list[str]) -> list[dict[str, Any]]:
     """Errors of loss and gradients against fp64 on the same rounded features, with those of eager torch."""
     rows = []
-    for kind in FLOPS:
-        for d, n, near, name in [
-            (d, n + odd, near, name)
-            for d in widths
-            for n, odd in zip(sizes, (0, -1, -27))
-            for near in (0.0, 0.6)
-            for name in dtypes
-        ]:
-            inputs = features(n, d, DTYPES[name], near)
-            wide = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-            exact = with_gradients(EAGER[kind], wide)
-            plain = errors(with_gradients(EAGER[kind], inputs), exact)
-            for each in implementations():
-                value, gradient = errors(with_gradients(ours(kind, each), inputs), exact)
-                right = gradient <= 3 * plain[1] + TOLERANCE[name] and value <= 3 * plain[0] + 1e-3
-                figures = {"loss error": value, "of eager": plain[0], "gradient error": gradient, "eager's": plain[1]}
-                case = {"loss": kind, "D": d, "N": n, "features": name, "cosine of pairs": near}
-                rows.append(case | {"method": f"ours ({each})"} | figures | {"right": right})
+    cells = [(d, n + odd) for d in widths for n, odd in zip(sizes, (0, -1, -27))]
+    for kind, (d, n), near, name, masked in itertools.product(FLOPS, cells, (0.0, 0.6), dtypes, (False, True)):
+        inputs, number = features(n, d, DTYPES[name], near), torch.arange(n, device=DEVICE)
+        ids = torch.stack([number // 3, number * 7 % (n // 2 + 1)], dim=1)
+        wrong = (ids[:, None] == ids[None]).any(2).fill_diagonal_(False) if masked else None
+        wide = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+        exact = with_gradients(EAGER[kind], (*wide, wrong))
+        plain = errors(with_gradients(EAGER[kind], (*inputs, wrong)), exact)
+        for each in implementations():
+            loss = ours(kind, each, mask_ids=(ids, ids) if masked else None)
+            value, gradient = errors(with_gradients(loss, inputs), exact)
+            right = gradient <= 3 * plain[1] + TOLERANCE[name] and value <= 3 * plain[0] + 1e-3
+            case = {"loss": kind, "D": d, "N": n, "features": name, "cosine of pairs": near, "masked": masked}
+            figures = {"loss error": value, "of eager": plain[0], "gradient error": gradient, "eager's": plain[1]}
+            rows.append(case | {"method": f"ours ({each})"} | figures | {"right": right})
     return rows
 
 
-def with_gradients(loss: Loss, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def with_gradients(loss: Loss, inputs: tuple[Any, ...]) -> list[Tensor]:
     value = loss(*inputs)
     return [value.detach(), *torch.autograd.grad(value, inputs[:2])]
 
@@ -315,16 +319,12 @@ def matmul_rate() -> float:
 def measure(arguments: argparse.Namespace, budget: Budget) -> list[dict[str, Any]]:
     rate, rows, known = matmul_rate(), list[dict[str, Any]](), dict[tuple[str, ...], float]()
     print(f"matmul rate {rate:.3g} TFLOP/s")
-    for n, d, dtype, kind in (
-        (n, d, dtype, kind)
-        for n in arguments.sizes
-        for d in arguments.widths
-        for dtype in arguments.dtypes
-        for kind in arguments.losses
-    ):
+    cells = itertools.product(arguments.sizes, arguments.widths, arguments.dtypes, arguments.losses)
+    for n, d, dtype, kind in cells:
         inputs, times = features(n, d, DTYPES[dtype]), dict[str, list[tuple[float, float, int]]]()
         # A compiled graph of every shape would take longer than all else.
-        running = methods(kind, compiled=(d, dtype) == (arguments.widths[0], arguments.dtypes[0]))
+        compiled = (d, dtype) == (arguments.widths[0], arguments.dtypes[0])
+        running = methods(kind, compiled, exact=CUDA and dtype == "fp32")
         for turn in range(-1, arguments.repeats):  # the first is to warm up
             for name in list(running):
                 cost = known.get((kind, dtype, name), 0.0) * n * n * d * (arguments.repeats + 2)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from process_groups import run_ranks
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import nn
@@ -48,6 +49,48 @@ def brute_force(columns, keys=None, scale=50.0, symmetric=False):
     return (loss + direction(1, 0, [0])) / 2 if symmetric else loss
 
 
+def dense_loss(columns, keys, symmetric, scale=50.0):
+    """The same by the matrix of logits, for batches of any size."""
+    unit = [F.normalize(column, dim=1) for column in columns]
+    rows, count = len(columns[0]), len(columns)
+
+    def direction(query, answer, candidates):
+        logits = scale * unit[query] @ torch.cat([unit[c] for c in candidates]).T
+        known = [
+            (keys[None, :, c] == keys[:, None, query]) | (keys[None, :, c] == keys[:, None, answer])
+            for c in candidates
+        ]
+        for key in (query, *range(count, keys.shape[1])):
+            known[0] |= keys[None, :, key] == keys[:, None, key]
+        known[0].fill_diagonal_(False)
+        return F.cross_entropy(logits.masked_fill(torch.cat(known, dim=1), -torch.inf), torch.arange(rows))
+
+    loss = direction(0, 1, range(1, count))
+    return (loss + direction(1, 0, [0])) / 2 if symmetric else loss
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("columns", [2, 4])
+def test_loss_and_gradients_are_those_of_dense_logits(columns, symmetric):
+    rows = 501  # more than a chunk of the operator holds
+    given = [each.float() for each in embeddings(columns, rows)]
+    given[1] = given[0] + 0.5 * given[1]  # trained in part
+    keys = torch.randint(300, (rows, columns + 1), generator=torch.Generator().manual_seed(1))
+    keys[:, -1] -= 1  # a label of -1 is a label
+    wide = [each.double().requires_grad_() for each in given]
+    expected = dense_loss(wide, keys, symmetric)
+    exact = torch.autograd.grad(expected, wide)
+    given = [each.requires_grad_() for each in given]
+    value = CaptionContrastiveLoss(nn.Identity(), symmetric=symmetric).loss_of_embeddings(given, keys)
+    torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(value, given), exact):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=1e-6)
+    small = [each[:ROWS].double().detach() for each in given]
+    torch.testing.assert_close(
+        dense_loss(small, keys[:ROWS], symmetric), brute_force(small, keys[:ROWS], 50.0, symmetric)
+    )
+
+
 @pytest.mark.parametrize("columns", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_objective_is_the_formula(columns, symmetric):
@@ -69,6 +112,16 @@ def test_unmasked_objective_is_that_of_sentence_transformers(columns):
     expected = theirs.compute_loss_from_embeddings(given, None)
     value = CaptionContrastiveLoss(nn.Identity()).loss_of_embeddings(given)
     torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_loss_stands_in_for_that_of_sentence_transformers_on_any_model():
+    model = Lookup()
+    columns = [column([1, 2], [3], [4, 5, 6]), column([7], [8, 9], [10]), column([11], [12], [13])]
+    theirs = MultipleNegativesRankingLoss(model, scale=20.0)([dict(each) for each in columns], None)
+    ours = CaptionContrastiveLoss(model, scale=20.0)([dict(each) for each in columns], None)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss, model.table.weight)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
 
 
 REPEATED = torch.tensor(

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import in_two_processes
 
 from llm2clip_hf.data import ImageTextCollator
+from llm2clip_hf.ops import contrastive_torch
 from llm2clip_hf.training import LLM2CLIPTrainer, LLM2CLIPTrainingArguments
 
 
@@ -196,6 +197,16 @@ def test_rows_of_a_data_set_are_known_by_file_and_caption(tmp_path):
     trainer.train()
     # Images 0 and 3, captions 1 and 4, each in both directions.
     assert [e["false_negatives_masked"] for e in trainer.state.log_history if "loss" in e] == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["auto", "float16", "bfloat16", "float32"])
+def test_matrix_products_of_the_loss_have_the_type_of_the_option_whatever_autocast_says(tmp_path, monkeypatch, name):
+    seen: list[torch.dtype] = []
+    operand = contrastive_torch.operand
+    monkeypatch.setattr(contrastive_torch, "operand", lambda x, compute: seen.append(compute) or operand(x, compute))
+    trainer = trainer_for(tiny_models.model("clip", None), tmp_path, bf16=True, max_steps=1, loss_compute_dtype=name)
+    trainer.train()
+    assert set(seen) == {torch.float32 if name == "auto" else getattr(torch, name)}  # "auto" on a CPU
 
 
 def test_options_of_the_loss_are_checked_and_reach_it(tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import distributed
+from ...losses import ContrastiveLoss
 from .batches import embed_columns, num_rows
 
 
@@ -28,7 +29,8 @@ class CaptionContrastiveLoss(nn.Module):
     which is the released stage-1 objective (`HardNegativeNLLLoss`, scale 50). With `symmetric=True` it is averaged
     with `cross_entropy(scale * c(p, a), arange(N))`. On several devices every device returns its part of the loss,
     such that the mean over devices, which DistributedDataParallel takes of the gradients, is the loss of the full
-    batch; devices may have different numbers of rows. Everything after the embeddings is computed in float32.
+    batch; devices may have different numbers of rows. Everything after the embeddings is computed in float32, and the
+    matrix of logits is never held.
 
     With `mask_false_negatives` a candidate is left out of the denominator of a row if it is known to be right as well:
     the rows have equal labels (the same image), or the candidate's text is the row's anchor or positive, or both rows
@@ -50,6 +52,8 @@ class CaptionContrastiveLoss(nn.Module):
         super().__init__()
         check_options(scale, mini_batch_size, mini_batch_tokens)
         self.model = model
+        # In the embeddings' own type, beside a language model for nothing: rounding to 16 bits would be for speed.
+        self.retrieval = ContrastiveLoss(direction="rows", compute_dtype=None)
         self.scale = scale
         self.symmetric = symmetric
         self.mask_false_negatives = mask_false_negatives
@@ -80,30 +84,20 @@ class CaptionContrastiveLoss(nn.Module):
     def loss_of_embeddings(self, embeddings: Sequence[Tensor], keys: Tensor | None = None) -> Tensor:
         """The loss of embeddings, see the class."""
         unit = [F.normalize(each if each.dtype == torch.float64 else each.float(), dim=-1) for each in embeddings]
-        rows, count = unit[0].shape[0], len(unit)
-        sizes = _sizes_of_all_ranks(rows, count, unit[0].device)
-        if sum(sizes) == 1 and count == 2:
+        anchors, positives, *negatives = unit
+        sizes = _sizes_of_all_ranks(len(anchors), len(unit), anchors.device)
+        if sum(sizes) == 1 and not negatives:
             raise ValueError(
                 "The batch of all devices together is one row without a hard negative, so its positive has no "
                 "competitor and nothing is learned. Raise `per_device_train_batch_size` or drop the last batch."
             )
-        # One transfer: (N, columns, dim), the columns that are candidates of another device's rows.
-        gathered = distributed.all_gather(torch.stack(unit if self.symmetric else unit[1:], dim=1), sizes=sizes)
-        candidates = gathered[:, -(count - 1) :].transpose(0, 1).flatten(0, 1)  # positives, then hard negatives
-        offset = sum(sizes[: distributed.rank()])
-        own = torch.arange(offset, offset + rows, device=candidates.device)
-        logits = self.scale * unit[0] @ candidates.T  # (rows, N * (count - 1))
-        if keys is not None:
-            all_keys = distributed.all_gather(keys, sizes=sizes)
-            logits = logits.masked_fill(_false_negatives(keys, all_keys, own, count), -torch.inf)
-        loss = F.cross_entropy(logits, own, reduction="sum")
+        hard = torch.cat(negatives) if negatives else None
+        masks = _mask_ids(keys, 0, 1, len(unit))
+        loss = self.retrieval(anchors, positives, self.scale, mask_ids=masks, hard_negatives=hard, sizes=sizes)
         if self.symmetric:
-            logits = self.scale * unit[1] @ gathered[:, 0].T  # (rows, N)
-            if keys is not None:
-                wrong = _false_negatives(_exchange(keys), _exchange(all_keys), own, count)
-                logits = logits.masked_fill(wrong[:, : sum(sizes)], -torch.inf)
-            loss = (loss + F.cross_entropy(logits, own, reduction="sum")) / 2
-        return loss * len(sizes) / sum(sizes)
+            masks = _mask_ids(keys, 1, 0, len(unit))
+            loss = (loss + self.retrieval(positives, anchors, self.scale, mask_ids=masks, sizes=sizes)) / 2
+        return loss
 
     def _describe(self, loss: Tensor, embeddings: Sequence[Tensor], columns: Sequence[dict[str, Any]]) -> str:
         names = ["anchor", "positive", *(f"negative {number}" for number in range(1, len(columns) - 1))]
@@ -154,35 +148,28 @@ def _check_columns(columns: Sequence[dict[str, Any]], labels: Tensor | None) -> 
 
 
 def _sizes_of_all_ranks(rows: int, count: int, device: torch.device) -> list[int]:
-    ranks = distributed.world_size()
-    if ranks == 1:
-        return [rows]
-    shapes = distributed.all_gather(torch.tensor([[rows, count]], device=device), sizes=[1] * ranks).tolist()
-    if len({each[1] for each in shapes}) > 1:
+    found = distributed.all_gather_sizes((rows, count), device)
+    if len({columns for _, columns in found}) > 1:
         raise ValueError(
-            f"The devices have batches of {[each[1] for each in shapes]} columns. All of them must draw a step's "
+            f"The devices have batches of {[columns for _, columns in found]} columns. All of them must draw a step's "
             "batch from the same source."
         )
-    return [each[0] for each in shapes]
+    return [each for each, _ in found]
 
 
-def _exchange(keys: Tensor) -> Tensor:
-    """Keys with anchors and positives in each other's place."""
-    return torch.cat([keys[:, 1:2], keys[:, 0:1], keys[:, 2:]], dim=1)
-
-
-def _false_negatives(keys: Tensor, all_keys: Tensor, own: Tensor, count: int) -> Tensor:
-    """Mask of shape `(rows, N * (count - 1))`: candidates that are right, other than the row's own positive."""
-    anchor, positive = keys[:, 0:1], keys[:, 1:2]
-    known = []
-    for column in range(1, count):
-        text = all_keys[None, :, column]
-        known.append((text == anchor) | (text == positive))
-    known[0] |= all_keys[None, :, 0] == anchor
-    if keys.shape[1] > count:
-        known[0] |= all_keys[None, :, count] == keys[:, count:]
-    known[0][torch.arange(len(own), device=own.device), own] = False
-    return torch.cat(known, dim=1)
+def _mask_ids(keys: Tensor | None, query: int, answer: int, count: int) -> tuple[Tensor, Tensor] | None:
+    """
+    Ids of rows and of candidates, of which two agree where the candidate is right: its text is the row's query or
+    answer, or it answers an equal query or a row of equal label. Candidates are the answers and what follows them.
+    """
+    if keys is None:
+        return None
+    keys = keys.where(keys != -1, torch.iinfo(keys.dtype).min)  # -1 agrees with nothing
+    own = torch.cat([keys[:, [query]], keys[:, count:]], dim=1)
+    others = range(2, count) if query == 0 else ()
+    columns = [torch.cat([keys[:, [answer, answer]], own], dim=1)]
+    columns += [torch.cat([keys[:, [other, other]], torch.full_like(own, -1)], dim=1) for other in others]
+    return torch.cat([keys[:, [query, answer]], own], dim=1), torch.cat(columns)
 
 
 # ---------------------------------------------------------------------------------------------------- equal token rows
