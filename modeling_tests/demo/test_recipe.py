@@ -2,8 +2,10 @@
 """The demo: scenes and captions are repeatable, split cleanly and true; table, picture and saved folder agree."""
 
 import json
+import os
 import random
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from llm2clip_hf.cli.demo import idle_cores, share_cores
 from llm2clip_hf.demo import captions as text
 from llm2clip_hf.demo import report
 from llm2clip_hf.demo.captions import (
@@ -427,3 +430,33 @@ def test_tiny_run_saves_a_model_that_gives_the_reported_figures(
         figures = reported["models"]["cc_llm"][name]
         assert (logits.argmax(1) == right).double().mean().item() == pytest.approx(figures["image_to_text_recall@1"])
         assert (logits.argmax(0) == right).double().mean().item() == pytest.approx(figures["text_to_image_recall@1"])
+
+
+@pytest.mark.parametrize(
+    ("idle", "quota", "cores"),
+    [((50, 25, 0), "max 100000", 2), ((0, 0, 0), "max 100000", 1), ((50, 50, 50), "150000 100000", 2)],
+)
+def test_the_demo_takes_the_cores_that_are_idle(
+    monkeypatch: pytest.MonkeyPatch, idle: tuple[int, int, int], quota: str, cores: int
+) -> None:
+    """Three cores are allowed of four; a container's quota of one core and a half."""
+    reads = iter([(0, 0, 0), idle])
+
+    def read_text(path: Path, encoding: str) -> str:
+        if path.name == "cpu.max":
+            return quota
+        ticks = enumerate((*next(reads), 50))
+        return "cpu 0 0 0 0 0 0\n" + "\n".join(f"cpu{core} 7 0 7 {count} 0 0" for core, count in ticks) + "\nintr 1"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert idle_cores() == cores
+
+
+def test_threads_that_are_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "3"})
+    share_cores()
+    assert os.environ == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}

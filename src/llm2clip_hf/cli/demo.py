@@ -2,7 +2,9 @@
 """`llm2clip demo`: a miniature of both stages on real images, in minutes on a CPU."""
 
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +57,46 @@ def run(argv: Sequence[str]) -> int:
             print(f"llm2clip demo: error: --{name.replace('_', '-')} belongs to --app", file=sys.stderr)
             return 2
     check_output(Path(options.output_dir))
+    share_cores()
 
     from ..demo import FAST, FULL, run_demo
 
     run_demo(options.output_dir, seed=options.seed, settings=FAST if options.fast else FULL, split=options.split)
     return 0
+
+
+def share_cores() -> None:
+    """
+    As many threads as cores are idle, and no spinning; read by OpenMP when torch is imported.
+
+    Threads wait for each other after every operation, for the last of them. On a busy core that one is late, and
+    those that spin meanwhile take its core too.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(idle_cores())
+
+
+def idle_cores(seconds: float = 0.5) -> int:
+    """Cores that this process may use and that nobody uses now, at least one; all where the system does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+
+    def idle_ticks() -> int:
+        rows = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()]
+        return sum(int(row[4]) + int(row[5]) for row in rows if row[0] in allowed)
+
+    try:
+        start = idle_ticks()
+        time.sleep(seconds)
+        idle = (idle_ticks() - start) / (seconds * os.sysconf("SC_CLK_TCK"))
+        limit = Path("/sys/fs/cgroup/cpu.max")  # of a container, in microseconds of processor time per period
+        quota, period = limit.read_text(encoding="utf-8").split() if limit.exists() else ("max", "1")
+    except (OSError, ValueError, IndexError):
+        return len(allowed)
+    return max(1, round(idle if quota == "max" else min(idle, int(quota) / int(period))))
 
 
 def check_output(folder: Path) -> None:

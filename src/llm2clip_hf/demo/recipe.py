@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -97,6 +98,9 @@ FAST = DemoSettings(
     num_text=2_000, num_pairs=400, num_held_out=100, num_single=100, lm_steps=40, cc_steps=20, clip_steps=20
 )
 
+# Steps, and scenes measured, in passes of `expected_seconds`: processor times on one thread.
+PASSES = {"lm_steps": 18, "cc_steps": 34, "clip_steps": 44, "num_held_out": 5}
+
 
 @dataclass
 class DemoRun:
@@ -131,6 +135,16 @@ class DemoRun:
             "logging_steps": max(1, steps // 5),
             "disable_tqdm": False,
         }
+
+
+def expected_seconds(settings: DemoSettings) -> float:
+    """How long a run will take, by the time that passes over a layer as large as the demo's take now."""
+    rows = torch.ones(2048, 96)
+    wide, narrow = (torch.ones(shape, requires_grad=True) for shape in ((96, 256), (256, 96)))  # draws nothing
+    start, passes = time.perf_counter(), 200  # on a busy machine, fewer would end before others get their turn
+    for _ in range(passes):
+        (torch.nn.functional.gelu(rows @ wide) @ narrow).sum().backward()
+    return (time.perf_counter() - start) / passes * sum(getattr(settings, name) * n for name, n in PASSES.items())
 
 
 def pretrain(run: DemoRun, data: DemoData) -> Path:
@@ -286,6 +300,8 @@ def run_demo(
     shutil.rmtree(stages, ignore_errors=True)
     stages.mkdir(parents=True)
     run = DemoRun(settings, stages, seed)
+    minutes = max(1, round(expected_seconds(settings) / 60))
+    print(f"{torch.get_num_threads()} thread(s); as busy as the machine is now, about {minutes} min", flush=True)
     with run.stage("data"):
         data = make_data(
             num_text=settings.num_text,
