@@ -3,7 +3,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import json_values, named_values, nearest
@@ -127,7 +126,7 @@ def open_finished(captions: Mapping[str, Any]) -> "dict[str, CaptionEmbeddingSto
 
     stores = {}
     for folder, table in captions.items():
-        if (Path(folder) / "index.json").is_file():
+        if CaptionEmbeddingStore.is_finished(folder):
             stores[folder] = CaptionEmbeddingStore.open(folder)
             if table is not None and not stores[folder].holds(table):
                 raise ValueError(

@@ -292,7 +292,7 @@ def check_finished_stores(options: Any, folders: Iterable[str]) -> None:
     """
     from ..data import CaptionEmbeddingStore
 
-    stores = [CaptionEmbeddingStore.open(folder) for folder in folders if (Path(folder) / "index.json").is_file()]
+    stores = [CaptionEmbeddingStore.open(folder) for folder in folders if CaptionEmbeddingStore.is_finished(folder)]
     for store in stores:
         length = store.fingerprint.get("max_length")
         if options.max_length is not None and length is not None and length != options.max_length:
