@@ -267,7 +267,7 @@ def test_the_log_tells_the_share_of_padding(tmp_path, caplog):
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "store"
     cases = [
-        ({"dtype": "int8"}, "`dtype` must be one of"),
+        ({"dtype": "int4"}, "`dtype` must be one of"),
         ({"rows_per_shard": 0}, "`rows_per_shard` must be positive"),
         ({"max_tokens_per_batch": 0}, "`max_tokens_per_batch` must be positive"),
         ({"fingerprint": None}, "`fingerprint` is needed"),

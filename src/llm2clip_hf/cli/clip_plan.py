@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import json_values, named_values, nearest
@@ -130,7 +129,7 @@ def open_finished(captions: Mapping[str, Any]) -> "dict[str, CaptionEmbeddingSto
 
     stores = {}
     for folder, table in captions.items():
-        if (Path(folder) / "index.json").is_file():
+        if CaptionEmbeddingStore.is_finished(folder):
             stores[folder] = CaptionEmbeddingStore.open(folder)
             if table is not None and not stores[folder].holds(table):
                 raise ValueError(
@@ -254,7 +253,7 @@ def check_finished_stores(options: Any, folders: Iterable[str]) -> None:
     """Compares the LLM's weights with what finished stores say of them; the trainer compares all else."""
     from ..data import CaptionEmbeddingStore
 
-    stores = [CaptionEmbeddingStore.open(folder) for folder in folders if (Path(folder) / "index.json").is_file()]
+    stores = [CaptionEmbeddingStore.open(folder) for folder in folders if CaptionEmbeddingStore.is_finished(folder)]
     for store in stores:
         length = store.fingerprint.get("max_length")
         if options.max_length is not None and length is not None and length != options.max_length:

@@ -74,7 +74,9 @@ class EmbeddingOptions(DataOptions):
     dtype: Dtype | None = option(
         "Type of the LLM's weights; to embed, float16 (float32 where it overflows, and on a CPU) if left out."
     )
-    store_dtype: Dtype = option("Type of the stored embeddings.", "float16")
+    store_dtype: Literal["float16", "bfloat16", "float32", "int8"] = option(
+        "Type of the stored embeddings; int8 is with a scale per row.", "float16"
+    )
     max_tokens_per_batch: int = option("Padded tokens of a batch of the LLM.", 16384)
     rows_per_shard: int = option("Images per file of the store; tar and parquet shards have one file each.", 16384)
     device: str | None = option("Device for embedding; a GPU per process where there is one.")
@@ -87,7 +89,9 @@ class EmbeddingOptions(DataOptions):
 
     def store_size(self, num_captions: int, width: int) -> str:
         """The size that a store will have."""
-        size = num_captions * width * (4 if self.store_dtype == "float32" else 2)
+        size = num_captions * (
+            width * {"float32": 4, "int8": 1}.get(self.store_dtype, 2) + 4 * (self.store_dtype == "int8")
+        )
         return f"{size / 2**30:,.2f} GiB at width {width} in {self.store_dtype}"
 
 

@@ -13,7 +13,9 @@ from .sampling import split_sub_captions
 from .shard_index import count_samples, load_shard_captions
 from .store.embed import embed_captions
 from .store.embedding_store import CaptionEmbeddingStore
+from .store.exchange import export_dataset, import_embeddings
 from .store.fingerprint import embedding_fingerprint
+from .store.slices import DataShardSlices, caption_slices, image_text_slices
 
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = [
     "CaptionPairDataset",
     "CaptionTable",
     "CenterCropTransform",
+    "DataShardSlices",
     "DropoutPairDataset",
     "ImageTextCollator",
     "ImageTextDataset",
@@ -37,10 +40,14 @@ __all__ = [
     "RandomResizedCropTransform",
     "SkipReport",
     "TextPairDataset",
+    "caption_slices",
     "count_samples",
     "embed_captions",
     "embedding_fingerprint",
+    "export_dataset",
     "find_overlap",
+    "image_text_slices",
+    "import_embeddings",
     "load_captions",
     "load_image_text",
     "load_shard_captions",

@@ -43,12 +43,13 @@ FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
 LAYOUT_FILE = "layout.safetensors"
 _SHARD_START = "embeddings-"
-# Name of the dtype -> (torch dtype, safetensors tag, integer type of the same width). numpy has no bfloat16, so every
-# dtype is mapped as integers and reinterpreted by torch.
+# Name of the dtype -> (torch dtype that is read, safetensors tag, integer type of the same width). numpy has no
+# bfloat16, so every dtype is mapped as integers and reinterpreted by torch. int8 is read as row times scale.
 DTYPES: dict[str, tuple[torch.dtype, str, type[np.generic]]] = {
     "float16": (torch.float16, "F16", np.int16),
     "bfloat16": (torch.bfloat16, "BF16", np.int16),
     "float32": (torch.float32, "F32", np.int32),
+    "int8": (torch.float32, "I8", np.int8),
 }
 # What all shards of a store have in common.
 _SHARED = ("dtype", "embedding_dim", "source_names", "has_keys")
@@ -73,22 +74,32 @@ def shard_names(folder: StoreFolder) -> list[str]:
     return sorted((name for name in names if name.endswith(".safetensors")), key=lambda name: (len(name), name))
 
 
+def pack_rows(embeddings: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
+    """Embeddings as they lie in a shard: `embeddings` as integers, and for int8 `scales`, one per row."""
+    kind, _, integer = DTYPES[dtype]
+    values = embeddings.to(kind)
+    if dtype == "int8":
+        scales = values.abs().amax(1) / 127
+        values = (values / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
+        return {"embeddings": values.to(torch.int8).numpy(), "scales": scales.numpy()}
+    return {"embeddings": values.contiguous().view({2: torch.int16, 4: torch.int32}[values.itemsize]).numpy()}
+
+
 def write_shard(
     folder: StoreFolder,
     number: int,
-    embeddings: torch.Tensor,
+    rows_on_disk: Mapping[str, np.ndarray],
     captions: CaptionSlice,
     rows: tuple[int, int],
     num_rows: int,
     fingerprint: Mapping[str, FingerprintValue],
     dtype: str,
 ) -> dict[str, Any]:
-    """Write the embeddings `(captions, dim)` of a slice; returns the record of the shard."""
-    _, tag, integer = DTYPES[dtype]
+    """Write the embeddings of a slice, as `pack_rows` gives them; returns the record of the shard."""
+    embeddings = rows_on_disk["embeddings"]
     tensors = [
-        Tensor.of(
-            "embeddings", embeddings.to(torch_dtype_of(dtype)).contiguous().view(_integers(integer)).numpy(), tag
-        ),
+        Tensor.of("embeddings", embeddings, DTYPES[dtype][1]),
+        *([Tensor.of("scales", rows_on_disk["scales"])] if dtype == "int8" else []),
         Tensor.of("offsets", captions.offsets()),
         Tensor.of("source_ids", captions.source_ids().astype(np.int16)),
     ]
@@ -112,14 +123,12 @@ def write_shard(
     return write_tensors(folder, shard_name(number), tensors, record)
 
 
-def _integers(kind: type[np.generic]) -> torch.dtype:
-    return {np.int16: torch.int16, np.int32: torch.int32}[kind]
-
-
-def read_shard(folder: StoreFolder, record: Mapping[str, Any]) -> torch.Tensor:
-    """The embeddings of a shard, in memory."""
-    dtype, _, integer = DTYPES[record["dtype"]]
-    return torch.from_numpy(read_tensor(folder, record["file"], "embeddings", integer).copy()).view(dtype)
+def read_shard(folder: StoreFolder, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The embeddings of a shard as `pack_rows` gave them."""
+    rows = {"embeddings": read_tensor(folder, record["file"], "embeddings", DTYPES[record["dtype"]][2])}
+    if record["dtype"] == "int8":
+        rows["scales"] = read_tensor(folder, record["file"], "scales", np.float32)
+    return rows
 
 
 def keys_of(folder: StoreFolder, name: str) -> list[str]:
@@ -169,8 +178,7 @@ def merge(folder: StoreFolder, others: Sequence[StoreFolder] = ()) -> dict[str, 
         _copy_shards(other, folder)
     records = _in_order(folder, _records_of(folder))
     names = [record["file"] for record in records]
-    for name in (*names, LAYOUT_FILE, KEYS_FILE, INDEX_FILE):
-        folder.remove_unfinished(name)
+    folder.remove_unfinished([*names, LAYOUT_FILE, KEYS_FILE, INDEX_FILE])
     first = records[0]
     layout = _write_layout(folder, records)
     shards = [
@@ -347,6 +355,7 @@ __all__ = [
     "damage_of",
     "keys_of",
     "merge",
+    "pack_rows",
     "read_index",
     "read_shard",
     "shard_differences",

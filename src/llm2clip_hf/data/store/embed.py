@@ -92,8 +92,9 @@ def embed_captions(  # type: ignore[misc]
             Tokens per caption with an `LLM2CLIPModel`; the paper's value (section 4.1). Other encoders truncate for
             themselves.
         dtype (`str`, defaults to `"float16"`):
-            `"float16"`, `"bfloat16"` or `"float32"`. Halves have 11 bits of precision, bfloat16 8; an embedding that
-            overflows in the chosen dtype is an error.
+            `"float16"`, `"bfloat16"`, `"float32"`, or `"int8"` with a scale per row, for half the space. Halves have
+            11 bits of precision, bfloat16 8, int8 7 below the largest value of the row; an embedding that overflows in
+            the chosen dtype is an error.
         max_tokens_per_batch (`int`, defaults to 16384):
             Rows times length of the longest caption in a batch. With an `LLM2CLIPModel` whose LLM runs flash
             attention, captions are packed without padding and this is the sum of their lengths.

@@ -18,7 +18,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,13 +32,9 @@ from .mapped_files import KeyIndex, check_keys, file_digest, map_tensor
 from .slices import CaptionSlice
 
 
-if TYPE_CHECKING:
-    import datasets
-
-
 # `gather` copies blocks of about this size through a temporary that stays in the cache of a core.
 _BLOCK_BYTES = 1 << 18
-# Every mapped shard holds a file descriptor.
+# Every mapped shard holds a file descriptor, of int8 two.
 _SHARE_OF_DESCRIPTORS = 4
 _MOST_MAPPED = 4096
 
@@ -55,8 +51,8 @@ class CaptionEmbeddingStore:
         num_images (`int`): images; also `len(store)`.
         num_captions (`int`): captions of all images together.
         embedding_dim (`int`): width of an embedding.
-        dtype (`torch.dtype`): float16, bfloat16 or float32.
-        stored_dtype (`str`): what the rows are on disk.
+        dtype (`torch.dtype`): float16, bfloat16 or float32, which int8 is read as.
+        stored_dtype (`str`): what the rows are on disk; `"int8"` is with a scale per row.
         source_names (`tuple[str, ...]`): names of the caption sources, e.g. `("real", "dense")`.
         captions_sha256 (`str`): `CaptionTable.sha256` of the captions that were embedded.
         fingerprint (`dict`): what the embeddings depend on, see `embedding_fingerprint`.
@@ -92,7 +88,7 @@ class CaptionEmbeddingStore:
         self._keys_entry: dict[str, Any] | None = index.get("keys")
         self.has_keys = self._keys_entry is not None
         # The shards that were touched last, each with its map.
-        self._shards: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
         self._layout: tuple[np.ndarray, np.ndarray] | None = None
         self._keys: KeyIndex | None = None
 
@@ -138,6 +134,11 @@ class CaptionEmbeddingStore:
         if expected_fingerprint is not None:
             store.check_compatible(expected_fingerprint)
         return store
+
+    @staticmethod
+    def is_finished(path: str | Path) -> bool:
+        """Whether a folder or an address holds a finished store."""
+        return StoreFolder(path).size(INDEX_FILE) is not None
 
     @property
     def num_shards(self) -> int:
@@ -187,22 +188,23 @@ class CaptionEmbeddingStore:
         """
         rows = np.asarray(caption_rows, dtype=np.int64).reshape(-1)
         gathered = np.empty((len(rows), self.embedding_dim), dtype=self._integer)
+        scales = np.empty(len(rows), dtype=np.float32) if self.stored_dtype == "int8" else None
         if len(rows) == 0:
-            return torch.from_numpy(gathered).view(self.dtype)
+            return self._as_read(gathered, scales)
         if rows.min() < 0 or rows.max() >= self.num_captions:
             outside = rows[(rows < 0) | (rows >= self.num_captions)]
             raise IndexError(f"Caption row {outside[0]} is out of range for {self.num_captions} captions.")
         shard_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
         first = int(shard_of_row[0])
         if (shard_of_row == first).all():
-            self._copy_rows(first, rows, slice(None), gathered)
+            self._copy_rows(first, rows, slice(None), gathered, scales)
         else:
             # Sorted by shard, so that every shard is one stretch of `order`.
             order = np.argsort(shard_of_row, kind="stable")
             bounds = np.flatnonzero(np.diff(shard_of_row[order])) + 1
             for members in np.split(order, bounds):
-                self._copy_rows(int(shard_of_row[members[0]]), rows[members], members, gathered)
-        return torch.from_numpy(gathered).view(self.dtype)
+                self._copy_rows(int(shard_of_row[members[0]]), rows[members], members, gathered, scales)
+        return self._as_read(gathered, scales)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """
@@ -230,8 +232,9 @@ class CaptionEmbeddingStore:
         for shard in range(int(shards[0]), int(shards[1]) + 1):
             first = int(self._first_rows[shard])
             # A private map per call: torch knows no read-only tensors, and a shared one would keep a user's changes.
-            part = self._map_shard(shard, "c")[max(start - first, 0) : stop - first]
-            parts.append(torch.from_numpy(part).view(self.dtype))
+            part = slice(max(start - first, 0), stop - first)
+            values, scales = self._map_shard(shard, "c")
+            parts.append(self._as_read(values[part], None if scales is None else scales[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def iter_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
@@ -277,6 +280,10 @@ class CaptionEmbeddingStore:
         if image is None:
             raise KeyError(f"No image of the store `{self.path}` has the key {key!r}.")
         return image
+
+    def key_of(self, image: int) -> str:
+        """The key of an image of a store with keys."""
+        return self._key_index().key_of(image)
 
     def check_compatible(self, other: Any, tokenizer: Any = None) -> None:
         """
@@ -373,7 +380,7 @@ class CaptionEmbeddingStore:
             rows (`(start, stop)`): which rows of the data the shard is made from; shards follow each other.
             num_rows (`int`): rows of the data as a whole.
             fingerprint (mapping of JSON scalars): what the embeddings depend on, see `embedding_fingerprint`.
-            dtype (`str`, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`.
+            dtype (`str`, defaults to `"float16"`): `"float16"`, `"bfloat16"`, `"float32"` or `"int8"`.
             keys (sequence of `str`, *optional*): one unique key per image.
 
         Raises:
@@ -405,7 +412,8 @@ class CaptionEmbeddingStore:
         if not 0 <= rows[0] < rows[1] <= num_rows:
             raise ValueError(f"`rows` {rows} must be a range within the `num_rows` {num_rows} of the data.")
         part = CaptionSlice(table, 0, len(table), keys)
-        build.write_shard(StoreFolder(path), number, values, part, rows, num_rows, fingerprint, dtype)
+        packed = build.pack_rows(values, dtype)
+        build.write_shard(StoreFolder(path), number, packed, part, rows, num_rows, fingerprint, dtype)
 
     @classmethod
     def merge(cls, path: str | Path, others: Sequence[str | Path] = ()) -> "CaptionEmbeddingStore":
@@ -424,31 +432,6 @@ class CaptionEmbeddingStore:
         """
         build.merge(StoreFolder(path), [StoreFolder(other) for other in others])
         return cls.open(path)
-
-    def to_dataset(self) -> "datasets.Dataset":
-        """
-        The store as a `datasets.Dataset` with one row per image, for `push_to_hub`, parquet and other tools.
-
-        Returns:
-            `datasets.Dataset` with the columns `embeddings` (a list of vectors; bfloat16 as float32), `sources` (the
-            source of each) and, if the store has keys, `key`. Rows are written to the cache of `datasets`, image by
-            image, so that no more than a batch of them is in memory.
-        """
-        import datasets
-
-        kind = datasets.Value("float16" if self.dtype == torch.float16 else "float32")
-        columns: dict[str, Any] = {"key": datasets.Value("string")} if self.has_keys else {}
-        columns["embeddings"] = datasets.List(datasets.List(kind, self.embedding_dim))
-        columns["sources"] = datasets.List(datasets.Value("string"))
-        found: Any = datasets.Dataset.from_generator(self._images, features=datasets.Features(columns))
-        return found
-
-    def _images(self) -> Iterator[dict[str, Any]]:
-        for image in range(self.num_images):
-            vectors = self[image]
-            row: dict[str, Any] = {"embeddings": (vectors if self.dtype == torch.float16 else vectors.float()).numpy()}
-            row |= {"sources": self.sources(image)}
-            yield row | {"key": self._key_index().key_of(image)} if self.has_keys else row
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the data; the other process maps the files again.
@@ -494,14 +477,27 @@ class CaptionEmbeddingStore:
             self._layout = (offsets, source_ids)
         return self._layout
 
-    def _copy_rows(self, shard: int, rows: np.ndarray, members: np.ndarray | slice, output: np.ndarray) -> None:
+    def _as_read(self, values: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
+        found = torch.from_numpy(values)
+        return found.view(self.dtype) if scales is None else found.float().mul_(torch.from_numpy(scales)[:, None])
+
+    def _copy_rows(
+        self,
+        shard: int,
+        rows: np.ndarray,
+        members: np.ndarray | slice,
+        output: np.ndarray,
+        output_scales: np.ndarray | None,
+    ) -> None:
         """Copy the flat rows `rows`, all of one shard, to the positions `members` of `output`."""
         if shard not in self._shards:
             while len(self._shards) >= _most_mapped():
                 self._shards.popitem(last=False)
             self._shards[shard] = self._map_shard(shard, "r")
         self._shards.move_to_end(shard)
-        mapped, local = self._shards[shard], rows - self._first_rows[shard]
+        (mapped, scales), local = self._shards[shard], rows - self._first_rows[shard]
+        if scales is not None and output_scales is not None:
+            output_scales[members] = scales[local]
         if isinstance(members, slice):
             # "clip" only leaves out a check that has been made.
             np.take(mapped, local, axis=0, out=output, mode="clip")
@@ -510,10 +506,13 @@ class CaptionEmbeddingStore:
         for start in range(0, len(local), block):
             output[members[start : start + block]] = mapped[local[start : start + block]]
 
-    def _map_shard(self, shard: int, mode: Literal["r", "c"]) -> np.ndarray:
+    def _map_shard(self, shard: int, mode: Literal["r", "c"]) -> tuple[np.ndarray, np.ndarray | None]:
         entry = self._shard_entries[shard]
         shape = (entry["rows"], self.embedding_dim)
-        return map_tensor(self._local(entry), "embeddings", self._tag, shape, self._integer, mode)
+        file, scales = self._local(entry), None
+        if self.stored_dtype == "int8":
+            scales = map_tensor(file, "scales", "F32", shape[:1], np.float32, mode)
+        return map_tensor(file, "embeddings", self._tag, shape, self._integer, mode), scales
 
 
 def _starts(counts: Iterable[int]) -> np.ndarray:

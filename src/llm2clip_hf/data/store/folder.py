@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a store: on this machine, where its files are mapped, or at any address that fsspec opens."""
 
-import glob
 import os
 import re
 import tempfile
@@ -150,12 +149,12 @@ class StoreFolder:
             else:
                 self._system.rm_file(f"{self.root}/{name}")
 
-    def remove_unfinished(self, name: str) -> None:
-        """Remove what killed writers of a file left; only where no other process is writing it."""
-        if self._system is None:
-            for path in glob.glob(f"{glob.escape(self.root)}/.{glob.escape(name)}.*.tmp"):
-                with suppress(OSError):
-                    os.unlink(path)
+    def remove_unfinished(self, names: Iterable[str]) -> None:
+        """Remove what killed writers of some files left; only where no other process is writing them."""
+        wanted = set(names)
+        for path in [] if self._system is not None else self.names("."):
+            if path.endswith(".tmp") and path[1:].rpartition(".")[0].rpartition(".")[0] in wanted:
+                self.remove(path)
 
     def local_copy(self, name: str, digest: str) -> Path:
         """The file on this machine: itself, or a copy in the cache, which is found again by its digest."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ... import distributed
@@ -149,20 +150,22 @@ class StoreWork:
         elif build.keys_of(self._folder, record["file"]) != list(captions.keys or ()):
             self._refuse(f"has other keys than `keys`, or the same in another order, in `{record['file']}`")
 
-    def write(self, job: Job, embeddings: torch.Tensor) -> None:
-        """Write the shard of a slice."""
+    def write(self, job: Job, embeddings: torch.Tensor | Mapping[str, np.ndarray]) -> None:
+        """Write the shard of a slice, from embeddings `(captions, dim)` or what another shard had of them."""
+        dtype = self._plan["dtype"]
+        rows = build.pack_rows(embeddings, dtype) if isinstance(embeddings, torch.Tensor) else embeddings
         self._folder.remove(INDEX_FILE)  # a finished store is none while it changes
         self._is_finished = False
-        self._folder.remove_unfinished(shard_name(job.number))
+        self._folder.remove_unfinished([shard_name(job.number)])
         build.write_shard(
             self._folder,
             job.number,
-            embeddings,
+            rows,
             job.captions,
             self._slices.rows_of(job.number),
             self._slices.num_rows,
             self._plan["fingerprint"],
-            self._plan["dtype"],
+            dtype,
         )
 
     def finish(self, rank: int, size: int, timeout: float, waits: bool) -> CaptionEmbeddingStore | None:

@@ -112,7 +112,15 @@ class ReadSlices(_RowSlices):
 
 @dataclass
 class DataShardSlices:
-    """Image-text shards, tar or parquet, as for `ImageTextStream`: one slice each."""
+    """
+    The captions of image-text shards: one slice, and so one shard of the store, for each of them.
+
+    Args:
+        shards: paths or patterns of tar or parquet files, as for `ImageTextStream`.
+        caption_fields (mapping from source name to `str`): where the captions are, as for `ImageTextStream`.
+        image_column, key_column (`str`, *optional*): as for `ImageTextStream`.
+        on_bad_row (`"error"` or `"skip"`, defaults to `"error"`): as for `load_shard_captions`.
+    """
 
     shards: Any
     caption_fields: Mapping[str, str]
@@ -149,7 +157,18 @@ def caption_slices(
     subset: str | None = None,
     on_bad_row: str = "error",
 ) -> CaptionSlices:
-    """The captions of a table without images; options as for `load_captions`."""
+    """
+    The captions of a table without images, for `embed_captions`: read slice by slice where the table can be.
+
+    Args:
+        source: as for `load_captions`.
+        rows_per_shard (`int`): images of a slice.
+        columns, image_column, split, subset, on_bad_row (*optional*): as for `load_captions`.
+
+    Returns:
+        Slices with `len`, `rows_of(shard)` and `load(shard)`. Files of other kinds than parquet, and tables whose rows
+        `image_column` puts together, are read whole.
+    """
     from ..loading import captions_of_sources
     from ..sources import open_source, part_of_sources
 
@@ -167,7 +186,17 @@ def caption_slices(
 
 
 def image_text_slices(source: Any, rows_per_shard: int, **settings: Any) -> CaptionSlices:
-    """The captions of a table with images; `settings` as for `load_image_text`."""
+    """
+    The captions and keys of a table with images, for `embed_captions`: read slice by slice where it holds the images.
+
+    Args:
+        source: as for `load_image_text`.
+        rows_per_shard (`int`): images of a slice.
+        settings: options of `load_image_text`.
+
+    Returns:
+        Slices as from `caption_slices`. A table with paths of images is read whole: rows of one path are one image.
+    """
     from ..image_sources import open_images_with_texts
     from ..loading import load_image_text
 
