@@ -52,6 +52,15 @@ def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_models.save_llm(tmp_path_factory.mktemp("llm"))
 
 
+@pytest.fixture(scope="session")
+def lm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As `llm_dir`, with a language-model head; for reading only."""
+    import tiny_models
+    from transformers import AutoModelForCausalLM
+
+    return tiny_models.save_llm(tmp_path_factory.mktemp("lm"), head=AutoModelForCausalLM)
+
+
 class _Parsed(BaseException):
     """Raised where a verb would go on to work, with the options that it has read."""
 

@@ -237,7 +237,7 @@ import os
 import tiny_models
 from llm2clip_hf import LLM2CLIPModel
 from llm2clip_hf.hub.publishing import commit_files, publishable_files
-from llm2clip_hf.modeling.loading_llm2clip import create_repository
+from llm2clip_hf.modeling.saving_llm2clip import create_repository
 
 model, processor = tiny_models.model(), tiny_models.processor()
 for part in ("text_model", "vision_model"):

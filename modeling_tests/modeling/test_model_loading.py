@@ -410,7 +410,7 @@ print(json.dumps({
 
 
 def test_files_of_the_llm_alone_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip_hf.modeling.pretrained_llm2clip.SMALL_LLM", 40_000)
+    monkeypatch.setattr("llm2clip_hf.modeling.saving_llm2clip.SMALL_LLM", 40_000)
     model, images, texts = tiny_models.model(), tiny_models.images(), torch.randn(3, tiny_models.TEXT_WIDTH)
     model.save_pretrained(tmp_path / "grouped")
     # Other software saves in any order: the vision tower is in several files then, and one holds parts of two.

@@ -126,8 +126,7 @@ class LLM2CLIPModelWithStoredEmbeddingsTest(ModelTests, unittest.TestCase):
 
     def test_model_get_set_embeddings(self) -> None:
         model = LLM2CLIPModel(self.model_tester.get_config())
-        with pytest.raises(NotImplementedError, match="holds no LLM"):
-            model.get_input_embeddings()
+        assert model.get_input_embeddings() is None
 
     def _text_features_prepare_config_and_inputs(self) -> None:
         self.skipTest("Stored embeddings have no sequence of hidden states, which these tests look at.")

@@ -27,6 +27,7 @@ CODE_FILES = {
     "modeling_llm2clip.py",
     "pretrained_llm2clip.py",
     "processing_llm2clip.py",
+    "saving_llm2clip.py",
     "sentence_llm2clip.py",
     "text_llm2clip.py",
     "vision_llm2clip.py",

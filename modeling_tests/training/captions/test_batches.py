@@ -9,7 +9,7 @@ import torch
 from process_groups import run_ranks
 
 from llm2clip_hf.data.sampling import length_groups
-from llm2clip_hf.training import build_caption_encoder
+from llm2clip_hf.training import build_caption_encoder, gradcache
 from llm2clip_hf.training.captions import batches as caption_batches
 from llm2clip_hf.training.captions.batches import embed_columns, mini_batches
 from llm2clip_hf.training.captions.loss import CaptionContrastiveLoss
@@ -70,7 +70,8 @@ def test_mini_batches_hold_every_row_once_within_the_limits(llm_dir, side, limit
     texts = [text for column in COLUMNS for text in column]
     batches = mini_batches(columns, *limits)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(texts)))
-    for features, rows in batches:
+    for batch in batches:
+        features, rows = batch.features, batch.rows
         expected = encoder.preprocess([texts[row] for row in rows])
         assert features["modality"] == "text"
         mask = expected["attention_mask"]
@@ -85,8 +86,8 @@ def test_mini_batches_hold_every_row_once_within_the_limits(llm_dir, side, limit
 def test_columns_with_different_instructions_are_not_mixed(llm_dir):
     encoder = encoder_of(llm_dir)
     batches = mini_batches(tokens(encoder, prompt="find the sea: "))
-    for features, rows in batches:
-        assert {row < len(COLUMNS[0]) for row in rows} == {"prompt_length" in features}
+    for batch in batches:
+        assert {row < len(COLUMNS[0]) for row in batch.rows} == {"prompt_length" in batch.features}
 
 
 def test_feature_of_another_shape_is_refused(llm_dir):
@@ -108,7 +109,7 @@ def test_embeddings_are_those_of_the_columns(llm_dir, side, prompt, limits, monk
     encoder.tokenizer.padding_side = side
     columns = tokens(encoder, prompt)
     embeddings = embed_columns(encoder, columns, *limits)
-    assert "forward" not in encoder.__dict__
+    assert not encoder._forward_hooks and not encoder._forward_pre_hooks
     for embedding, column in zip(embeddings, columns, strict=True):
         expected = encoder(dict(column))["sentence_embedding"]
         torch.testing.assert_close(embedding, expected, atol=2e-6, rtol=0)
@@ -138,7 +139,7 @@ def test_recomputed_gradients_are_those_of_one_pass_with_dropout(llm_dir, checkp
         encoder.activation_checkpointing_enable()
     cached = gradients(encoder, columns, **limits)
     # The same mini-batches in one graph that keeps all activations.
-    monkeypatch.setattr(caption_batches, "checkpoint", lambda run, *tensors, use_reentrant: run(*tensors))
+    monkeypatch.setattr(gradcache, "checkpoint", lambda run, *tensors, use_reentrant: run(*tensors))
     assert_equal_gradients(cached, gradients(encoder, columns, **limits), 1e-6)
     other = gradients(encoder, columns, seed=4, **limits)
     assert any((other[name] != gradient).any() for name, gradient in cached.items())  # dropout is on

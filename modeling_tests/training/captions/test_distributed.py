@@ -31,7 +31,7 @@ from llm2clip_hf.training import (
     MNTPTrainingArguments,
     build_caption_encoder,
 )
-from llm2clip_hf.training.base_trainer import check_settings
+from llm2clip_hf.training.run_checks import check_settings
 
 
 def repeated_captions() -> datasets.Dataset:

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Con
 
 from llm2clip_hf.modeling import apply_text_template
 from llm2clip_hf.training import MNTPTrainer, MNTPTrainingArguments, build_caption_encoder
-from llm2clip_hf.training.base_trainer import gpu_supports_bf16
 from llm2clip_hf.training.captions.mntp import MaskedTexts, collate_masked
+from llm2clip_hf.training.run_checks import gpu_supports_bf16
 
 
 TEXTS = [
@@ -25,11 +25,6 @@ TEXTS = [
     "ein rotes Boot auf dem Meer " * 9,
     "people in a street",
 ] * 3
-
-
-@pytest.fixture(scope="module")
-def lm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_models.save_llm(tmp_path_factory.mktemp("lm"), head=AutoModelForCausalLM)
 
 
 def arguments(folder: Path, **kwargs: object) -> MNTPTrainingArguments:

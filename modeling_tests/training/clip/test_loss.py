@@ -13,8 +13,8 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from clip_training import KnownPairs, Pairs, arguments, clip_text_tower, softmax_loss, stack, trainer_for
+from process_groups import in_two_processes
 from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import in_two_processes
 
 from llm2clip_hf.data import ImageTextCollator
 from llm2clip_hf.ops import contrastive_torch

@@ -15,7 +15,7 @@ import tiny_models
 import torch
 from clip_training import Pairs, clip_baseline, stack
 from sentence_transformers import SentenceTransformerTrainer
-from transformers import AutoModel, AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from llm2clip_hf.training import (
     CaptionContrastiveTrainer,
@@ -26,10 +26,10 @@ from llm2clip_hf.training import (
     MNTPTrainingArguments,
     build_caption_encoder,
 )
-from llm2clip_hf.training.base_trainer import UNUSED_ARGUMENTS
 from llm2clip_hf.training.captions import arguments as caption_training_args
 from llm2clip_hf.training.clip import arguments as clip_training_args
 from llm2clip_hf.training.clip.checks import check_batch
+from llm2clip_hf.training.run_checks import UNUSED_ARGUMENTS
 
 
 STAGES = {
@@ -171,15 +171,9 @@ def clip_trainer(folder: Path, collator: Any = stack, model: Any = None, given: 
     return LLM2CLIPTrainer(model, args, data_collator=collator, train_dataset=Pairs(), **(given or {}))
 
 
-@pytest.fixture(scope="module")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llm")
-    torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(tiny_models.text_config("llama")).save_pretrained(folder / "lm")
-    AutoModel.from_config(tiny_models.text_config("llama")).save_pretrained(folder)
-    for target in (folder, folder / "lm"):
-        tiny_models.llama3_tokenizer().save_pretrained(target)
-    return str(folder)
+@pytest.fixture
+def llms(llm_dir: str, lm_dir: str) -> tuple[str, str]:
+    return llm_dir, lm_dir
 
 
 ROWS = [{"anchor": f"a boat {i}", "positive": f"the boat {i}"} for i in range(10)]
@@ -189,15 +183,15 @@ class Rows(list):
     """A map-style source."""
 
 
-def trainer_of(stage: str, folder: Path, llm_dir: str, given: dict[str, Any], **kwargs: Any) -> Any:
+def trainer_of(stage: str, folder: Path, llms: tuple[str, str], given: dict[str, Any], **kwargs: Any) -> Any:
     if stage == "clip":
         return clip_trainer(folder, given=given, **kwargs)
     args = STAGES[stage][0](**options(folder, **kwargs))
     if stage == "mntp":
-        return MNTPTrainer(f"{llm_dir}/lm", args, ["a red boat on the sea"] * 6, **given)
+        return MNTPTrainer(llms[1], args, ["a red boat on the sea"] * 6, **given)
     import datasets
 
-    return CaptionContrastiveTrainer(build_caption_encoder(llm_dir), args, datasets.Dataset.from_list(ROWS), **given)
+    return CaptionContrastiveTrainer(build_caption_encoder(llms[0]), args, datasets.Dataset.from_list(ROWS), **given)
 
 
 def metrics(prediction: Any) -> dict[str, float]:
@@ -205,7 +199,7 @@ def metrics(prediction: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_arguments_without_effect_are_refused(tmp_path, llm_dir, stage):
+def test_arguments_without_effect_are_refused(tmp_path, llms, stage):
     mask = {"mask_token": "x"} if stage == "mntp" else {}
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("`model_init` has no effect.*neither `model_init` nor `hyperparameter_search`", {"model_init": object}, {})
@@ -225,7 +219,7 @@ def test_arguments_without_effect_are_refused(tmp_path, llm_dir, stage):
             (r"`include_for_metrics` is \['loss'\]", {}, {"include_for_metrics": ["loss"]}),
         ]
     if stage == "mntp":
-        loaded = AutoModelForCausalLM.from_pretrained(f"{llm_dir}/lm")
+        loaded = AutoModelForCausalLM.from_pretrained(llms[1])
         with pytest.raises(ValueError, match=r"`model_kwargs` \(\['dtype'\]\) are for loading"):
             MNTPTrainer(
                 loaded,
@@ -235,11 +229,11 @@ def test_arguments_without_effect_are_refused(tmp_path, llm_dir, stage):
             )
     for message, given, kwargs in cases:
         with pytest.raises(ValueError, match=message):
-            trainer_of(stage, tmp_path, llm_dir, given, **mask, **kwargs)
+            trainer_of(stage, tmp_path, llms, given, **mask, **kwargs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_tensor_parallelism_is_refused(tmp_path, llm_dir, stage, monkeypatch):
+def test_tensor_parallelism_is_refused(tmp_path, llms, stage, monkeypatch):
     from accelerate import Accelerator
 
     plan = type("Plan", (), {"tp_size": 2, "cp_size": 1, "sp_size": 1, "sp_backend": None})
@@ -251,7 +245,7 @@ def test_tensor_parallelism_is_refused(tmp_path, llm_dir, stage, monkeypatch):
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_plan)
     with pytest.raises(ValueError, match="`tp_size` of `parallelism_config` is 2"):
-        trainer_of(stage, tmp_path, llm_dir, {}, **({"mask_token": "x"} if stage == "mntp" else {}))
+        trainer_of(stage, tmp_path, llms, {}, **({"mask_token": "x"} if stage == "mntp" else {}))
 
 
 # ------------------------------------------------------------------------------------------------- entries of a batch
@@ -303,8 +297,8 @@ def test_positions_of_a_batch_reach_a_frozen_llm(tmp_path):
     torch.testing.assert_close(embeds["text_embeds"], model.eval()(**text).text_embeds)
 
 
-def test_extra_entries_of_a_caption_batch_are_refused(tmp_path, llm_dir):
-    trainer = trainer_of("captions", tmp_path, llm_dir, {})
+def test_extra_entries_of_a_caption_batch_are_refused(tmp_path, llms):
+    trainer = trainer_of("captions", tmp_path, llms, {})
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.compute_loss(trainer.model, dict(batch)).isfinite()
     with pytest.raises(ValueError, match=r"The batch has \['weight'\], which belong to no column"):
@@ -327,8 +321,8 @@ def test_label_smoothing_is_that_of_cross_entropy(tmp_path):
         clip_trainer(tmp_path, model=sigmoid, label_smoothing_factor=0.2)
 
 
-def test_label_smoothing_of_masked_tokens_is_that_of_cross_entropy(tmp_path, llm_dir):
-    trainer = trainer_of("mntp", tmp_path, llm_dir, {}, mask_token="x", label_smoothing_factor=0.3)
+def test_label_smoothing_of_masked_tokens_is_that_of_cross_entropy(tmp_path, llms):
+    trainer = trainer_of("mntp", tmp_path, llms, {}, mask_token="x", label_smoothing_factor=0.3)
     model = trainer.model.eval()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
     with torch.no_grad():

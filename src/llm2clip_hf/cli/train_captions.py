@@ -109,11 +109,11 @@ def prepare(
     from transformers import AutoTokenizer
 
     from ..data import CaptionPairDataset
-    from ..training.base_trainer import check_settings
     from ..training.captions.encoder import check_caption_encoder
     from ..training.captions.mntp import mask_token_id
     from ..training.captions.sources import count_steps
     from ..training.model_checks import find_model
+    from ..training.run_checks import check_settings
 
     check_sources(options)
     check_settings(args)
@@ -303,7 +303,7 @@ def train_and_save(
     """Trains, measures and saves."""
     from ..evaluation import CaptionRetrievalEvaluator
     from ..training import CaptionContrastiveTrainer, build_caption_encoder
-    from ..training.base_trainer import seed_run
+    from ..training.run_checks import seed_run
 
     llm = pretrained_with_mntp(options, args, train) if options.mntp_steps else options.llm
     seed_run(args)

@@ -194,9 +194,9 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
 
 def prepare(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments", resume: Any) -> Plan:
     """Makes and checks all parts of a run but the embeddings; nothing here takes long, and nothing is written."""
-    from ..training.base_trainer import check_settings, seed_run
     from ..training.clip.checks import check_stores, count_steps, prepare_training
     from ..training.clip.evaluation import class_prompts
+    from ..training.run_checks import check_settings, seed_run
     from .embed_captions import check_store_options
 
     check_choices(options, args)

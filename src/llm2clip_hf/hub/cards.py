@@ -21,7 +21,7 @@ from ..evaluation.tasks.report import to_eval_results
 from ..files import write_json_atomically, write_text_atomically
 from ..modeling import LLM2CLIPConfig
 from ..modeling.configuration_llm2clip import is_repository
-from ..modeling.loading_llm2clip import completed_card, read_card
+from ..modeling.saving_llm2clip import completed_card, read_card
 from .card_facts import (
     FACTS_FILE,
     check_fields,

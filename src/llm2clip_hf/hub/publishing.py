@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_llm2clip import is_repository, without_local_names
-from ..modeling.loading_llm2clip import push_folder, read_card
+from ..modeling.saving_llm2clip import push_folder, read_card
 
 
 # What may be pushed: no pickles (`.bin`, `.pt`, `.pth`), hence no optimizers and no training arguments either.

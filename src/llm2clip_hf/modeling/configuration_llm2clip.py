@@ -7,8 +7,7 @@ import copy
 import difflib
 import inspect
 import math
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
         "`pip install -U transformers`."
     )
 
-from huggingface_hub import HfApi, ModelCardData  # noqa: E402
 from huggingface_hub.errors import HFValidationError  # noqa: E402
 from huggingface_hub.utils import validate_repo_id  # noqa: E402
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
@@ -348,66 +346,6 @@ def config_fields() -> list[str]:
     """Names of the fields that [`LLM2CLIPConfig`] adds to those of every config."""
     parameters = inspect.signature(LLM2CLIPConfig.__init__).parameters
     return [name for name in parameters if name not in ("self", "kwargs")]
-
-
-def pin_text_model(config: Any, text_model: Any = None, text_weights: str | None = None, token: Any = None) -> None:
-    """
-    Makes a config name its external LLM so that everybody gets the same one: repository and commit.
-
-    The commit is that of the LLM in memory, where the Hub gave it, else the one that `text_base_revision` stands for.
-    """
-    name, revision = config.text_base_model, config.text_base_revision
-    pinned = isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision)
-    if (text_weights or config.text_weights) != "external" or (is_repository(name) and pinned):
-        return
-    if not is_repository(name):
-        raise ValueError(
-            f"The LLM is external, and `config.text_base_model` is {name!r}, which is no repository on the Hub: "
-            "nobody else could load this model. Push the LLM first and set `config.text_base_model` to its "
-            "repository, or push with `text_weights='bundled'`, or with `'none'` for a model of stored embeddings."
-        )
-    loaded = getattr(text_model, "config", None)
-    commit = getattr(loaded, "_commit_hash", None) if getattr(loaded, "_name_or_path", None) == name else None
-    if commit is None:
-        try:
-            commit = HfApi().model_info(name, revision=revision, token=token).sha
-        except Exception as error:
-            # Not found, not allowed or not reached: in any case the name stays without a commit.
-            raise ValueError(
-                f"The commit of the external LLM {name!r} at revision {revision or 'main'!r} cannot be found out: "
-                f"{' '.join(str(error).split())} Set `config.text_base_revision` to its commit hash."
-            ) from error
-    config.text_base_revision = commit
-
-
-def short_card(config: Any, repo_id: str, license: str | None = None, tags: Collection[str] = ()) -> str:
-    """The card of a repository that has none: what the config tells, and how to load the model."""
-    base = config.text_base_model if is_repository(config.text_base_model) else None
-    task = "image-feature-extraction" if config.text_weights == "none" else "zero-shot-image-classification"
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "license": license}
-    fields |= {"tags": ["llm2clip", *tags], "base_model": [base] if base else None}
-    revision = f" at revision `{config.text_base_revision}`" if config.text_base_revision else ""
-    llm = {
-        "bundled": "Its language model is in this repository, under its own licence.",
-        "external": f"Its language model is fetched from `{base}`{revision}, under its own licence.",
-        "none": "It takes stored embeddings of its language model (`llm_embeds`).",
-    }
-    return f"""---
-{ModelCardData(**fields).to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
-
-A CLIP-like model whose texts are read by a large language model ([LLM2CLIP](https://arxiv.org/abs/2411.04997)).
-{llm[config.text_weights]}
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
-```
-"""
 
 
 LLM2CLIPConfig.register_for_auto_class()

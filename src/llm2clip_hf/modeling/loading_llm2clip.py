@@ -3,26 +3,16 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Loading of the parts: a vision tower, and an LLM, whole or as adapters, that a model names or is built from."""
 
-import inspect
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_llm2clip import config_fields, unknown_keyword
@@ -247,6 +237,31 @@ def find_file(name: str, file: str, source: dict[str, Any] | None = None) -> Pat
     return None if found is None else Path(found)
 
 
+def skip_shards(
+    name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]
+) -> tuple[Any, dict[str, Any]]:
+    """
+    Arguments by which `from_pretrained` takes the weights of a sharded checkpoint out of the files that it has a use
+    for, the others not even being fetched; those that are given where there is nothing to skip.
+    """
+    others = (kwargs.get("variant"), kwargs.get("offload_folder"), kwargs.get("use_safetensors") is False)
+    if any(others) or os.path.isfile(os.path.join(name, kwargs.get("subfolder") or "", SAFE_WEIGHTS_NAME)):
+        return name, kwargs
+    index = find_file(str(name), SAFE_WEIGHTS_INDEX_NAME, kwargs)
+    shards: dict[str, str] = {} if index is None else json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    needed = {shard for key, shard in shards.items() if not key.startswith(unused)}
+    if len(needed) == len(set(shards.values())):
+        return name, kwargs
+    state: dict[str, Any] = {}
+    for shard in sorted(needed):
+        found = load_state_dict(str(cached_file(str(name), shard, **file_keywords(kwargs))))
+        state |= {key: value for key, value in found.items() if not key.startswith(unused)}
+    config, rest = kwargs.get("config"), kwargs
+    if not isinstance(config, PreTrainedConfig):
+        config, rest = config_class.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
+    return None, {**rest, "config": config, "state_dict": state}
+
+
 def load_text_config(name: str, kwargs: dict[str, Any] | None = None) -> Any:
     """The config of an LLM, also of one saved as adapters only."""
     source = source_keywords(kwargs)
@@ -295,17 +310,24 @@ def load_adapters(model: Any, name: str, source: dict[str, Any] | None = None) -
 
 
 @torch.no_grad()
-def merge_adapters(llm: Any) -> None:
-    """Merges adapters of PEFT into the weights of an LLM, layer by layer, and takes them out."""
-    layers = {name: module for name, module in llm.named_modules() if hasattr(module, "base_layer")}
+def merge_adapters(model: Any, round_once: bool = False) -> list[Any]:
+    """Merges adapters of PEFT into the weights of a model, layer by layer, and takes them out; of which parts."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     for layer in layers.values():
+        weights = {weight: weight.dtype for weight in layer.get_base_layer().parameters()} if round_once else {}
+        for weight in weights:  # of half precision, PEFT rounds what it adds, and the sum
+            weight.data = weight.data.float()
         layer.merge(safe_merge=True)
+        for weight, dtype in weights.items():
+            weight.data = weight.data.to(dtype)
     for name, layer in layers.items():
         if not name.rpartition(".base_layer")[0]:  # adapters of several parameters lie one in the other
-            llm.set_submodule(name, layer.get_base_layer())
-    if layers:
-        llm._hf_peft_config_loaded = False
-        del llm.peft_config
+            model.set_submodule(name, layer.get_base_layer())
+    adapted = [part for part in model.modules() if getattr(part, "_hf_peft_config_loaded", False)]
+    for part in adapted:
+        part._hf_peft_config_loaded = False
+        del part.peft_config
+    return adapted
 
 
 def part_config(name: str, source: dict[str, Any], kwargs: dict[str, Any], part: str) -> tuple[Any, Any]:
@@ -402,129 +424,3 @@ def load_pretrained_tokenizer(name: str, revision: str | None, kwargs: dict[str,
         name, source = adapter["base_model"], {"revision": "main", **base_keywords(source, adapter)}
     options = {key: value for key, value in (kwargs or {}).items() if key == "use_fast"}
     return AutoTokenizer.from_pretrained(name, **source, **options)
-
-
-# What may be pushed: no pickles (`.bin`, `.pt`, `.pth`), hence no optimizers and no training arguments either.
-_PUSHED = [f"*.{end}" for end in ("json", "safetensors", "py", "md", "jinja", "txt", "model", "png", "jpg")]
-# Weights that would be loaded instead of, or beside, the new ones.
-_OLD_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "training_args.bin"]
-
-
-_REFUSALS = {
-    401: "The Hub does not accept the token for {repo_id!r} (401). Make a new one with the right to write at "
-    "https://huggingface.co/settings/tokens.",
-    403: "The token may not write to {repo_id!r} (403). Push to a repository of your own or of an organisation that "
-    "you may write for, or propose the change with `create_pr=True`.",
-}
-
-
-@contextmanager
-def hub_errors(repo_id: str, token: Any = None) -> Iterator[None]:
-    """Turns what the Hub and the network answer into errors that say what to do."""
-    if token in (None, True) and get_token() is None:
-        raise PermissionError(
-            f"No token to push to {repo_id!r} with. Run `hf auth login`, set HF_TOKEN, or pass `token=`; it needs the "
-            "right to write."
-        )
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ValueError) and not isinstance(error, OSError):
-            raise  # says what is wrong already
-        cause: BaseException | None = error
-        while cause is not None:
-            kind = type(cause).__module__.split(".")[0]
-            status = getattr(cause.response, "status_code", None) if isinstance(cause, HfHubHTTPError) else None
-            if isinstance(cause, OfflineModeIsEnabled):
-                raise ConnectionError(
-                    f"Offline mode is on, so nothing can be pushed to {repo_id!r}. Unset HF_HUB_OFFLINE."
-                ) from error
-            if status in _REFUSALS:
-                raise PermissionError(_REFUSALS[status].format(repo_id=repo_id)) from error
-            if kind.startswith(("httpx", "httpcore")):
-                raise ConnectionError(
-                    f"The connection broke while pushing to {repo_id!r} ({error} {cause}). A push is one commit at "
-                    "its end: the repository holds all of it or nothing. Push again; files that arrived are not sent "
-                    "twice."
-                ) from error
-            cause = cause.__cause__
-        raise
-
-
-def create_repository(
-    repo_id: str, private: bool | None = None, token: Any = None, revision: str | None = None, exist_ok: bool = True
-) -> str:
-    """Creates a repository, and a branch in it, unless they are there; returns the full name."""
-    api = HfApi(token=token)
-    full_name = str(api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id)
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(full_name, branch=revision, exist_ok=True)
-    return full_name
-
-
-def push_folder(
-    folder: str, repo_id: str, message: str | None, description: str | None, token: Any, revision: Any, create_pr: bool
-) -> Any:
-    """Pushes a saved model or processor in one commit, which also removes weights that the new ones replace."""
-    has_weights = any(file.endswith(".safetensors") for file in os.listdir(folder))
-    return HfApi(token=token).upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=_PUSHED,
-        delete_patterns=_OLD_WEIGHTS if has_weights else None,
-        commit_message=message,
-        commit_description=description,
-        revision=revision,
-        create_pr=create_pr,
-    )
-
-
-def existing_card(repo_id: str, revision: str | None = None, token: Any = None) -> str | None:
-    """The card of a repository, or `None` if it has none."""
-    try:
-        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
-    except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
-        return None
-    return Path(path).read_text(encoding="utf-8")
-
-
-def read_card(text: str, where: str) -> ModelCard:
-    """A card with its metadata; a `ValueError` that names the card if they are not valid."""
-    try:
-        return ModelCard(text)
-    except Exception as error:
-        # What a parser of YAML raises is its own; whatever it is, the metadata cannot be read.
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The metadata of {where} cannot be read: {reason}. Repair its first lines, or have the card replaced."
-        ) from error
-
-
-def completed_card(existing: str, new: str, where: str) -> str:
-    """A card of somebody's, word for word, with the metadata of a new one that it lacks."""
-    card, other = read_card(existing, where), ModelCard(new)
-    for key, value in other.data.to_dict().items():
-        if key == "tags":
-            card.data[key] = list(dict.fromkeys([*card.data.to_dict().get(key, []), *value]))
-        elif card.data.get(key) is None:
-            card.data[key] = value
-    if not card.text.strip():  # metadata only, as the Hub makes them for a new repository
-        card.text = other.text
-    return str(card)
-
-
-def take_push_options(kwargs: dict[str, Any], folder: Any, push_to_hub: Callable[..., Any]) -> dict[str, Any] | None:
-    """Takes what `save_pretrained(push_to_hub=True, ...)` is for the push out of its arguments."""
-    if not kwargs.pop("push_to_hub", False):
-        return None
-    names = inspect.signature(push_to_hub).parameters
-    for name in ("license", "model_card", "overwrite_card", "tags"):
-        if name in kwargs and name not in names:
-            raise ValueError(
-                f"`{name}` is for the card of a repository, which a model brings with it, not a processor. Pass it to "
-                "`push_to_hub` of the model."
-            )
-    options = {name: kwargs[name] for name in names if name in kwargs}
-    for name in options.keys() - {"token", "max_shard_size"}:
-        del kwargs[name]
-    return {"repo_id": Path(folder).resolve().name, **options}

@@ -17,10 +17,19 @@ from transformers import AutoModel, PreTrainedModel, ZeroShotImageClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_llm2clip import LLM2CLIPConfig, is_repository, pin_text_model, short_card
-from .loading_llm2clip import completed_card, create_repository, existing_card, hub_errors, push_folder
+from .configuration_llm2clip import LLM2CLIPConfig, is_repository
 from .modeling_eva02 import Eva02VisionModel  # noqa: F401 (it registers its type)
-from .pretrained_llm2clip import ATTACH_HINT, LLM2CLIPPreTrainedModel
+from .pretrained_llm2clip import LLM2CLIPPreTrainedModel
+from .saving_llm2clip import (
+    ATTACH_HINT,
+    completed_card,
+    create_repository,
+    existing_card,
+    hub_errors,
+    pin_text_model,
+    push_folder,
+    short_card,
+)
 from .text_llm2clip import (
     LLM2CLIPTextAdapter,
     assert_bidirectional,
@@ -29,7 +38,7 @@ from .text_llm2clip import (
     floating_dtype,
     pool_text,
 )
-from .vision_llm2clip import build_vision_tower, check_pixel_values, measure_vision_tower, pool_image
+from .vision_llm2clip import build_vision_tower, measure_vision_tower, run_vision_tower
 
 
 if TYPE_CHECKING:
@@ -141,16 +150,14 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         else:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
         self.post_init()
+        self.keep_layers_whole()
         if getattr(config, "quantization_config", None) is not None:
             # By this list the quantization of a whole model leaves all parts but the LLM as they are.
             self._keep_in_fp32_modules = set(self._keep_in_fp32_modules_strict)
 
-    def get_input_embeddings(self) -> nn.Module:
-        if self.text_model is None:
-            # The error by which transformers knows that a model embeds no tokens, when it enables gradient
-            # checkpointing for a tower with an adapter.
-            raise NotImplementedError(f"This model holds no LLM, so it has no token embeddings. {ATTACH_HINT}")
-        return self.text_model.get_input_embeddings()
+    def get_input_embeddings(self) -> Any:
+        # None by which transformers, for gradient checkpointing, and accelerate, for FSDP2, know that there are none.
+        return None if self.text_model is None else self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self._require_text_model().set_input_embeddings(value)
@@ -324,22 +331,11 @@ class LLM2CLIPModel(LLM2CLIPPreTrainedModel):
         Raises:
             ValueError: for a wrong shape or dtype, an empty batch, or (in evaluation mode) NaN or infinite values.
         """
-        check_pixel_values(pixel_values, self.config, check_finite=not self.training)
-        if interpolate_pos_encoding is not None:
-            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        pixel_values = pixel_values.to(self.vision_model.dtype)
-        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
-        height, width = pixel_values.shape[-2:]
-        pooled = pool_image(outputs, self.config, height, width, kwargs.get("pixel_attention_mask"))
+        outputs: Any = run_vision_tower(self, pixel_values, interpolate_pos_encoding, **kwargs)
         projection: Any = self.visual_projection  # none, a linear layer, or an adapter around one
         if not isinstance(projection, nn.Identity):
-            pooled = projection(pooled.to(floating_dtype(projection)))
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pooled,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+            outputs.pooler_output = projection(outputs.pooler_output.to(floating_dtype(projection)))
+        return outputs
 
     @can_return_tuple
     def forward(

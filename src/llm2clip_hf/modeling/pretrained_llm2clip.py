@@ -3,11 +3,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Loading and saving of LLM2CLIP, with its LLM bundled, named or left out."""
 
-import copy
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +24,13 @@ from .loading_llm2clip import (
     load_pretrained_tokenizer,
     pin_revision,
     route_keywords,
+    skip_shards,
     source_keywords,
     stored_text_weights,
-    take_push_options,
     text_keywords,
 )
 from .processing_llm2clip import apply_text_template, template_digest, text_end_token, text_prefix_length
+from .saving_llm2clip import check_merged, config_to_save, llm_last, take_push_options, write_sentence_files
 from .text_llm2clip import (
     LLM2CLIPAdapterLinear,
     assert_bidirectional,
@@ -43,8 +40,6 @@ from .text_llm2clip import (
     sampled_weights_digest,
 )
 from .vision_llm2clip import (
-    choose_shards,
-    forget_shards,
     load_pretrained_vision,
     pretrained_logit_scale,
     vision_kwargs,
@@ -52,31 +47,6 @@ from .vision_llm2clip import (
 
 
 logger = logging.get_logger(__name__)
-
-ATTACH_HINT = (
-    "Attach the LLM with `model.attach_text_model(AutoModel.from_pretrained(...))`, or pass stored LLM embeddings as "
-    "`llm_embeds`."
-)
-
-# Bytes of an LLM that are not worth a file of their own.
-SMALL_LLM = 10**9
-# The pipeline of transformers takes the softmax over the labels, which is not what a sigmoid model means.
-SIGMOID_PIPELINES = {
-    "zero-shot-image-classification": {
-        "impl": "modeling_llm2clip.LLM2CLIPZeroShotImageClassificationPipeline",
-        "pt": ["AutoModelForZeroShotImageClassification"],
-    }
-}
-# What sentence-transformers reads beside the model's own files.
-SENTENCE_FILES: dict[str, Any] = {
-    "config_sentence_transformers.json": {
-        "default_prompt_name": None,
-        "model_type": "SentenceTransformer",
-        "prompts": {},
-        "similarity_fn_name": "cosine",
-    },
-    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_llm2clip.LLM2CLIPEncoder"}],
-}
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
@@ -177,7 +147,16 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             self.config.text_weights = text_weights
         self.text_model = text_model
         text_model.requires_grad_(False).eval()
-        self._no_split_modules = sorted({*(self._no_split_modules or ()), *(text_model._no_split_modules or ())})
+        self.keep_layers_whole()
+
+    def keep_layers_whole(self) -> None:
+        """
+        Names the layers that a device map or FSDP2 must not split. Towers also name those of models that they were
+        published with, and accelerate stops at a name that is not there.
+        """
+        parts = [self, *(part for part in (self.vision_model, self.text_model) if part is not None)]
+        named = {name for part in parts for name in part._no_split_modules or ()}
+        self._no_split_modules = sorted(named & {type(module).__name__ for module in self.modules()})
 
     @classmethod
     def from_pretrained(
@@ -230,13 +209,14 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if text_model_kwargs or kwargs.get("quantization_config") is not None:
             where = stored_text_weights(pretrained_model_name_or_path, kwargs) if bundled else "none"
             text_model_kwargs = text_keywords(where, kwargs, text_model_kwargs or {})
-        if not bundled and pretrained_model_name_or_path is not None:
-            kwargs = choose_shards(pretrained_model_name_or_path, kwargs, cls.config_class, ("text_model.",))
+        name = pretrained_model_name_or_path
+        if not bundled and name is not None:
+            name, kwargs = skip_shards(name, kwargs, cls.config_class, ("text_model.",))
         loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
+            name, *model_args, load_text_model=bundled, output_loading_info=True, **kwargs
         )
         model, info = loaded
-        forget_shards(model.config)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path or "")
         if not output_loading_info:
             accepted = ("mismatched_keys",) if kwargs.get("ignore_mismatched_sizes") else ()
             check_loading_info(pretrained_model_name_or_path, info, accepted)
@@ -321,20 +301,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         own.setdefault("text_base_model", str(text_model_name_or_path))
         own["text_base_revision"] = text.get("revision")
         text_model = load_pretrained_text(text_model_name_or_path, None, text)
-        text_pooling = own.get("text_pooling") or getattr(text_model.config, "text_pooling", None)
-        template = getattr(text_model.config, "text_template_sha256", None)
-        if "text_prefix_length" not in own or text_pooling == "eos" or template is not None:
-            tokenizer = load_pretrained_tokenizer(text_model_name_or_path, None, text)
-            tokenizer = apply_text_template(tokenizer, text_template)
-            if template not in (None, template_digest(tokenizer)):
-                raise ValueError(
-                    f"`text_template={text_template!r}` gives texts another template than the one that the LLM "
-                    f"{str(text_model_name_or_path)!r} was trained with, as its config says. Leave `text_template` "
-                    "out, and keep the tokenizer of that folder."
-                )
-            own.setdefault("text_prefix_length", text_prefix_length(tokenizer))
-            if text_pooling == "eos":
-                check_end_token(tokenizer, text_model_name_or_path)
+        own |= _template_fields(text_model, text_model_name_or_path, text_template, text, own)
         config = LLM2CLIPConfig(vision_config=vision_model.config, text_config=text_model.config, **own)
         model = cls(config, vision_model, load_text_model=False)
         if _same_source(str(text_model_name_or_path), config.text_base_model):
@@ -372,11 +339,23 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if getattr(self, "_hf_peft_config_loaded", False):
             self._save_adapters(save_directory, *args, push=push, text_weights=text_weights, **kwargs)
             return
-        self._check_merged(text_weights, weights_given=kwargs.get("state_dict") is not None)
-        with self._saving(text_weights or str(self.config.text_weights)):
-            if self.config.text_weights == "bundled":
-                kwargs = {**_llm_last(kwargs.pop("state_dict", None) or self.state_dict()), **kwargs}
+        where = text_weights or str(self.config.text_weights)
+        check_merged(self, where, weights_given=kwargs.get("state_dict") is not None)
+        restore = self.config, self._keys_to_ignore_on_save
+        self.config = config_to_save(self, where)
+        if where == "bundled":
+            kwargs = {**llm_last(kwargs.pop("state_dict", None) or self.state_dict()), **kwargs}
+            # One dtype is recorded for the folder and used when it is loaded: that of the LLM, since all other parts
+            # are kept in float32 then.
+            self._dtype_to_save = self.text_model.dtype
+        elif self.text_model is not None:
+            keys = {f"text_model.{key}" for key in self.text_model.state_dict()}
+            self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *keys}
+        try:
             super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config, self._keys_to_ignore_on_save = restore
+            self._dtype_to_save = None
         if kwargs.get("is_main_process", True):
             write_sentence_files(Path(save_directory))
             if push is not None:
@@ -419,76 +398,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         finally:
             type(self)._auto_class = auto_class
 
-    def _check_merged(self, text_weights: str | None, weights_given: bool) -> None:
-        """Refuses parts with adapters, whose weights have other names, unless plain weights are given to be saved."""
-        named = self.config.text_base_model if (text_weights or self.config.text_weights) == "external" else None
-        for name, part in self.named_children():
-            if name == "text_model" and named is not None and getattr(part, "adapters_name", None) == named:
-                continue  # as it came from there: adapters beside a quantised LLM
-            # The flag is set by `add_adapter`; `get_peft_model` leaves only its layers, each with a base layer.
-            layers = not weights_given and any(hasattr(module, "base_layer") for module in part.modules())
-            if layers or getattr(part, "_hf_peft_config_loaded", False):
-                raise ValueError(
-                    f"`{name}` carries an adapter; saved like this, its weights could not be loaded again. Merge it "
-                    "first, with `llm2clip_hf.training.merge_lora(model)`, or with `merge_and_unload()` where PEFT's "
-                    "own wrapper put it there; `trainer.save_model` saves a trained model merged."
-                )
-
-    @contextmanager
-    def _saving(self, text_weights: str) -> Iterator[None]:
-        """Sets what `save_pretrained` of transformers reads from the model, and restores it."""
-        config, text_model = self.config, self.text_model
-        if text_weights == "bundled" and text_model is None:
-            raise ValueError(f"`text_weights` is 'bundled', but the model holds no LLM to save. {ATTACH_HINT}")
-        if text_weights == "bundled" and getattr(text_model.config, "quantization_config", None) is not None:
-            raise ValueError(
-                "`text_weights` is 'bundled', but the LLM is quantised, and a folder cannot say that of one part. "
-                "Save with `text_weights='external'` and quantise on loading, with `text_model_kwargs`."
-            )
-        if text_weights == "external" and not config.text_base_model:
-            raise ValueError(
-                "`text_weights` is 'external', but `config.text_base_model` does not name the LLM. Set it to the "
-                "LLM's repository or folder."
-            )
-        if text_weights == "external" and text_model is not None and not self.text_model_is_named():
-            raise ValueError(
-                "`text_weights` is 'external', but the LLM was trained or exchanged: it is not known to be the one "
-                f"that `config.text_base_model` ({config.text_base_model!r}) names, which would be loaded instead. "
-                "Save with `text_weights='bundled'`, or save the LLM by itself and set `config.text_base_model` to "
-                "its folder or repository."
-            )
-        restore = (config.text_weights, self._keys_to_ignore_on_save)
-        # How this copy of the LLM is quantised is no matter of the folder; written, it would be applied to all parts.
-        text_fields = {} if config.text_config is None else vars(config.text_config)
-        quantization = text_fields.pop("quantization_config", None)
-        whole = None if text_weights == "bundled" else vars(config).pop("quantization_config", None)
-        config.text_weights = text_weights
-        if text_model is not None and text_weights != "bundled":
-            text_keys = {f"text_model.{key}" for key in text_model.state_dict()}
-            self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *text_keys}
-        if type(self)._auto_class is not None:
-            # The pipeline for zero-shot classification looks for this entry; `AutoModel` is added on saving.
-            modeling_class = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
-            config.auto_map = {
-                **(getattr(config, "auto_map", None) or {}),
-                "AutoModelForZeroShotImageClassification": modeling_class,
-            }
-            if config.logit_bias_init_value is not None:
-                config.custom_pipelines = copy.deepcopy(SIGMOID_PIPELINES)
-        if text_model is not None and text_weights == "bundled":
-            # One dtype is recorded for the folder and used when it is loaded: that of the LLM, since all other parts
-            # are kept in float32 then.
-            self._dtype_to_save = text_model.dtype
-        try:
-            yield
-        finally:
-            config.text_weights, self._keys_to_ignore_on_save = restore
-            if quantization is not None:
-                text_fields["quantization_config"] = quantization
-            if whole is not None:
-                config.quantization_config = whole
-            self._dtype_to_save = None
-
 
 def _with_new_parts(model: Any) -> Any:
     """The model in evaluation mode, its new parts on the devices of those they follow."""
@@ -504,16 +413,21 @@ def _with_new_parts(model: Any) -> Any:
     return model.eval()
 
 
-def _llm_last(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `save_pretrained` by which the files of an LLM can be left out of a download: after all others."""
-    is_llm = {name: name.startswith("text_model.") for name in state_dict}
-    size = {True: 0, False: 0}
-    for name, value in state_dict.items():
-        size[is_llm[name]] += value.numel() * value.element_size()
-    ordered = dict(sorted(state_dict.items(), key=lambda item: is_llm[item[0]]))
-    # One file as long as it is small; else the first file ends where the LLM begins.
-    large = size[True] > SMALL_LLM
-    return {"state_dict": ordered, **({"max_shard_size": max(size[False], SMALL_LLM)} if large else {})}
+def _template_fields(llm: Any, name: str, text_template: Any, kwargs: dict[str, Any], own: dict[str, Any]) -> Any:
+    """The length of the header of an LLM's template, which has to be the one that the LLM was trained with."""
+    text_pooling = own.get("text_pooling") or getattr(llm.config, "text_pooling", None)
+    trained = getattr(llm.config, "text_template_sha256", None)
+    if "text_prefix_length" in own and text_pooling != "eos" and trained is None:
+        return {}
+    tokenizer = apply_text_template(load_pretrained_tokenizer(name, None, kwargs), text_template)
+    if trained not in (None, template_digest(tokenizer)):
+        raise ValueError(
+            f"`text_template={text_template!r}` gives texts another template than the one that the LLM {str(name)!r} "
+            "was trained with, as its config says. Leave `text_template` out, and keep the tokenizer of that folder."
+        )
+    if text_pooling == "eos":
+        check_end_token(tokenizer, name)
+    return {"text_prefix_length": own.get("text_prefix_length", text_prefix_length(tokenizer))}
 
 
 def _same_source(one: str | None, other: str | None) -> bool:
@@ -527,14 +441,3 @@ def check_end_token(tokenizer: Any, name: str) -> None:
             f"`text_pooling` is 'eos', but the tokenizer of {str(name)!r} puts no end token after a text. Pass "
             f"`text_template='{{text}}{tokenizer.eos_token}'`, to the processor too, or set `text_pooling='last'`."
         )
-
-
-def write_sentence_files(folder: Path) -> None:
-    """Makes a folder with a saved model one that `SentenceTransformer` loads; prompts that it has are kept."""
-    for name, content in SENTENCE_FILES.items():
-        target = folder / name
-        if name == "config_sentence_transformers.json" and target.exists():
-            continue
-        partial = target.with_name(f".{name}.partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)

@@ -13,18 +13,13 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
-from transformers.utils import logging
+from transformers.utils import PROCESSOR_NAME, logging
 
-from .loading_llm2clip import (
-    create_repository,
-    hub_errors,
-    load_pretrained_tokenizer,
-    push_folder,
-    source_of_parts,
-    take_push_options,
-)
+from .loading_llm2clip import load_pretrained_tokenizer, source_of_parts
+from .saving_llm2clip import create_repository, hub_errors, push_folder, take_push_options
 
 
 logger = logging.get_logger(__name__)
@@ -128,26 +123,18 @@ def _auto_template(tokenizer: Any) -> str | None:
     return None
 
 
-def _split_template(template: str) -> tuple[str, str]:
-    if not isinstance(template, str) or template.count("{text}") != 1:
-        raise ValueError(
-            f"`template` must be 'auto', one of {', '.join(map(repr, CHAT_TEMPLATES))}, None, or a string that holds "
-            f"`{{text}}` once, got {template!r}."
-        )
-    prefix, suffix = template.split("{text}")
-    return prefix, suffix
+def _normalizers(spec: dict[str, Any]) -> list[Any]:
+    normalizer = spec.get("normalizer")
+    return [] if normalizer is None else list(normalizer.get("normalizers", [normalizer]))
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` without any template; white space is kept, also by a tokenizer that strips its texts."""
-    if not text:
-        return []
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    normalizer = spec["normalizer"]
-    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    steps = [step for step in steps if step != _STRIP]
+    backend = tokenizer.backend_tokenizer
+    spec = json.loads(backend.to_str())
+    steps = [step for step in _normalizers(spec) if step != _STRIP]
     spec["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
-    return type(tokenizer.backend_tokenizer).from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids
+    return type(backend).from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids if text else []
 
 
 def _with_template(backend: Any, tokens: dict[str, list[int]]) -> Any:
@@ -172,8 +159,7 @@ def _with_template(backend: Any, tokens: dict[str, list[int]]) -> Any:
     # ByteLevel only trims offsets; keep it, whatever else stood there is part of the template by now.
     kept = [step for step in old.get("processors", [old]) if step.get("type") == "ByteLevel"]
     spec["post_processor"] = {"type": "Sequence", "processors": [*kept, template]} if kept else template
-    normalizer = spec.get("normalizer")
-    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    steps = _normalizers(spec)
     if _STRIP not in steps:
         spec["normalizer"] = {"type": "Sequence", "normalizers": [_STRIP, *steps]} if steps else _STRIP
     return type(backend).from_str(json.dumps(spec))
@@ -209,9 +195,13 @@ def apply_text_template(tokenizer: Any, template: str | None = "auto", max_lengt
     prefix, suffix = _template_tokens(tokenizer)
     template = _auto_template(tokenizer) if template == "auto" else template
     if template is not None:
-        header, ending = (
-            _plain_ids(tokenizer, part) for part in _split_template(CHAT_TEMPLATES.get(template, template))
-        )
+        text = CHAT_TEMPLATES.get(template, template)
+        if not isinstance(text, str) or text.count("{text}") != 1:
+            raise ValueError(
+                f"`template` must be 'auto', one of {', '.join(map(repr, CHAT_TEMPLATES))}, None, or a string that "
+                f"holds `{{text}}` once, got {template!r}."
+            )
+        header, ending = (_plain_ids(tokenizer, part) for part in text.split("{text}"))
         applied = prefix[len(prefix) - len(header) :] == header and suffix[: len(ending)] == ending
         if not applied:
             if prefix not in ([], [tokenizer.bos_token_id]):
@@ -327,17 +317,19 @@ class LLM2CLIPProcessor(ProcessorMixin):  # type: ignore[misc]
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves image processor, tokenizer if there is one, and code; see `ProcessorMixin.save_pretrained`."""
         push = take_push_options(kwargs, save_directory, self.push_to_hub)
-        if self.tokenizer is None:
-            # Read from the instance while it is saved: only what it has.
-            vars(self)["get_attributes"] = lambda: ["image_processor"]
-        elif getattr(self.tokenizer, "is_fast", False):
-            # The options of the last call, which would become part of the file and hold for every later one.
-            self.tokenizer.backend_tokenizer.no_truncation()
-            self.tokenizer.backend_tokenizer.no_padding()
-        try:
+        if self.tokenizer is None:  # which `ProcessorMixin` would save all the same
+            os.makedirs(save_directory, exist_ok=True)
+            if self._auto_class is not None:
+                parts: Any = [self.image_processor, self]
+                custom_object_save(self, save_directory, config=parts)
+            saved = [os.path.join(save_directory, PROCESSOR_NAME)]
+            self.to_json_file(saved[0])
+        else:
+            if getattr(self.tokenizer, "is_fast", False):
+                # The options of the last call, which would become part of the file and hold for every later one.
+                self.tokenizer.backend_tokenizer.no_truncation()
+                self.tokenizer.backend_tokenizer.no_padding()
             saved = super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            vars(self).pop("get_attributes", None)
         if push is not None:
             self.push_to_hub(**push)
         return saved

@@ -8,22 +8,29 @@ import importlib
 import inspect
 import json
 import math
-import os
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, can_return_tuple
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    can_return_tuple,
+)
 
-from .configuration_llm2clip import LLM2CLIPConfig, config_fields
+from .configuration_llm2clip import LLM2CLIPConfig
 from .loading_llm2clip import (
     check_complete,
-    file_keywords,
+    find_file,
     load_within,
     part_config,
     part_keywords,
+    skip_shards,
     source_keywords,
 )
 
@@ -130,6 +137,23 @@ def check_pixel_values(pixel_values: torch.Tensor, config: LLM2CLIPConfig, check
         raise ValueError(f"Row {row} of `pixel_values` holds NaN or infinite values. Remove or repair that image.")
 
 
+def run_vision_tower(
+    model: Any, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+) -> BaseModelOutputWithPooling:
+    """What the `vision_model` of a model makes of images, with the pooled vector of its config."""
+    check_pixel_values(pixel_values, model.config, check_finite=not model.training)
+    if interpolate_pos_encoding is not None:
+        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+    outputs = model.vision_model(pixel_values=pixel_values.to(model.vision_model.dtype), **kwargs)
+    height, width = pixel_values.shape[-2:]
+    return BaseModelOutputWithPooling(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=pool_image(outputs, model.config, height, width, kwargs.get("pixel_attention_mask")),
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+
+
 class _RandomNumbers(TorchDispatchMode):
     """Notes whether random numbers are drawn; attention kernels are marked so for a dropout that is off."""
 
@@ -224,43 +248,6 @@ def _check_tokens(tower: Any, states: torch.Tensor, config: LLM2CLIPConfig, size
         )
 
 
-def choose_shards(name: Any, kwargs: dict[str, Any], config_class: Any, unused: tuple[str, ...]) -> dict[str, Any]:
-    """Keywords by which `from_pretrained` fetches and reads no file of a sharded checkpoint that it has no use for."""
-    source = source_keywords(kwargs)
-    options = file_keywords(kwargs)
-    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    single = os.path.isfile(os.path.join(name, options.get("subfolder", ""), SAFE_WEIGHTS_NAME))
-    if single or kwargs.get("variant") or kwargs.get("use_safetensors") is False:
-        return kwargs
-    index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, **missing_is_none, **options)
-    if index is None:
-        return kwargs
-    with open(index, encoding="utf-8") as file:
-        shards: dict[str, str] = json.load(file)["weight_map"]
-    needed = sorted({shard for key, shard in shards.items() if not key.startswith(unused)})
-    can_be_named = len(needed) == 1 or hasattr(PreTrainedConfig, "extra_files")
-    if len(needed) == len(set(shards.values())) or not can_be_named:
-        return kwargs
-    config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        fields = {*config_fields(), *vars(PreTrainedConfig())} - {"dtype"}
-        given = {key: value for key, value in kwargs.items() if key in fields}
-        kwargs = {key: value for key, value in kwargs.items() if key not in fields}
-        config = config_class.from_pretrained(config or name, **source, **given)
-    # The two places where transformers lets a config say which files hold the weights.
-    config = copy.copy(config)
-    config.transformers_weights = needed[0]
-    base = type(config)
-    config.__class__ = type(base.__name__, (base,), {"extra_files": tuple(needed[1:]), "__module__": base.__module__})
-    return {**kwargs, "config": config}
-
-
-def forget_shards(config: Any) -> None:
-    """Takes back what [`choose_shards`] put into a config: a saved one would look for these files."""
-    if vars(config).pop("transformers_weights", None) is not None:
-        config.__class__ = type(config).__mro__[1]
-
-
 class LLM2CLIPVisionModel(PreTrainedModel):
     r"""
     The vision tower of an LLM2CLIP model, without its projection, its text side and its logit scale.
@@ -332,10 +319,10 @@ class LLM2CLIPVisionModel(PreTrainedModel):
         """
         kwargs.setdefault("dtype", torch.float32)
         others = ("text_model.", "text_adapter.", "visual_projection.", "logit_")
-        kwargs = choose_shards(pretrained_model_name_or_path, kwargs, cls.config_class, others)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        source, kwargs = skip_shards(pretrained_model_name_or_path, kwargs, cls.config_class, others)
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        forget_shards(model.config)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if not output_loading_info:
             check_complete(pretrained_model_name_or_path, info)
         return (model, info) if output_loading_info else model
@@ -362,18 +349,7 @@ class LLM2CLIPVisionModel(PreTrainedModel):
         Raises:
             ValueError: for a wrong shape or dtype, an empty batch, or (in evaluation mode) NaN or infinite values.
         """
-        check_pixel_values(pixel_values, self.config, check_finite=not self.training)
-        if interpolate_pos_encoding is not None:
-            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        outputs = self.vision_model(pixel_values=pixel_values.to(self.vision_model.dtype), **kwargs)
-        height, width = pixel_values.shape[-2:]
-        mask = kwargs.get("pixel_attention_mask")
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pool_image(outputs, self.config, height, width, mask),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        return run_vision_tower(self, pixel_values, interpolate_pos_encoding, **kwargs)
 
 
 def vision_kwargs(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -411,29 +387,16 @@ def load_pretrained_vision(
     return model, pooling
 
 
-class _LogitScale(PreTrainedModel):
-    """Reads one parameter out of a checkpoint of any format."""
-
-    config_class = PreTrainedConfig
-    base_model_prefix = "scale"
-    _keys_to_ignore_on_load_unexpected = [r".*"]
-
-    def __init__(self, config: PreTrainedConfig, size: tuple[int, ...] = ()) -> None:
-        super().__init__(config)
-        self.logit_scale = torch.nn.Parameter(torch.zeros(size))
-        self.post_init()
-
-
 def pretrained_logit_scale(name: str, kwargs: dict[str, Any]) -> float:
     """The trained logarithm of the logit scale of a CLIP-like checkpoint."""
-    source = source_keywords(kwargs)
-    for size in ((), (1,)):
-        loaded: Any = _LogitScale.from_pretrained(
-            name, size, config=PreTrainedConfig(), output_loading_info=True, ignore_mismatched_sizes=True, **source
-        )
-        model, info = loaded
-        if not info["missing_keys"] and not info["mismatched_keys"]:
-            return float(model.logit_scale.detach())
+    for file, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        listed = find_file(name, index, kwargs)
+        if listed is not None:
+            file = json.loads(listed.read_text(encoding="utf-8"))["weight_map"].get("logit_scale", file)
+        found = find_file(name, file, kwargs)
+        scale = None if found is None else load_state_dict(str(found)).get("logit_scale")
+        if scale is not None and scale.numel() == 1:
+            return float(scale)
     raise ValueError(
         f"`logit_scale_init_value` is 'pretrained', but {name!r} has no `logit_scale` of one number. Give a number, "
         "or leave it out."

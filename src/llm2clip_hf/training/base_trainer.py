@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all trainers share: checks, callbacks, checkpoints that appear whole, pushing, and the stop at NaN."""
+"""What all trainers share: callbacks, checkpoints that appear whole, pushing, and the stop at NaN."""
 
 import dataclasses
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,29 +15,20 @@ from typing import Any, cast
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, enable_full_determinism, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
-from ..distributed import world_size
 from ..files import REPLACED, UNFINISHED, publish_folder, write_json_atomically
 from ..hub.card_facts import ARGUMENTS_FILE, STATE_FILE
 from ..hub.cards import CARD_FILE
 from ..hub.publishing import link_files, stated_license
-from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors
+from ..modeling.saving_llm2clip import create_repository, existing_card, hub_errors
+from .lora import ADAPTER_FOLDER, has_adapters, load_adapter_checkpoint
 from .publishing import push_copy, push_folder, pushable_files
-
-
-def gpu_supports_bf16() -> bool:
-    """
-    Whether there is a GPU whose hardware computes in bfloat16: NVIDIA from compute capability 8 on, and AMD.
-
-    Older ones, such as T4 and V100, emulate it, which is slower than float32.
-    """
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+from .run_checks import describe_divergence
 
 
 class EpochCallback(TrainerCallback):
@@ -52,180 +42,15 @@ class EpochCallback(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-def seed_run(args: TrainingArguments) -> None:
-    """
-    Seeds all random generators, on all processes alike, as `Trainer` does.
+class TrainBeginCallback(TrainerCallback):
+    """Calls a function when a run begins: the model is wrapped, and the loader is not read yet."""
 
-    `Trainer` is made of a finished model, so whoever builds one (LoRA, an adaptor, a projection) seeds before that.
-    """
-    if args.full_determinism:
-        enable_full_determinism(args.seed)
-    else:
-        set_seed(args.seed)
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
 
-
-def check_float32_weights(model: nn.Module, learning_rate: float, remedy: str) -> None:
-    """
-    Checks that no trained weight is in half precision, in which updates of the size of a learning rate are rounded
-    away; frozen weights may be.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    half = [(name, p.dtype) for name, p in trained if p.is_floating_point() and p.dtype.itemsize < 4]
-    if half:
-        name, dtype = half[0]
-        raise ValueError(
-            f"{len(half)} trained parameters are in half precision, first `{name}` in {dtype}; at a learning rate of "
-            f"{learning_rate:g} their updates would be rounded away. {remedy}; `bf16=True` computes in bfloat16 all "
-            "the same."
-        )
-
-
-def check_whole_weights(trainer: Any) -> None:
-    """
-    Checks that every process holds all weights, which merging LoRA, evaluators and the recomputation of mini-batches
-    take for granted, and a batch of its own.
-    """
-    check_data_parallel(trainer)
-    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
-        found = "FSDP"
-    elif deepspeed is not None and deepspeed.zero_stage == 3:
-        found = "stage 3 of DeepSpeed"
-    else:
-        return
-    raise ValueError(
-        f"{found} spreads the weights of the LLM over processes, and {type(trainer).__name__} could not save them. "
-        "Start it with DistributedDataParallel: `accelerate launch --multi_gpu`, or a configuration without FSDP. An "
-        "LLM that is too large for one GPU is trained with LoRA on `quantization='4bit'` (see "
-        "`build_caption_encoder`)."
-    )
-
-
-def describe_divergence(model: nn.Module) -> str:
-    """What weights that are not finite say about a run, in sentences; nothing where all are finite."""
-    broken = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not _own_part(p).isfinite().all()}
-    if not broken:
-        return ""
-    trained = [name for name, parameter in broken.items() if parameter.requires_grad]
-    if not trained:
-        return (
-            f"{len(broken)} frozen parameters are not finite, first `{next(iter(broken))}`, as they were loaded. Load "
-            "the model from other weights, or with `dtype=torch.float32`."
-        )
-    return (
-        f"{len(trained)} trained parameters are not finite, first `{trained[0]}`: the run has diverged, whatever the "
-        "data. Lower `learning_rate`, and resume from a checkpoint of before or begin anew."
-    )
-
-
-def largest_weight(model: nn.Module) -> str:
-    """The largest absolute value of a trained weight and where it is, for messages."""
-    sizes = {
-        n: float(_own_part(p).detach().abs().max())
-        for n, p in model.named_parameters()
-        if p.requires_grad and _own_part(p).numel()
-    }
-    name = max(sizes, key=sizes.__getitem__)
-    return f"{sizes[name]:.1e} in `{name}`"
-
-
-def _own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter; the loss may be finite on others, which take no part in the search."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-# Arguments of `Trainer` that change how it makes what our trainers are given, or make themselves.
-UNUSED_ARGUMENTS = {
-    "model_init": "The trainer prepares one given model, so there is neither `model_init` nor "
-    "`hyperparameter_search`. Make a trainer for each set of hyperparameters",
-    "compute_loss_func": "The trainer computes its own loss. Override `compute_loss` in a subclass",
-}
-# Options of evaluation that say what `compute_metrics` gets.
-_METRIC_OPTIONS = ("eval_do_concat_batches", "batch_eval_metrics", "include_for_metrics")
-
-
-def refuse_arguments(given: Mapping[str, Any], unused: Mapping[str, str] = UNUSED_ARGUMENTS) -> None:
-    """Refuses keyword arguments that a trainer would pass over."""
-    for name, reason in unused.items():
-        if given.get(name) is not None:
-            raise ValueError(f"`{name}` has no effect here. {reason}, and leave `{name}` out.")
-
-
-def refuse_options(args: Any, unused: Mapping[str, str]) -> None:
-    """Refuses training arguments that a trainer would pass over."""
-    for name, reason in unused.items():
-        field = type(args).__dataclass_fields__.get(name)
-        if field is None:
-            continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = getattr(args, name)
-        if value != default:
-            raise ValueError(
-                f"`{name}` is {value!r}, which has no effect on `{type(args).__name__}`: {reason}. Leave it out."
-            )
-
-
-def check_metric_options(args: Any, compute_metrics: Any) -> None:
-    """Checks that options of the evaluation and the metrics that they are for go together."""
-    if compute_metrics is None:
-        refuse_options(args, dict.fromkeys(_METRIC_OPTIONS, "it says what `compute_metrics` gets, and none is given"))
-    elif args.prediction_loss_only:
-        raise ValueError(
-            "`compute_metrics` has no effect with `prediction_loss_only=True`. Set `prediction_loss_only=False`, or "
-            "leave `compute_metrics` out."
-        )
-
-
-def check_data_parallel(trainer: Any) -> None:
-    """
-    Checks that every process has a batch of its own, as losses over the batches of all processes take for granted.
-    """
-    plan = getattr(trainer.accelerator, "parallelism_config", None)
-    for name in ("tp_size", "cp_size", "sp_size"):
-        size = getattr(plan, name, 1)
-        if size > 1:
-            raise ValueError(
-                f"`{name}` of `parallelism_config` is {size}, which gives several processes the same batch, "
-                f"and {type(trainer).__name__} would take its rows for negatives of one another. Use data parallelism "
-                "only."
-            )
-
-
-def check_one_device(args: Any) -> None:
-    """Checks that a process trains on one device, and that processes that were started together train together."""
-    if world_size() != args.world_size:
-        raise ValueError(
-            f"{world_size()} processes were started, but on this machine each of them would train by itself and write "
-            "the same files. Set `use_cpu=True` (`--use_cpu True`) to train on the CPU, or start one process."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which would split the batch and its negatives. Start "
-            "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
-        )
-
-
-def check_settings(args: Any) -> None:
-    """
-    Checks what a `Trainer` finds out only when it is made or begins: one device per process, what a run reports to,
-    its optimizer, its precision, and the right to push.
-    """
-    check_one_device(args)
-    if args.fp16 and args.device.type == "cpu":
-        raise ValueError("`--fp16` needs a GPU, and training runs on the CPU. Leave it out.")
-    for option in ("report_to", "optim", "push_to_hub"):
-        try:
-            if option == "report_to":
-                for callback in get_reporting_integration_callbacks(args.report_to):
-                    callback()
-            elif option == "optim":
-                Trainer.get_optimizer_cls_and_kwargs(args)
-            elif args.push_to_hub:
-                HfApi(token=args.hub_token).whoami()
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            value = getattr(args, option)
-            given = " ".join(map(str, value)) if isinstance(value, list) else getattr(value, "value", value)
-            raise ValueError(f"`--{option} {given}` cannot be used: {error}") from error
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called before the first epoch; a resumed run has its step by then."""
+        self.function()
 
 
 # Options of `TrainingArguments` that decide what is trained; others are about speed, files, logs and this machine.
@@ -325,6 +150,46 @@ class BaseTrainer(Trainer):
         for name, content in ((STATE_FILE, state), (ARGUMENTS_FILE, options)):
             write_json_atomically(folder / name, json.loads(json.dumps(content, default=str)))
 
+    @property
+    def adapted_llm(self) -> Any:
+        """The LLM whose adapters, where it has some, are all that a checkpoint holds of the model."""
+        return None
+
+    # Overridden because `Trainer` would write a frozen LLM, and leave out or not merge adapters.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:  # `save_model` calls this on every process
+            self.write_model(Path(output_dir or str(self.args.output_dir)), state_dict)
+
+    def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Writes the finished model or, in a checkpoint, what `read_model` needs of it."""
+        if not self._is_checkpoint or not has_adapters(self.adapted_llm):
+            super()._save(str(folder), state_dict)
+            return
+        self.adapted_llm.save_pretrained(folder / ADAPTER_FOLDER)
+        cast(Any, self.processing_class).save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    # Overridden because `Trainer` only warns of weights that are missing.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.read_model(resume_from_checkpoint)
+
+    def read_model(self, checkpoint: str) -> None:
+        """Loads what `write_model` wrote into a checkpoint."""
+        if has_adapters(self.adapted_llm):
+            load_adapter_checkpoint(self.adapted_llm, checkpoint)
+        else:
+            super()._load_from_checkpoint(checkpoint)
+
+    # Overridden because `Trainer` loads the best model by other code, and goes on with the last where that fails.
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.read_model(str(self.state.best_model_checkpoint))
+
     # Overridden because `Trainer` writes into the folder that a resume would read: a kill leaves half a checkpoint.
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:
@@ -419,18 +284,25 @@ class BaseTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        token, revision = token if token is not None else self.args.hub_token, revision or self.args.hub_revision
+        push = self.prepare_push(str(commit_message), token, revision, **kwargs)
+        if push is None:
+            return None
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def prepare_push(
+        self, message: str, token: str | None, revision: str | None, **kwargs: Any
+    ) -> Callable[[], Any] | None:
+        """What pushes the finished model, on the main process; called on all of them."""
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        token, revision = token if token is not None else self.args.hub_token, revision or self.args.hub_revision
         with hub_errors(str(self.hub_model_id), token):
             old = existing_card(str(self.hub_model_id), revision, token)
         where = f"`{CARD_FILE}` in {self.hub_model_id!r}"
         self.create_model_card(**{"license": stated_license(old, where), **kwargs})
-        folder = str(self.args.output_dir)
-        push = partial(push_folder, str(self.hub_model_id), folder, str(commit_message), token, revision)
-        return push() if blocking else HfApi().run_as_future(push)
+        return partial(push_folder, str(self.hub_model_id), str(self.args.output_dir), message, token, revision)
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Pushes what loads of a checkpoint while training goes on; a push that fails is logged."""

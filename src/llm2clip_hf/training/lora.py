@@ -22,10 +22,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_SETTINGS, find_file
+from ..modeling.loading_llm2clip import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_SETTINGS, find_file, merge_adapters
 from ..modeling.text_llm2clip import check_adapter_base, is_quantized, weights_digest
 
 
@@ -264,12 +264,6 @@ def load_adapter_weights(llm: PreTrainedModel, weights: Mapping[str, torch.Tenso
     set_peft_model_state_dict(llm, state, name)
 
 
-def save_adapter_checkpoint(llm: PreTrainedModel, folder: str | Path, args: Any) -> None:
-    """Puts adapters and training arguments into a checkpoint."""
-    llm.save_pretrained(Path(folder) / ADAPTER_FOLDER)
-    torch.save(args, Path(folder) / TRAINING_ARGS_NAME)
-
-
 def load_adapter_checkpoint(llm: PreTrainedModel, checkpoint: str) -> None:
     """Loads the adapters of a checkpoint into those that a model has."""
     file = Path(checkpoint) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
@@ -290,22 +284,61 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return layers
 
 
-def base_state(llm: PreTrainedModel, *, merge: bool = False) -> dict[str, torch.Tensor]:
-    """State dict of the LLM by its names without adapters: as if it had none or, on the CPU, with them merged."""
-    layers = tuner_layers(llm)
-    state = {
-        name: tensor.detach().cpu() if merge else tensor
-        for name, tensor in llm.state_dict().items()
-        if not any(name.startswith(f"{layer}.") for layer in layers)
-    }
-    for name, layer in layers.items():
-        single: Any = copy.deepcopy(layer) if merge else layer  # layer by layer: the memory of one
-        for part in tuple(single.modules()) if merge else ():
+def base_state(llm: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of an LLM as if it had no adapters."""
+    state = llm.state_dict()
+    return {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if not _is_lora(name)}
+
+
+def lora_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter weights of a state dict alone."""
+    return {name: tensor for name, tensor in state.items() if _is_lora(name)}
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_" in name
+
+
+def merged_state(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    device: str | None = None,
+    round_once: bool = True,
+) -> dict[str, torch.Tensor]:
+    """
+    The state dict of a model, or `state` in its place, with the adapters merged by PEFT, under the names of the plain
+    model; layer by layer, so that `device="cpu"` takes the memory of one layer of a model on a GPU. With `round_once`
+    half-precision weights are added to in float32.
+    """
+    state = dict(model.state_dict() if state is None else state)
+    for name, layer in tuner_layers(model).items():
+        own = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
+        single: Any = copy.deepcopy(layer)
+        dtypes = {key.replace("base_layer.", ""): tensor.dtype for key, tensor in own.items()}
+        if round_once:
+            own = {key: tensor.float() for key, tensor in own.items()}
+        single.load_state_dict(own, assign=True)  # which may be whole where the layer's own weights are sharded
+        for part in tuple(single.modules()):
             if isinstance(part, BaseTunerLayer):
                 part.merge(safe_merge=True)
-        base = single.get_base_layer().state_dict()
-        state.update({f"{name}.{key}": tensor.detach().cpu() if merge else tensor for key, tensor in base.items()})
-    return state
+        merged = single.get_base_layer().state_dict()
+        state |= {f"{name}.{key}": tensor.to(device=device, dtype=dtypes[key]) for key, tensor in merged.items()}
+    return {name: tensor.detach().to(device=device) for name, tensor in state.items()}
+
+
+def plain_copy(model: Any, state: Mapping[str, torch.Tensor], **fields: Any) -> Any:
+    """A model of the class and config of another, or with other `fields` of it, that holds `state` as it is."""
+    classes = type(model).__mro__  # FSDP2 derives a class of its own from a model's
+    model_class: Any = classes[classes.index(FSDPModule) + 1] if FSDPModule in classes else classes[0]
+    config = copy.deepcopy(model.config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        plain = model_class._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.tie_weights()
+    return plain.eval()
 
 
 def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
@@ -313,17 +346,26 @@ def merged_llm(llm: PreTrainedModel) -> PreTrainedModel:
     layers = tuner_layers(llm)
     if not layers:
         return llm
-    state = base_state(llm, merge=True)
-    with torch.device("meta"):
-        merged = type(llm)._from_config(copy.deepcopy(llm.config), dtype=llm.dtype)
-    merged.load_state_dict(state, strict=True, assign=True)
+    # Rounded as PEFT does, and as an LLM with its adapters is loaded: fingerprints of stored embeddings depend on it.
+    merged: PreTrainedModel = plain_copy(llm, merged_state(llm, device="cpu", round_once=False))
     for name, buffer in llm.named_buffers():  # those that are not in a state dict, such as rotary frequencies
-        if any(name.startswith(f"{layer}.") for layer in layers):
-            continue
-        owner, _, leaf = name.rpartition(".")
-        merged.get_submodule(owner).register_buffer(leaf, buffer.detach().cpu(), persistent=name in state)
-    merged.tie_weights()
-    return merged.eval()
+        if name not in merged.state_dict() and not any(name.startswith(f"{layer}.") for layer in layers):
+            owner, _, leaf = name.rpartition(".")
+            merged.get_submodule(owner).register_buffer(leaf, buffer.detach().cpu(), persistent=False)
+    return merged
+
+
+def merge_lora(model: nn.Module) -> None:
+    """
+    Merges the adapters of a model into its weights for good; it is a plain model afterwards.
+
+    Args:
+        model (`nn.Module`): A model whose towers may carry LoRA; it is changed.
+    """
+    lora_layers(model)
+    for part in merge_adapters(model, round_once=True):
+        # `load_adapter` leaves those of the adapters' names, which saving would apply to all weights.
+        part._weight_conversions = None
 
 
 def attach_lora(part: Any, config: LoraConfig) -> None:
@@ -352,62 +394,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 # `Eva02VisionOutputLinear` differs from `nn.Linear` in its initialisation only.
 _LINEAR = ("Linear", "NonDynamicallyQuantizableLinear", "Eva02VisionOutputLinear", "LLM2CLIPAdapterLinear")
-
-
-def merged_state(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The state dict of a model with its adapters merged: `weight + scaling * B @ A`, computed in float32."""
-    state = model.state_dict() if state is None else state
-    layers = lora_layers(model)
-    merged = {}
-    for key, tensor in state.items():
-        owner, base, leaf = key.partition(".base_layer.")
-        if base and owner in layers:
-            merged[f"{owner}.{leaf}"] = _add_delta(owner, layers[owner], tensor, state) if leaf == "weight" else tensor
-        elif not _is_lora_key(key, layers):
-            merged[key] = tensor
-    return merged
-
-
-def lora_state(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter weights of a model alone, by their names in its state dict; arguments as of `merged_state`."""
-    state = model.state_dict() if state is None else state
-    layers = lora_layers(model)
-    return {key: tensor for key, tensor in state.items() if _is_lora_key(key, layers)}
-
-
-def merge_lora(model: nn.Module) -> None:
-    """
-    Merges the adapters of a model into its weights for good; it is a plain model afterwards.
-
-    Args:
-        model (`nn.Module`): A model whose towers may carry LoRA; it is changed.
-    """
-    layers = lora_layers(model)
-    merged = merged_state(model)
-    for name, layer in layers.items():
-        base: Any = layer.get_base_layer()
-        base.weight.data = merged[f"{name}.weight"]
-        model.set_submodule(name, base)
-    for module in model.modules():
-        if getattr(module, "_hf_peft_config_loaded", False):
-            module._hf_peft_config_loaded = False  # type: ignore[assignment]
-            # `load_adapter` leaves those of the adapters' names, which saving would apply to all weights.
-            vars(module).pop("_weight_conversions", None)
-            if hasattr(module, "peft_config"):
-                del module.peft_config
-
-
-def _is_lora_key(key: str, layers: Mapping[str, Any]) -> bool:
-    owner, found, _ = key.partition(".lora_")
-    return bool(found) and owner in layers
-
-
-def _add_delta(name: str, layer: LoraLinear, weight: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    total = weight.float()
-    for adapter in layer.active_adapters:
-        down, up = (state[f"{name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
-        total = total + layer.scaling[adapter] * (up @ down).to(total.device)
-    return total.to(weight.dtype)
 
 
 __all__ = ["attach_lora", "lora_layers", "lora_state", "merge_lora", "merged_state"]

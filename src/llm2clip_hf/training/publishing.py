@@ -9,7 +9,7 @@ from typing import Any
 
 from ..hub.cards import CARD_FILE, merged_card
 from ..hub.publishing import commit_files, link_files, publishable_files
-from ..modeling.loading_llm2clip import create_repository, existing_card, hub_errors, read_card
+from ..modeling.saving_llm2clip import create_repository, existing_card, hub_errors, read_card
 
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainingArguments
 
-from ..base_trainer import gpu_supports_bf16, refuse_options
+from ..run_checks import gpu_supports_bf16, refuse_options
 from .loss import check_options
 
 

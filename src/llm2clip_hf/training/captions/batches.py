@@ -4,40 +4,27 @@ Batches of captions through the LLM with little padding and, if asked, in the me
 
 (1) The rows of all columns (anchors, positives, negatives) are put together and sorted by length.
 (2) They are cut into mini-batches, each trimmed to its longest row, and embedded one after the other.
-(3) With a limit on the size of a mini-batch, each one is recomputed in the backward pass and keeps no activations
-    until then (GradCache, arXiv 2101.06983): gradients, dropout masks included, are those of the batch at once.
-
-The loop runs inside the model's `forward`, not around it: DistributedDataParallel then sees one forward and one
-backward pass, and reduces each gradient once.
+(3) With a limit on the size of a mini-batch, they are recomputed in the backward pass, see `gradcache`.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ... import distributed
 from ...data.sampling import length_groups, token_budget_batches
-from ..gradcache import exchanged_forward
+from ..gradcache import embed_chunks
 
 
 Features = dict[str, Any]
+SENTENCE_EMBEDDING = "sentence_embedding"
 # What FlashAttention is told about a batch of rows laid end to end; rebuilt for every mini-batch.
 _BOUNDARY_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-
-
-class MiniBatch(NamedTuple):
-    """Features of some rows, and the numbers of these rows in all columns laid one behind the other."""
-
-    features: Features
-    rows: list[int]
 
 
 def embed_columns(
@@ -52,35 +39,17 @@ def embed_columns(
     Equal to `[model(column)["sentence_embedding"] for column in columns]`, up to rounding and the draws of dropout.
     """
     sizes = [num_rows(column) for column in columns]
-    batches = mini_batches(columns, mini_batch_size, mini_batch_tokens)
-    recompute = mini_batch_size is not None or mini_batch_tokens is not None
-    if len(batches) == 1 and not recompute:
-        embeddings = model(batches[0].features)["sentence_embedding"]
-    else:
-        with _forward_in_passes(extract_model_from_parallel(model), recompute and torch.is_grad_enabled()):
-            embeddings = model({"mini_batches": [batch.features for batch in batches]})["sentence_embedding"]
-    order = torch.tensor([row for batch in batches for row in batch.rows], device=embeddings.device)
+    parts = mini_batches(columns, mini_batch_size, mini_batch_tokens)
+    limited = mini_batch_size is not None or mini_batch_tokens is not None
+    embeddings = embed_chunks(
+        model,
+        parts,
+        lambda forward, part: forward(part.features),
+        lambda part, outputs: {SENTENCE_EMBEDDING: outputs[SENTENCE_EMBEDDING]},
+        recompute=limited and torch.is_grad_enabled(),
+    )[SENTENCE_EMBEDDING]
+    order = torch.tensor([row for part in parts for row in part.rows], device=embeddings.device)
     return list(embeddings[order.argsort()].split(sizes))
-
-
-@contextmanager
-def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
-    """Makes `model.forward` take many mini-batches at once, for the duration of the context."""
-    forward: Callable[..., Any] = model.forward
-
-    def embed(batch: Features) -> Tensor:
-        # A copy, because modules write their results into the features.
-        return forward(dict(batch))["sentence_embedding"]
-
-    def forward_all(batch: dict[str, list[Features]]) -> dict[str, Tensor]:
-        parts = [
-            checkpoint(embed, each, use_reentrant=False) if recompute else embed(each)
-            for each in batch["mini_batches"]
-        ]
-        return {"sentence_embedding": torch.cat(parts)}
-
-    with exchanged_forward(model, forward_all):
-        yield
 
 
 # ------------------------------------------------------------------------------------------------- cutting into passes
@@ -88,7 +57,7 @@ def _forward_in_passes(model: nn.Module, recompute: bool) -> Iterator[None]:
 
 def mini_batches(
     columns: Sequence[Features], mini_batch_size: int | None = None, mini_batch_tokens: int | None = None
-) -> list[MiniBatch]:
+) -> "list[MiniBatch]":
     """
     Cuts the rows of all columns into mini-batches of similar length.
 
@@ -100,7 +69,7 @@ def mini_batches(
     kinds: dict[str, list[int]] = {}
     for number, column in enumerate(columns):
         kinds.setdefault(repr(sorted(_shared_values(column).items())), []).append(number)
-    parts: list[_Part] = []
+    parts: list[MiniBatch] = []
     for members in kinds.values():
         group = _Group.of([columns[number] for number in members])
         numbers = np.concatenate([np.arange(offsets[n], offsets[n + 1]) for n in members])
@@ -110,23 +79,21 @@ def mini_batches(
             limit = mini_batch_size or len(numbers)
             budgets = token_budget_batches(group.lengths, mini_batch_tokens or sys.maxsize)
             cut = [rows[i : i + limit] for rows in budgets for i in range(0, len(rows), limit)]
-        parts += [_Part(group, rows, numbers[rows].tolist()) for rows in cut]
+        parts += [MiniBatch(group, rows, numbers[rows].tolist()) for rows in cut]
     _cut_into(parts, max(distributed.all_gather_sizes(len(parts), columns[0]["input_ids"].device)))
-    return [MiniBatch(part.group.select(part.rows), part.numbers) for part in parts]
+    return parts
 
 
-def _cut_into(parts: "list[_Part]", count: int) -> None:
+def _cut_into(parts: "list[MiniBatch]", count: int) -> None:
     """Halves the part of most rows until there are `count` parts, or nothing is left to halve."""
     while len(parts) < count:
         largest = max(range(len(parts)), key=lambda number: len(parts[number].rows))
-        group, rows, numbers = parts[largest]
+        group, places, rows = parts[largest]
         half = len(rows) // 2
         if not half:
             return
-        parts[largest : largest + 1] = [
-            _Part(group, rows[:half], numbers[:half]),
-            _Part(group, rows[half:], numbers[half:]),
-        ]
+        halves = [MiniBatch(group, places[cut], rows[cut]) for cut in (slice(half), slice(half, None))]
+        parts[largest : largest + 1] = halves
 
 
 # ----------------------------------------------------------------------------------------------------- rows of columns
@@ -186,10 +153,17 @@ class _Group(NamedTuple):
         return self.features | {name: self.features[name][index][:, kept] for name in self.token_keys}
 
 
-class _Part(NamedTuple):
+class MiniBatch(NamedTuple):
+    """Some rows of columns of one kind."""
+
     group: _Group
-    rows: list[int]  # within the group
-    numbers: list[int]  # of these rows, in all columns laid one behind the other
+    places: list[int]  # within the group
+    rows: list[int]  # their numbers in all columns laid one behind the other
+
+    @property
+    def features(self) -> Features:
+        """What the model takes; made anew each time, because modules write their results into it."""
+        return self.group.select(self.places)
 
 
 def _is_per_token(column: Features, value: Any) -> bool:

@@ -337,10 +337,10 @@ def build_caption_encoder(
 
     if stored is not None:
         attach_stored_lora(llm, name_or_path, stored, revision)
-        if lora is None:
-            # Beside quantised weights adapters stay as they are.
-            merged: Any = llm.requires_grad_(False) if quantization_label(llm) else merged_llm(llm)
-            transformer.model = merged.to(llm.device) if merged is not llm else llm
+        if lora is None and quantization_label(llm):
+            llm.requires_grad_(False)  # beside quantised weights adapters stay as they are
+        elif lora is None:
+            transformer.model = merged_llm(llm).to(cast(Any, llm.device))
     elif lora is not None:
         if has_adapters(llm):
             raise ValueError(

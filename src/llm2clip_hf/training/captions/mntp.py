@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +29,21 @@ from ...files import written_into
 from ...hub.cards import mntp_card
 from ...modeling import assert_bidirectional
 from ...modeling.loading_llm2clip import find_adapters
-from ..base_trainer import (
-    BaseTrainer,
-    EpochCallback,
+from ..base_trainer import BaseTrainer, EpochCallback
+from ..lora import (
+    REPLACED_FILES,
+    add_lora,
+    has_adapters,
+    lora_config,
+    merged_llm,
+)
+from ..run_checks import (
     check_float32_weights,
     check_metric_options,
     check_one_device,
     check_whole_weights,
     refuse_arguments,
     seed_run,
-)
-from ..lora import (
-    REPLACED_FILES,
-    add_lora,
-    has_adapters,
-    load_adapter_checkpoint,
-    lora_config,
-    merged_llm,
-    save_adapter_checkpoint,
 )
 from .arguments import MNTPTrainingArguments
 
@@ -248,29 +245,22 @@ class MNTPTrainer(BaseTrainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return (loss, outputs) if return_outputs else loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return  # `save_model` calls this on every process
-        llm: Any = self.accelerator.unwrap_model(self.model)
-        tokenizer: Any = self.processing_class
-        folder = Path(output_dir or str(self.args.output_dir))
-        if self._is_checkpoint and not has_adapters(llm):
-            super()._save(output_dir, state_dict)
-        elif self._is_checkpoint:
-            save_adapter_checkpoint(llm, folder, self.args)
-        else:
-            with written_into(folder, "config.json", REPLACED_FILES) as temporary:
-                merged_llm(llm).save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                card = mntp_card(folder.name, str(llm.config._name_or_path))
-                (temporary / "README.md").write_text(card, encoding="utf-8")
+    @property
+    def adapted_llm(self) -> Any:
+        """See `BaseTrainer`."""
+        return self.accelerator.unwrap_model(self.model)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        llm: Any = self.accelerator.unwrap_model(self.model)
-        if not has_adapters(llm):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """See `BaseTrainer`."""
+        if self._is_checkpoint:
+            super().write_model(folder, state_dict)
             return
-        load_adapter_checkpoint(llm, resume_from_checkpoint)
+        llm, tokenizer = self.adapted_llm, cast(Any, self.processing_class)
+        with written_into(folder, "config.json", REPLACED_FILES) as temporary:
+            merged_llm(llm).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            card = mntp_card(folder.name, str(llm.config._name_or_path))
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager

@@ -8,7 +8,6 @@ optionally a whole number `label`, equal for rows of the same image.
 
 import hashlib
 import logging
-import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from ...data.sampling import random_bits
+from ..run_checks import steps_of_run
 from ..streams import EndlessStream, shards_itself
 from .loss import TEXT_ID
 
@@ -306,15 +306,7 @@ def count_steps(args: Any, sizes: Sequence[int]) -> int:
     processes = 1 if args.accelerator_config.split_batches else args.world_size
     sampler = SingleSourceBatchSampler(sizes, args.train_batch_size, processes, drop_last=args.dataloader_drop_last)
     sampler.check_sources()
-    steps: int = args.max_steps
-    if steps < 1:
-        steps = math.ceil(args.num_train_epochs * -(-(len(sampler) // processes) // args.gradient_accumulation_steps))
-    if steps < 1:
-        raise ValueError(
-            f"`--num_train_epochs {args.num_train_epochs:g}` with `--max_steps {args.max_steps}` is no step of "
-            "training. Raise one of them."
-        )
-    return steps
+    return steps_of_run(args, len(sampler) // processes)
 
 
 class EvaluationBatchSampler(torch.utils.data.Sampler[list[int]]):

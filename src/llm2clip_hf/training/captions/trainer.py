@@ -9,22 +9,19 @@ from typing import Any, cast
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 
 from ...hub.card_facts import run_options
-from ..base_trainer import (
+from ..base_trainer import BaseTrainer, EpochCallback
+from ..run_checks import (
     UNUSED_ARGUMENTS,
-    BaseTrainer,
-    EpochCallback,
     check_float32_weights,
     check_one_device,
     check_whole_weights,
     describe_divergence,
     refuse_arguments,
 )
-from ..lora import has_adapters, load_adapter_checkpoint, save_adapter_checkpoint
 from ..streams import loader_options
 from .arguments import CaptionContrastiveTrainingArguments
 from .encoder import CaptionEncoder
@@ -258,59 +255,17 @@ class CaptionContrastiveTrainer(BaseTrainer, SentenceTransformerTrainer):
 
     # ------------------------------------------------------------------------------------------------ saving, resuming
 
-    # Overridden because a checkpoint of LoRA is its adapters, which `Trainer` would merge or leave out.
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return  # `save_model` calls this on every process
-        llm = self._encoder().llm
-        if not self._is_checkpoint or not has_adapters(llm):
-            super()._save(output_dir, state_dict)
-            return
-        folder = output_dir or str(self.args.output_dir)
-        save_adapter_checkpoint(llm, folder, self.args)
-        self._encoder().tokenizer.save_pretrained(folder)
+    @property
+    def adapted_llm(self) -> Any:
+        """See `BaseTrainer`."""
+        return self._encoder().llm
 
-    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        llm = self._encoder().llm
-        if has_adapters(llm):
-            load_adapter_checkpoint(llm, checkpoint_path)
-            return
-        loaded = type(llm).from_pretrained(checkpoint_path, dtype=llm.dtype)
-        llm.load_state_dict(loaded.state_dict(), strict=True)
-
-    # Overridden because sentence-transformers logs an error and goes on with the last weights.
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None:
-            raise ValueError("`load_best_model_at_end` is set, but no evaluation was followed by a checkpoint.")
-        logger.info("Loading the best model, %s (%s).", best, self.state.best_metric)
-        self._load_from_checkpoint(best)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Pushes the encoder, LoRA merged, with its code and card to `args.hub_model_id`, in one commit."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+    def prepare_push(self, message: str, token: str | None, revision: str | None, **kwargs: Any) -> Any:
+        """What pushes the encoder, LoRA merged, with its code and card, in one commit."""
         if not self.is_world_process_zero():
             return None
-        push = partial(
-            self._encoder().push_to_hub,
-            str(self.hub_model_id),
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            revision=revision or self.args.hub_revision,
-            exist_ok=True,
-            **kwargs,
-        )
-        return push() if blocking else HfApi().run_as_future(push)
+        options = {"commit_message": message, "token": token, "revision": revision, "exist_ok": True, **kwargs}
+        return partial(self._encoder().push_to_hub, str(self.hub_model_id), **options)
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Pushes nothing: a checkpoint holds adapters, which do not load by themselves."""

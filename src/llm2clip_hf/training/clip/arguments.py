@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..base_trainer import gpu_supports_bf16, refuse_options
+from ..run_checks import gpu_supports_bf16, refuse_options
 
 
 LOSS_TYPES = ("softmax", "sigmoid")

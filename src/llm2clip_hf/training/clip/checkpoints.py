@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading of a model in training: FSDP2, adapters, the LLM and what is attached."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial
 
 from ...hub.cards import LLM2CLIPModelCardData
 from ...modeling.configuration_llm2clip import is_repository
-from ..lora import has_adapters, lora_layers, lora_state
+from ..lora import has_adapters, lora_layers, lora_state, merged_state, plain_copy
 from ..publishing import LORA_FILE
 from . import clip_text
 from .parameters import has_llm, is_llm2clip
@@ -39,33 +38,11 @@ def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-@contextmanager
-def ready_for_fsdp2(model: Any) -> Iterator[None]:
-    """Makes a model give the answers that accelerate shards it by, while it does."""
-    # The list of a vision tower also names layers of the text tower that it was published with, and accelerate stops
-    # at a name that is not there.
-    present = {type(module).__name__ for module in model.modules()}
-    model._no_split_modules = sorted(present & set(model._no_split_modules or ()))
-    if is_llm2clip(model) and model.text_model is None:
-        # accelerate asks for token embeddings to shard apart; a model without an LLM answers with an error.
-        model.get_input_embeddings = lambda: None
-    try:
-        yield
-    finally:
-        model.__dict__.pop("get_input_embeddings", None)
-
-
 def register_feature_methods(model: Any) -> None:
     """Lets the methods that give features be called on a model that is sharded."""
     for name in _FEATURE_METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
-
-
-def unsharded_class(model: Any) -> type:
-    """The class that a model had before FSDP2 derived one from it."""
-    classes = type(model).__mro__
-    return classes[classes.index(FSDPModule) + 1] if isinstance(model, FSDPModule) else type(model)
 
 
 _TOWERS = ("vision_model", "text_model")
@@ -91,8 +68,8 @@ def load_checkpoint(model: Any, folder: Path) -> None:
     for name in _TOWERS:
         if f"{name}." in adapted:
             part = getattr(model, name)
-            adapters = set(lora_state(part))
-            elsewhere += [f"{name}.{key}" for key in part.state_dict() if key not in adapters]
+            own = part.state_dict()
+            elsewhere += [f"{name}.{key}" for key in own.keys() - lora_state(own).keys()]
     missing = [key for key in found.missing_keys if not key.startswith(tuple(elsewhere))]
     if missing or found.unexpected_keys:
         raise ValueError(
@@ -113,62 +90,42 @@ def saved_text_weights(model: Any) -> str:
     return "external" if getattr(model, "text_model_is_named", lambda: True)() else "bundled"
 
 
-@contextmanager
-def plain_model(model: Any) -> Iterator[None]:
+def save_model(model: Any, folder: Path, state: Any = None) -> None:
     """
-    Makes `save_pretrained` name a frozen LLM instead of writing it, bundle one that was trained, take towers with LoRA
-    for plain ones, whose merged weights it is given, and a model under FSDP2 for one of its own class, whose code is
-    saved with it.
+    Writes a model: plain, with LoRA merged, and the adapters and what is attached beside it. A frozen LLM is named
+    instead, and one that was trained is bundled.
     """
-    sharded_class = type(model)
-    model.__class__ = unsharded_class(model)
-    towers: list[Any] = [tower for tower in (getattr(model, name, None) for name in _TOWERS) if has_adapters(tower)]
-    towers.append(model)  # `add_adapter` of the whole model
-    flags = [getattr(tower, "_hf_peft_config_loaded", False) for tower in towers]
-    config: Any = getattr(model, "config", None)
-    conversions = getattr(model, "_weight_conversions", None)
-    if flags[-1]:  # `load_adapter` left those of the adapters' names
-        model._weight_conversions = None
-    text_weights = getattr(config, "text_weights", None)
-    if has_llm(model):
-        config.text_weights = saved_text_weights(model)
-    for tower in towers:
-        tower._hf_peft_config_loaded = False
-    try:
-        yield
-    finally:
-        model.__class__ = sharded_class
-        for tower, flag in zip(towers, flags):
-            tower._hf_peft_config_loaded = flag
-        if flags[-1]:
-            model._weight_conversions = conversions
-        if has_llm(model):
-            config.text_weights = text_weights
+    fields = {"text_weights": saved_text_weights(model)} if is_llm2clip(model) else {}
+    adapted, with_clip_text = has_adapters(model), hasattr(model, clip_text.NAME)
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapted or with_clip_text:
+        state = model.state_dict() if state is None else state
+        adapters = {key: tensor.contiguous().cpu() for key, tensor in lora_state(state).items()}
+        state, attached = clip_text.split_state(merged_state(model, state))
+        if adapters:
+            save_file(adapters, folder / LORA_FILE)
+        if with_clip_text:
+            clip_text.save_attached(folder, model, attached)
+    if adapted or isinstance(model, FSDPModule):
+        if fields and fields["text_weights"] != "bundled":
+            state = {key: tensor for key, tensor in state.items() if not key.startswith("text_model.")}
+        model, state = plain_copy(model, state, **fields), None
+    model.save_pretrained(folder, state_dict=state, **fields)
 
 
-def save_card(
-    trainer: Any,
-    config: Any,
-    name: str | None,
-    license: str | None,
-    language: Any,
-    tags: Any,
-    start: str | None,
-    datasets: Any,
-    training_data: Any,
-) -> None:
-    """Writes the card of a model that was saved into `args.output_dir`."""
+def save_card(trainer: Any, config: Any, given: Mapping[str, Any]) -> None:
+    """Writes the card of a model that was saved into `args.output_dir`, of the arguments of `create_model_card`."""
     folder = Path(str(trainer.args.output_dir))
     config = type(config).from_pretrained(folder)  # as it was saved: it says where the LLM is
-    sources = [start, config.text_base_model] if start else []
+    sources = [given["finetuned_from"], config.text_base_model] if given.get("finetuned_from") else []
+    tags, data = ([each] if isinstance(each, str) else each for each in (given.get("tags"), given.get("dataset")))
     fields: dict[str, Any] = {
-        "name": name or trainer.hub_model_id or folder.absolute().name,
-        "license": license,
-        "language": language,
+        "name": given.get("model_name") or trainer.hub_model_id or folder.absolute().name,
+        "license": given.get("license"),
+        "language": given.get("language"),
         "tags": tags,
         "base_model": [source for source in sources if is_repository(source)],
-        "datasets": datasets,
+        "datasets": given.get("dataset_tags"),
+        **({"training_data": data} if data else {}),
     }
-    if training_data:
-        fields["training_data"] = training_data
     LLM2CLIPModelCardData.from_trainer(trainer, config, **fields).save(folder)

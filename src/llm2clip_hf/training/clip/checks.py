@@ -3,7 +3,6 @@
 
 import inspect
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -12,11 +11,18 @@ from torch import nn
 
 from ...data import CaptionEmbeddingStore
 from ...data.store.fingerprint import require_identity, require_text_encoder
-from ..base_trainer import check_float32_weights, check_metric_options, check_one_device, largest_weight, seed_run
-from ..gradcache import CLIP_TEXT_NAMES, has_batch_statistics
+from ..run_checks import (
+    check_float32_weights,
+    check_metric_options,
+    check_one_device,
+    largest_weight,
+    seed_run,
+    steps_of_run,
+)
 from ..streams import shards_itself
 from . import clip_text
 from .arguments import LLM2CLIPTrainingArguments
+from .encoding import CLIP_TEXT_NAMES, has_batch_statistics
 from .parameters import is_llm2clip, prepare_trained_parts
 
 
@@ -81,15 +87,7 @@ def count_steps(args: LLM2CLIPTrainingArguments, dataset: Any) -> int:
             f"The training set of {rows} rows holds less than one batch of {size} rows on each of {args.world_size} "
             "device(s). Lower `--per_device_train_batch_size`."
         )
-    steps = args.max_steps
-    if steps < 1:
-        steps = math.ceil(args.num_train_epochs * -(-batches // accumulated))
-    if steps < 1:
-        raise ValueError(
-            f"`--num_train_epochs {args.num_train_epochs:g}` with `--max_steps {args.max_steps}` is no step of "
-            "training. Raise one of them."
-        )
-    return steps
+    return steps_of_run(args, batches)
 
 
 def check_trainable(model: nn.Module, args: LLM2CLIPTrainingArguments) -> None:

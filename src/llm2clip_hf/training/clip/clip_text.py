@@ -11,7 +11,6 @@ its own beside the model, `clip_text_model/`, which `CLIPTextModelWithProjection
 in that folder too; `load_concatenated_text_head` loads it.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,6 @@ def concatenated_text_embeds(
         )
     both = [F.normalize(embeds.float(), dim=-1) for embeds in (clip_text_embeds, text_embeds)]
     return F.normalize(head(torch.cat(both, dim=-1)).float(), dim=-1)
-
-
-def save_head(folder: Path, weight: torch.Tensor) -> None:
-    """Writes the head into the folder of a model; the file appears whole or not at all."""
-    file = folder / HEAD_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    save_file({"weight": weight.detach().contiguous().cpu()}, temporary)
-    os.replace(temporary, file)
 
 
 def load_concatenated_text_head(folder: str | Path) -> nn.Linear:
@@ -201,7 +191,8 @@ def save_attached(folder: Path, model: Any, state: Mapping[str, torch.Tensor]) -
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     getattr(model, NAME).save_pretrained(folder / NAME, state_dict=own)
     if hasattr(model, HEAD_NAME):
-        save_head(folder, state[f"{HEAD_NAME}.weight"])
+        weight = state[f"{HEAD_NAME}.weight"]
+        save_file({"weight": weight.detach().contiguous().cpu()}, folder / HEAD_FILE)
 
 
 def load_attached_state(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:

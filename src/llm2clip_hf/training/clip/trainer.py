@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer of stage 2: contrastive learning of images against texts that an LLM embeds."""
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -8,34 +9,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from transformers.trainer_utils import has_length
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from ...data import ImageTextCollator
 from ...files import write_json_atomically
 from ...losses import ContrastiveLoss
-from ...modeling.configuration_llm2clip import pin_text_model
-from ...modeling.loading_llm2clip import hub_errors
-from ..base_trainer import (
-    BaseTrainer,
-    EpochCallback,
-    check_data_parallel,
-    describe_divergence,
-    refuse_arguments,
-)
-from ..gradcache import embed_batches
-from ..lora import has_adapters, lora_state, merged_state
-from ..publishing import LORA_FILE
+from ...modeling.saving_llm2clip import hub_errors, pin_text_model
+from ..base_trainer import BaseTrainer, EpochCallback, TrainBeginCallback
+from ..run_checks import check_data_parallel, describe_divergence, refuse_arguments
 from ..streams import resume_stream, shards_itself, stream_loader, stream_state
 from . import clip_text
 from .arguments import LLM2CLIPTrainingArguments
 from .checkpoints import (
     load_checkpoint,
-    plain_model,
-    ready_for_fsdp2,
     register_feature_methods,
     save_card,
+    save_model,
     saved_text_weights,
     whole_parameter,
 )
@@ -48,9 +40,10 @@ from .checks import (
     prepare_training,
     resolve_loss_type,
 )
+from .encoding import embed_batches
 from .evaluation import evaluate_pairs, retrieval_of_pairs, run_evaluators
 from .loading import STREAM_FILE, CountedLoader, check_batches, count_masked, every_row, known_of_pairs
-from .parameters import LogitScaleClamp, build_optimizer_groups, frozen_towers
+from .parameters import LogitScaleClamp, build_optimizer_groups, frozen_towers, is_llm2clip
 
 
 DEFAULT_MAX_LOGIT_SCALE = 100.0  # CLIP's, for models whose config names none
@@ -161,6 +154,7 @@ class LLM2CLIPTrainer(BaseTrainer):
         self.processor = processing_class
         self._held_batches: list[dict[str, Any]] = []
         self._masked: torch.Tensor | None = None  # false negatives since the last log
+        self.add_callback(TrainBeginCallback(self._begin_training))
         max_scale = getattr(getattr(model, "config", None), "max_logit_scale", None) or DEFAULT_MAX_LOGIT_SCALE
         self.add_callback(LogitScaleClamp(max_scale, deepspeed=self.is_deepspeed_enabled))
         if hasattr(train_dataset, "set_epoch") and (has_length(train_dataset) or not shards_itself(train_dataset)):
@@ -313,7 +307,9 @@ class LLM2CLIPTrainer(BaseTrainer):
         if has_length(dataloader) and args.dataloader_drop_last and args.accumulate_negatives:
             whole = len(dataloader) // args.gradient_accumulation_steps * args.gradient_accumulation_steps
             dataloader = CountedLoader(dataloader, whole or len(dataloader))
-        return super().set_initial_training_values(args, dataloader, *others)
+        values = super().set_initial_training_values(args, dataloader, *others)
+        self._steps_per_epoch = values[1]
+        return values
 
     def save_position(self, folder: Path) -> None:
         """See `BaseTrainer`."""
@@ -321,21 +317,23 @@ class LLM2CLIPTrainer(BaseTrainer):
             state = stream_state(self.train_dataset, self.args, self._train_batch_size)
             write_json_atomically(folder / STREAM_FILE, state)
 
-    # Overridden because only here the position and the checkpoint are known before the loader is read: without it a
-    # resumed stream would decode, or repeat, what the run has seen.
-    def _init_training_state(
-        self, max_steps: int, num_update_steps: int, num_epochs: int, resume_from_checkpoint: Any, *others: Any
-    ) -> tuple[int, int]:
-        """Where a resumed run goes on; a stream is told, and refuses what would change its order."""
-        position: tuple[int, int] = super()._init_training_state(
-            max_steps, num_update_steps, num_epochs, resume_from_checkpoint, *others
-        )
-        if resume_from_checkpoint is not None and shards_itself(self.train_dataset) and not self.args.ignore_data_skip:
-            file = Path(str(resume_from_checkpoint)) / STREAM_FILE
-            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-            state = stream_state(self.train_dataset, self.args, self._train_batch_size)
-            resume_stream(self.train_dataset, saved, state, position)
-        return position
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer` does; a resumed stream goes on where the checkpoint was written."""
+        given = resume_from_checkpoint
+        self._resumed_from = get_last_checkpoint(str(self.args.output_dir)) if given is True else given or None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin_training(self) -> None:
+        """What has to wait until the model is wrapped and the step to begin at is known."""
+        if self.is_fsdp_enabled:
+            register_feature_methods(self.model)
+        if self._resumed_from is None or not shards_itself(self.train_dataset) or self.args.ignore_data_skip:
+            return
+        file = Path(self._resumed_from) / STREAM_FILE
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        state = stream_state(self.train_dataset, self.args, self._train_batch_size)
+        epoch, steps = divmod(self.state.global_step, self._steps_per_epoch)
+        resume_stream(self.train_dataset, saved, state, (epoch, steps * self.args.gradient_accumulation_steps))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """The loader of the evaluation set, of every row also where training leaves out the last batch."""
@@ -413,84 +411,40 @@ class LLM2CLIPTrainer(BaseTrainer):
 
     # ---------------------------------------------------------------------------------------------- saving and pushing
 
-    # Overridden because accelerate shards by what a model says of itself, which ours has to mend for that moment.
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if not self.is_fsdp_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        with ready_for_fsdp2(self.model):
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        register_feature_methods(self.model)
-        return prepared
-
-    # Overridden because `Trainer` would write the frozen LLM, unmerged adapters, and tokens into the config.
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        core: Any = self.accelerator.unwrap_model(self.model)
-        adapted, with_clip_text = has_adapters(core), hasattr(core, clip_text.NAME)
-        adapters: dict[str, Any] = {}
-        attached: dict[str, Any] = {}
-        if (adapted or with_clip_text) and self.args.should_save:
-            state_dict = core.state_dict() if state_dict is None else state_dict
-            adapters = lora_state(core, state_dict)
-            state_dict, attached = clip_text.split_state(merged_state(core, state_dict))
-        with plain_model(core):
-            super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        if adapters:
-            save_file({key: tensor.contiguous().cpu() for key, tensor in adapters.items()}, folder / LORA_FILE)
-        if with_clip_text:
-            clip_text.save_attached(folder, core, attached)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
-
-    # Overridden because `Trainer` only warns of weights that are missing, and knows none of the parts beside a model.
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """See `BaseTrainer`."""
+        core = self.accelerator.unwrap_model(self.model)
+        if isinstance(core, PreTrainedModel):
+            save_model(core, folder, state_dict)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
         else:
-            load_checkpoint(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+            super().write_model(folder, state_dict)
+        processor = self.processor or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None:
+            processor.save_pretrained(folder)
 
-    # Overridden because `Trainer` loads the best model by other code than a resume, with the same two faults.
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+    def read_model(self, checkpoint: str) -> None:
+        """See `BaseTrainer`."""
+        load_checkpoint(self.accelerator.unwrap_model(self.model), Path(checkpoint))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository, before training starts, if what will be pushed can be loaded by others."""
         core: Any = self.accelerator.unwrap_model(self.model)
-        if getattr(getattr(core, "config", None), "model_type", "") == "llm2clip":
+        if is_llm2clip(core):
             token = token if token is not None else self.args.hub_token
             with hub_errors(str(self.args.hub_model_id or self.args.output_dir), token):
                 pin_text_model(core.config, core.text_model, saved_text_weights(core), token)
         super().init_hf_repo(token, private)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
-        Writes the card of the model, and its facts, into `args.output_dir`.
+        Writes the card of the model, and its facts, into `args.output_dir`; arguments as of `Trainer`.
 
         A card there that somebody wrote or edited keeps its text; missing metadata are added.
         """
         core: Any = self.accelerator.unwrap_model(self.model)
-        if getattr(getattr(core, "config", None), "model_type", "") != "llm2clip":
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
-            return
-        if self.is_world_process_zero():
-            names = [dataset] if isinstance(dataset, str) else dataset
-            labels = [tags] if isinstance(tags, str) else tags
-            save_card(self, core.config, model_name, license, language, labels, finetuned_from, dataset_tags, names)
+        if not is_llm2clip(core):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+            save_card(self, core.config, given)
