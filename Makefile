@@ -36,7 +36,7 @@ test-all: $(VENV)/.dev  ## Run all tests, those for a GPU too
 	$(PYTEST)
 
 gpu:  ## Check, tune and time the losses on a CUDA GPU, in eight minutes and offline, and write benchmarks/contrastive_loss.*
-	PYTHONPATH=src $(HERE) benchmarks/contrastive_loss.py --gpu
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=src $(HERE) benchmarks/contrastive_loss.py --gpu
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

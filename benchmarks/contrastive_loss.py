@@ -53,8 +53,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DENSE_BYTES = 16
 # Relative error of gradients that a kernel may have beyond three times that of eager: rounding to 16 bits.
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 4e-3}
-# A kernel, or a library's product, by a part of its name; what remains is `other`.
-PARTS = ("lse", "exact", "grad", "sigmoid", "merge")
+# A kernel of ours, or a library's product, by a part of its name, the first that fits; what remains is `other`.
+PARTS = ("grad", "exact", "sigmoid", "merge", "prepare", "pack", "lse")
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm")
 GPU = {
     "sizes": [1 << bits for bits in (10, 12, 14, 16, 18, 20)],
@@ -218,6 +218,7 @@ def tuned(n: int, widths: list[int], dtypes: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for d in widths:
         for name in dtypes:
+            name = "fp16" if CUDA and name == "fp32" else name  # what float32 features are rounded to
             x, y, scale, _ = (tensor.detach() for tensor in features(n, d, DTYPES[name]))
             for kernel, config in tune(x, y, scale, timed).items():
                 rows.append({"D": d, "features": name, "kernel": kernel, "configuration": str(config)})
@@ -333,7 +334,7 @@ def measure(arguments: argparse.Namespace, budget: Budget) -> list[dict[str, Any
                     continue
                 try:
                     found = seconds(running[name], inputs)
-                except torch.OutOfMemoryError:
+                except torch.cuda.OutOfMemoryError:
                     del running[name]
                     torch.cuda.empty_cache()
                     continue
@@ -380,7 +381,7 @@ def kernel_times(kind: str, n: int, d: int, dtype: str) -> dict[str, Any]:
     for event in record.key_averages():
         name = event.key.lower()
         part = "products" if any(each in name for each in PRODUCTS) else "other"
-        part = next((each for each in PARTS if CUDA and part == "other" and each in name), part)
+        part = next((each for each in PARTS if name.endswith("_kernel") and each in name), part)
         found[part] += (event.self_device_time_total if CUDA else event.self_cpu_time_total) / 1e3
     return {"loss": kind, "D": d, "N": n, "features": dtype} | {part: ms for part, ms in found.items() if ms}
 

@@ -17,6 +17,7 @@ Pixels lie in memory, so no data loading is timed. The median over the steps is 
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -268,6 +269,8 @@ def training_step(stage: int, batch: int, device: str, small: bool = False) -> d
         {1: stage_1, 2: stage_2}[stage](folder, batch, small, options, Clock()).train()
     seconds = statistics.median(after - before for before, after in zip(ends, ends[1:]))
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
+    gc.collect()  # trainers hold themselves
+    torch.cuda.empty_cache()
     return {"stage": stage, "batch": batch, "seconds": seconds, "peak MiB": peak}
 
 

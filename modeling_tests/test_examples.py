@@ -185,7 +185,7 @@ def test_gpu_benchmark_runs_small_in_the_interpreter(tmp_path, monkeypatch) -> N
         for implementation in ("torch", "triton")
     }
     assert all(row["right"] for row in found["accuracy"]) and len(found["accuracy"]) == 32
-    assert {row["kernel"] for row in found["tuned"]} == {"lse", "grad", "sigmoid"}
+    assert {row["kernel"] for row in found["tuned"]} >= {"lse", "grad", "sigmoid"}
     assert [(row["stage"], row["batch"]) for row in found["trainers"]] == [(2, 8), (1, 8)]
     assert len(found["kernels"]) == 4
     assert (tmp_path / "contrastive_loss.png").stat().st_size > 10_000

@@ -139,8 +139,8 @@ CLIP_CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "shards": ({"data": None, "shards": "nothere/*.tar", "caption_fields": "real=txt"}, "nothere/*.tar"),
     "weights of shards": (
-        {"data": None, "shards": "{}/{{000..001}}.tar", "caption_fields": "real=txt", "weight_column": "score"},
-        "`--weight_column score` is a column of `--data`",
+        {"data": None, "shards": "{}/{{000..001}}.tar", "caption_fields": "real=txt", "weight_column": "json.nosuch"},
+        "its weight is None, expected a positive number",
     ),
     "field of shards": (
         {"data": None, "shards": "{}/{{000..001}}.tar", "caption_fields": "real=nosuch"}, "no caption"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams: the samples of the map-style data set, each once, also across ranks, workers and restarts."""
 
+import json
 import pickle
 
 import pytest
@@ -454,3 +455,38 @@ def test_captions_that_are_not_those_of_the_store_are_refused_or_replaced(folder
     stream = ImageTextStream(shards, swapped, on_bad_sample="skip", **options)
     assert {sample["index"] % 3 for sample in stream} == {1}
     assert stream.skipped.number > 0
+
+
+def test_weights_are_read_beside_captions_and_samples_without_one_are_bad(tmp_path, store):
+    weights = {number: 0.25 * (1 + number % 4) for number in range(8)}
+
+    def write() -> str:
+        contents = []
+        for number in weights:
+            *others, (name, record) = members(number)
+            scored = json.loads(record) | {"score": weights[number]}
+            contents += [*others, (name, json.dumps(scored).encode())]
+        return str(write_tar(tmp_path / "a.tar", contents))
+
+    tar = write()
+    rows = {"image": [{"bytes": members(number)[0][1], "path": None} for number in weights]}
+    rows |= {"real": [captions(number)["real"] for number in weights], "score": list(weights.values())}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    for options in (
+        {"shards": tar, "weight_column": "json.score"},
+        {"shards": tar, "weight_column": "json.score", "store": store},
+        {"shards": str(tmp_path / "a.parquet"), "weight_column": "score", "caption_fields": {"real": "real"}},
+    ):
+        samples = {sample["index"]: sample for sample in make(tmp_path, **options)}
+        assert {index: sample.pop("weight") for index, sample in samples.items()} == weights
+        for sample in make(tmp_path, **{**options, "weight_column": None}):
+            assert_same(sample, samples[sample["index"]])
+    for wrong in (0, None, "heavy", [1.0]):
+        weights[3] = wrong
+        stream = make(tmp_path, shards=write(), weight_column="json.score")
+        with pytest.raises(ValueError, match=r"`00003`.*its weight is .*, expected a positive number"):
+            list(stream)
+        stream = make(tmp_path, shards=tar, weight_column="json.score", on_bad_sample="skip", shuffle_buffer=8)
+        found = [(sample["index"], sample["weight"]) for sample in stream]
+        assert len(found) == 8 and all(weights[index] == weight for index, weight in found)
+        assert stream.skipped.number == 1

@@ -394,6 +394,24 @@ def test_host_waits_for_the_loss_only_before_the_update(tmp_path):
     assert len(read) == 1  # called by itself it stops at once
 
 
+def test_loss_is_looked_at_before_a_backward_pass_that_updates(tmp_path):
+    model, batch = tiny_models.model("clip", text=None), stack([Pairs()[i] for i in range(5)])
+    batch["pixel_values"][3] = float("nan")
+    for deepspeed in (False, True):
+        trainer = trainer_for(model, tmp_path)
+        trainer.is_deepspeed_enabled, trainer.current_gradient_accumulation_steps = deepspeed, 1
+        trainer._prepare_input = lambda data: data  # of DeepSpeed's type
+        if deepspeed:
+            with pytest.raises(FloatingPointError, match=r"rows \[3\] are not finite"):
+                trainer.training_step(model, batch)
+        else:
+            trainer.training_step(model, batch)
+            with pytest.raises(FloatingPointError, match=r"rows \[3\] are not finite"):
+                trainer._get_grad_norm(model)
+        assert (model.logit_scale.grad is None) == deepspeed
+        model.zero_grad()
+
+
 def test_diverged_run_blames_the_weights_and_not_the_rows(tmp_path):
     model = tiny_models.model("clip", text=None)
     trainer = trainer_for(model, tmp_path, Pairs(15))

@@ -79,7 +79,9 @@ class TrainClipOptions(EmbeddingOptions):
     caption_weights: list[str] | None = option(
         "Weight of each source, e.g. real=0.5 dense=0.5 (paper); equal if left out."
     )
-    weight_column: str | None = option("Column of positive numbers of `data`, the weight of each pair in the loss.")
+    weight_column: str | None = option(
+        "Column of positive numbers, the weight of each pair in the loss; in tar shards e.g. json.score."
+    )
     on_bad_image: Literal["error", "skip"] = option(
         "Images that cannot be read: stop, or take another row and count.", "error"
     )
@@ -168,10 +170,6 @@ def check_choices(options: TrainClipOptions, args: "LLM2CLIPTrainingArguments") 
         (
             options.store is not None and not stored,
             "`--store` has no effect with `--text_mode online`, which stores no embeddings. Leave it out.",
-        ),
-        (
-            options.weight_column is not None and options.data is None,
-            f"`--weight_column {options.weight_column}` is a column of `--data`; `--shards` have no weights.",
         ),
         (
             options.caption_fields is not None and options.data is not None,
@@ -377,7 +375,7 @@ def training_data(
     if table is not None:
         return table.dataset(store=store, with_text=options.clip_text_model is not None, **settings)
     fields = named_values(options.caption_fields, "caption_fields") if store is None else None
-    settings |= {"image_column": options.image_column, "key_column": options.key_column}
+    settings |= {name: getattr(options, name) for name in ("image_column", "key_column", "weight_column")}
     return ImageTextStream(options.shards, fields, store=store, on_bad_sample=options.on_bad_row, **settings)
 
 

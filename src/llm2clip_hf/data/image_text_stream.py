@@ -17,7 +17,7 @@ import torch
 from .. import distributed
 from .image_text import PLACEHOLDER, ImageTextCollator
 from .images import ImageTransform, content_id, decode_image, image_id
-from .reports import SkipLog, SkipReport, check_choice
+from .reports import SkipLog, SkipReport, check_choice, positive_number
 from .sampling import (
     Layout,
     SampleDraws,
@@ -28,7 +28,7 @@ from .sampling import (
     plan_worker,
 )
 from .shard_index import SamplesPerShard, make_shards, resolve_counts, source_fields, warn_of_absent_sources
-from .shards import RawSample
+from .shards import WEIGHT, RawSample
 from .store.embedding_store import CaptionEmbeddingStore
 
 
@@ -70,6 +70,8 @@ class ImageTextStream(torch.utils.data.IterableDataset):
             Number of samples of every shard: one number, one per shard, a mapping from file name, or the path of a
             JSON file with such a mapping. Without it they are counted: tar files from their headers, which takes a
             while for millions of samples (`count_samples` does it once), parquet files from their metadata.
+        weight_column (`str`, *optional*):
+            Where the weight of each pair is, a positive number: as of `caption_fields`. Gives samples with `weight`.
         image_column, key_column (`str`, *optional*): columns of images (`image`, or the only one, by default) and of
             keys in parquet shards and streaming data sets. Tar shards have keys of their own; there `image_column` is
             the extension of the image, where a sample has several.
@@ -120,6 +122,7 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         sub_captions: float = 0.0,
         shuffle_buffer: int = 5000,
         samples_per_shard: SamplesPerShard | None = None,
+        weight_column: str | None = None,
         image_column: str | None = None,
         key_column: str | None = None,
         rank: int | None = None,
@@ -145,7 +148,8 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         self._fields = fields
         self._on_bad_image, self._on_bad_sample = on_bad_image, on_bad_sample
         self._skips = SkipLog()
-        self._shards = make_shards(shards, fields, image_column, key_column)
+        read = fields | ({} if weight_column is None else {WEIGHT: weight_column})
+        self._shards = make_shards(shards, read, image_column, key_column)
         damages: list[str] | None = [] if on_bad_sample == "skip" else None
         self._counts = resolve_counts(self._shards, samples_per_shard, damages)
         self._counts_stated = samples_per_shard is not None
@@ -374,8 +378,14 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         }
 
     def _features(self, epoch: int, index: int, raw: RawSample) -> dict[str, Any]:
-        """`llm_embeds`, `text`, or both of the same caption."""
-        numbers = [len(captions) for captions in raw.captions.values()]
+        """`llm_embeds`, `text`, or both of the same caption, and the `weight` if there is one."""
+        features: dict[str, Any] = {}
+        fields = dict(raw.captions)
+        if (given := fields.pop(WEIGHT, None)) is not None:
+            features["weight"] = positive_number(next(iter(given), None))
+            if not features["weight"]:
+                raise ValueError(f"its weight is {next(iter(given), None)!r}, expected a positive number")
+        numbers = [len(captions) for captions in fields.values()]
         source_ids = np.repeat(np.arange(len(numbers)), numbers)
         start = 0
         if self.store is not None:
@@ -393,14 +403,13 @@ class ImageTextStream(torch.utils.data.IterableDataset):
                 )
             source_ids = stored
         if not len(source_ids) or not self._draws.weights[source_ids].any():
-            found = {source: len(captions) for source, captions in raw.captions.items()}
+            found = {source: len(captions) for source, captions in fields.items()}
             raise ValueError(f"it has no caption in a source of positive weight (captions: {found})")
         drawn = self._draws.caption(epoch, index, source_ids)
-        features: dict[str, Any] = {}
         if self.store is not None:
             features["llm_embeds"] = self.store.gather([start + drawn])[0].float()
         if self._fields:
-            texts = [text for captions in raw.captions.values() for text in captions]
+            texts = [text for captions in fields.values() for text in captions]
             features["text"] = text = self._draws.sub_caption(epoch, index, texts[drawn])
             features["text_id"] = content_id(text.encode())
         return features

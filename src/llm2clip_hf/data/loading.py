@@ -9,7 +9,6 @@ of one image become one. (3) Check that every row has enough captions and an ima
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from .image_sources import (
 from .image_text import ImageTextDataset
 from .images import ImageSource, ImageTransform, is_address, located
 from .records import Block, TextSource
-from .reports import BadRows, LoadReport, Places, describe_place
+from .reports import BadRows, LoadReport, Places, describe_place, positive_number
 from .sources import clean_column, clean_values, good_blocks, kinds_of, open_source
 
 
@@ -416,13 +415,9 @@ def _has_key(keys: list[str], refuse: Callable[[int, str], None]) -> np.ndarray:
 
 
 def _has_weight(weights: list[Any], column: str, refuse: Callable[[int, str], None]) -> np.ndarray:
-    keep = np.ones(len(weights), dtype=bool)
-    for row, weight in enumerate(weights):
-        with suppress(TypeError, ValueError):
-            if 0 < float(weight) < np.inf:
-                continue
-        keep[row] = False
-        refuse(row, f"the weight in column `{column}` is {weight!r}, expected a positive number")
+    keep = np.array([positive_number(weight) > 0 for weight in weights], dtype=bool)
+    for row in np.flatnonzero(~keep).tolist():
+        refuse(row, f"the weight in column `{column}` is {weights[row]!r}, expected a positive number")
     return keep
 
 

@@ -123,6 +123,15 @@ def describe_place(file: str, unit: str, number: int) -> str:
     return f"`{file}`, {unit} {number}:" if file else f"{unit.capitalize()} {number}:"
 
 
+def positive_number(value: object) -> float:
+    """The number that a value is or spells; 0 for one that is not positive and finite, or none at all."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return 0.0
+    return number if 0 < number < float("inf") else 0.0
+
+
 def text_problem(text: object) -> str | None:
     """Why a value cannot serve as a text, or None if it can."""
     if text is None:

@@ -119,6 +119,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "
 _PARQUET_ROWS = 64  # rows decoded at once; an image row is large
 
 
+WEIGHT = "weight of the pair"  # in the place of a source: the field that holds it, whose value is left as it is
+
+
 class RawSample(NamedTuple):
     """One sample as it lies in its shard."""
 
@@ -407,6 +410,8 @@ def _captions_of_members(contents: dict[str, bytes], fields: dict[str, str]) -> 
 
 def caption_list(value: Any, source: str) -> tuple[list[str], str]:
     """The captions in a field, where empty ones count as missing, and what is wrong with it, if anything."""
+    if source == WEIGHT:
+        return [value], ""
     value = as_texts(value)
     if value is None:
         return [], ""
@@ -440,6 +445,7 @@ def _row_sample(
 
 __all__ = [
     "COMPRESSIONS",
+    "WEIGHT",
     "DatasetShard",
     "Member",
     "ParquetShard",

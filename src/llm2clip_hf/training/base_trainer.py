@@ -77,13 +77,13 @@ class BaseTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------- the non-finite stop
 
-    # Losses since the last optimizer step, with who says why one is not finite; and whether a step is being computed.
+    # Losses since the last optimizer step, each with who says why it is not finite; and whether one can wait for it.
     _unchecked: tuple[tuple[torch.Tensor, Callable[[], str]], ...] = ()
     _in_step = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of a micro-batch; its loss is looked at before the weights are updated."""
-        self._in_step = True
+        self._in_step = not self.is_deepspeed_enabled  # whose backward pass updates the weights
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except BaseException:
