@@ -16,6 +16,7 @@ again, and all of it is printed as tables. CRA is the mean of both directions, t
 (1) `baselines`: TF-IDF, MiniLM and the raw LLM, causal and bidirectional. (2) `train`: stage 1 with its learning
 curve, for every variant and seed; the tuned LLM is saved beside its result. (3) `drift`: how far a caption's embedding
 moves with type, attention, batch and padding, raw and tuned. (4) `texts`: texts of kinds that it was not tuned on.
+(5) `pictures`: learning curves, and cosines of held-out captions before and after stage 1.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from caption_retrieval import evaluation_sets, tfidf
@@ -50,7 +52,7 @@ from llm2clip_hf.training import (
 )
 
 
-PARTS = ("baselines", "train", "drift", "texts")
+PARTS = ("baselines", "train", "drift", "texts", "pictures")
 METRIC = "caption_retrieval_accuracy"
 # The paper's recipe; the released code has dropout 0.05, whose masks take a quarter of a step on a CPU.
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -86,7 +88,7 @@ def main() -> None:
             folder = run_folder(arguments, variant, seed)
             stored(folder.with_suffix(".json"), stage_1, llm, train, test, variant, seed, folder, arguments)
     tuned = run_folder(arguments, arguments.variants[0], arguments.seeds[0])
-    if {"drift", "texts"} & set(arguments.parts) and not tuned.is_dir():
+    if {"drift", "texts", "pictures"} & set(arguments.parts) and not tuned.is_dir():
         raise SystemExit(f"There is no tuned LLM in {tuned}. Run the part `train` with the same options first.")
     if "drift" in arguments.parts:
         for (name, model), dtype in itertools.product((("raw", llm), ("tuned", str(tuned))), DTYPES):
@@ -94,6 +96,9 @@ def main() -> None:
             stored(file, drift, model, dtype, train, test, output, arguments.num_drift)
     if "texts" in arguments.parts:
         stored(output / "texts.json", other_texts, llm, str(tuned), test, output, arguments)
+    if "pictures" in arguments.parts:
+        draw_curves(output)
+        draw_cosines({"raw": llm, "after stage 1": str(tuned)}, test, output)
     print_tables(output)
 
 
@@ -285,8 +290,47 @@ def other_texts(llm: str, tuned: str, test: list, output: Path, arguments: argpa
     return {"texts": results}
 
 
+def read_results(output: Path) -> dict[str, Any]:
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*.json"))}
+
+
+def draw_curves(output: Path) -> None:
+    """CRA by step of all runs with more than one measurement, between the baselines."""
+    results = read_results(output)
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for name, result in results.items():
+        if name.startswith("stage1-") and len(result["curve"]) > 2:
+            steps = [0, *map(int, result["curve"])]
+            raw = results["baselines"]["encoders"]["raw, bidirectional, chat template"]
+            label = name.removeprefix("stage1-").replace("-", ", ")
+            axes.plot(steps, [100 * value for value in (raw, *result["curve"].values())], marker="o", label=label)
+    for name, style in (("TF-IDF", ":"), ("MiniLM", "--"), ("raw, causal", "-.")):
+        axes.axhline(100 * results["baselines"]["encoders"][name], color="gray", linestyle=style, label=name)
+    axes.set(xlabel="steps of stage 1", ylabel="caption retrieval accuracy, %", ylim=(0, None))
+    axes.legend(fontsize=7, loc="lower right")
+    figure.savefig(output / "learning_curve.png", dpi=110)
+
+
+def draw_cosines(encoders: dict[str, str], test: list[list[str]], output: Path, count: int = 24) -> None:
+    """Cosines of the first caption of some images (rows) and the second caption of each (columns)."""
+    figure, axes = plt.subplots(1, len(encoders), figsize=(7, 3.4), layout="constrained")
+    for axis, (name, folder) in zip(axes, encoders.items()):
+        encoder = build_caption_encoder(folder, lora=None, dtype=torch.float32)
+        first, second = (
+            torch.nn.functional.normalize(encoder.encode(texts, convert_to_tensor=True), dim=1)
+            for texts in zip(*[texts[:2] for texts in test[:count]])
+        )
+        cosines = (first @ second.T).cpu()
+        other = cosines[~torch.eye(count, dtype=torch.bool)]
+        axis.set_title(f"{name}\nown {cosines.diagonal().mean():.2f}, other {other.mean():.2f}", fontsize=9)
+        picture = axis.imshow(cosines, vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[], xlabel="caption 2", ylabel="caption 1")
+    figure.colorbar(picture, ax=axes, shrink=0.8)
+    figure.savefig(output / "caption_cosines.png", dpi=110)
+
+
 def print_tables(output: Path) -> None:
-    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*.json"))}
+    results = read_results(output)
     if "baselines" in results:
         print("\n| encoder | CRA |\n|---|---|")
         for name, value in results["baselines"]["encoders"].items():
