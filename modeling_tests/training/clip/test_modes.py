@@ -117,7 +117,8 @@ def test_lora_has_the_gradients_of_peft_and_saves_a_plain_model(tmp_path, side):
     checked = 0
     for name, parameter in tower.named_parameters():
         if ".lora_" in name:
-            torch.testing.assert_close(parameter.grad, other[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+            grad = other[name].grad  # float32 sums in another order
+            torch.testing.assert_close(parameter.grad, grad, atol=5e-6 * grad.abs().max().item(), rtol=1e-4, msg=name)
             checked += bool(parameter.grad.abs().max() > 0)
         else:
             assert parameter.grad is None, name
