@@ -98,20 +98,27 @@ def evaluate_zero_shot_segmentation(
     _check_set(len(images), len(masks), class_names, ignore_index)
     check_batching(len(images), batch_size, "images")
     _window_sizes(model, short_side, window, stride)
-    images = undecoded(images)
-    num_classes = len(class_names)
-    # Step (1)
-    weight = given_or_built(
-        classifier,
-        model,
-        class_names,
-        templates,
-        processor=processor,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-        show_progress=show_progress,
-    )
+    own: dict[str, Any] = {"processor": processor, "batch_size": batch_size}
+    shown: dict[str, Any] = {"device": device, "show_progress": show_progress}
+    weight = given_or_built(classifier, model, class_names, templates, max_length=max_length, **own, **shown)
+    windows = {"short_side": short_side, "window": window, "stride": stride}
+    confusion, ignored = _confusion(model, images, masks, weight, ignore_index, own | windows, **shown)
+    metrics = segmentation_metrics(confusion, class_names)
+    return metrics | {"num_images": len(images), "num_ignored_pixels": ignored}
+
+
+def _confusion(
+    model: Any,
+    images: ImageSource,
+    masks: Sequence[Any],
+    classifier: torch.Tensor,
+    ignore_index: int,
+    options: dict[str, Any],
+    device: str | torch.device | None,
+    show_progress: bool,
+) -> tuple[torch.Tensor, int]:
+    """Pixels of all images by their class in the mask and in the prediction, `(C, C)`, and ignored ones."""
+    images, num_classes = undecoded(images), len(classifier)
     # Masks by predictions, and at the end the pixels that are ignored.
     counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64)
 
@@ -119,8 +126,7 @@ def evaluate_zero_shot_segmentation(
         (row,) = rows
         image = load_image(images, row)
         labels = _load_mask(masks, row, (image.height, image.width), num_classes, ignore_index)
-        options: dict[str, Any] = {"short_side": short_side, "window": window, "stride": stride}
-        predicted = segment_image(model, image, weight, processor=processor, batch_size=batch_size, **options)
+        predicted = segment_image(model, image, classifier, **options)
         counted = labels != ignore_index
         pairs = labels[counted] * num_classes + predicted.flatten()[counted]
         counts[:-1] += torch.bincount(pairs, minlength=num_classes**2)
@@ -130,8 +136,7 @@ def evaluate_zero_shot_segmentation(
     description = "Segmenting images" if show_progress else None
     encode_batches(model, count, [[row] for row in range(len(images))], device, description, True)
     counts = all_reduce_sum(counts.to(next(model.parameters()).device)).cpu()
-    metrics = segmentation_metrics(counts[:-1].view(num_classes, num_classes), class_names)
-    return metrics | {"num_images": len(images), "num_ignored_pixels": int(counts[-1])}
+    return counts[:-1].view(num_classes, num_classes), int(counts[-1])
 
 
 def segment_image(

@@ -75,6 +75,7 @@ _CHOICES = (
 )
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _AGAIN = "Get it again."
+MODEL = "the model that they name"
 # Where training scripts put the weights among optimizer states and counters.
 _WRAPPERS = ("state_dict", "module", "model")
 # What distributed training and compilation put before every name.
@@ -107,6 +108,17 @@ def check_keys(name: str, model: str, most: int | None = None, **groups: Iterabl
             f"The weights of {name!r} do not make up {model}; {'; '.join(problems)}. The checkpoint is incomplete, or "
             "of another kind."
         )
+
+
+def check_loaded(name: str, info: dict[str, Any]) -> None:
+    """`check_keys` of what loading with transformers reports."""
+    check_keys(
+        name,
+        MODEL,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        of_another_shape=info["mismatched_keys"],
+    )
 
 
 def check_values(name: str, weights: dict[str, torch.Tensor]) -> None:
@@ -286,11 +298,13 @@ def read_image_processor(checkpoint: Checkpoint, image_size: int) -> Any:
 
 
 __all__ = [
+    "MODEL",
     "PUBLISHED_LLMS",
     "RELEASED",
     "Checkpoint",
     "ReleasedCheckpoint",
     "check_keys",
+    "check_loaded",
     "check_values",
     "find_release",
     "find_source",

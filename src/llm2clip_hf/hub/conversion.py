@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..files import temporary_folder
@@ -21,8 +21,10 @@ from ..modeling import LLM2CLIPConfig, LLM2CLIPModel, LLM2CLIPProcessor, text_pr
 from ..modeling.loading_llm2clip import load_pretrained_text
 from .cards import CONVERTED, conversion_card
 from .checkpoint_files import (
+    MODEL,
     Checkpoint,
     check_keys,
+    check_loaded,
     check_values,
     find_source,
     read_checkpoint,
@@ -40,23 +42,23 @@ from .text_keys import (
     read_text_model,
     save_language_model,
 )
-from .vision_keys import Tower, open_clip_tower, siglip_tower, transformers_clip_tower
+from .vision_keys import (
+    START_TYPES,
+    Tower,
+    open_clip_tower,
+    siglip_tower,
+    transformers_clip_tower,
+    transformers_start,
+)
 
 
 logger = logging.get_logger(__name__)
 # Where each kind keeps its text adaptor; the online setting wraps it around its LLM.
 _ADAPTOR_PREFIXES = ("text_adapter.adaptor.", "text.text_adaptor.", "text.text_proj.text_adaptor.")
-# Model types of transformers whose vision tower can start an LLM2CLIP, by the projection that the original gives it.
-_START_TYPES = {"clip": "linear", "siglip": "none"}
 # A CLIP's own text tower, in any layout. Where there is none, the projection is not that of a CLIP.
 _TEXT_TOWER = re.compile(r"(text|text_model|text_projection|transformer|token_embedding|ln_final)(\..*)?")
-# The parts of a CLIP or SigLIP of transformers that are not its vision tower.
-_START_LEFT_OVER = re.compile(
-    r"text_model\..*|text_projection.*|visual_projection.*|logit_(scale|bias)|.*position_ids"
-)
 # The LLM of the online setting: named by the user, never taken from there.
 _ONLINE_LLM = (r"text\.text\..*",)
-_MODEL = "the model that they name"
 # Agreement of the written folder with the converted model: rounding of matrix products, nothing else.
 _TOLERANCE = 1e-5
 
@@ -162,6 +164,13 @@ def convert_checkpoint(
     if is_language_model(found.config):
         _check_only_llm(found.name, text_model, logit_scale_init_value)
         return _convert_language_model(found, output)
+    return _convert_model(found, output, text_model, text_weights, logit_scale_init_value)
+
+
+def _convert_model(
+    found: Checkpoint, output: Path, text_model: str | None, text_weights: str, given_scale: float | str | None
+) -> ConversionReport:
+    """An LLM2CLIP, or a tower to start one from."""
     checkpoint = read_checkpoint(found)
     prefix = next((p for p in _ADAPTOR_PREFIXES if any(key.startswith(p) for key in checkpoint.weights)), None)
     # Step (2)
@@ -171,7 +180,7 @@ def convert_checkpoint(
     if is_online:
         tower.droppable += _ONLINE_LLM
     weights, dropped = _collect(checkpoint, tower, adaptor)
-    scale = _starting_scale(checkpoint, weights, adaptor, logit_scale_init_value)
+    scale = _starting_scale(checkpoint, weights, adaptor, given_scale)
     if scale is not None:
         dropped += ["logit_scale"] if weights.pop("logit_scale", None) is not None else []
     text = read_text_model(text_model, None if adaptor is None else adaptor.llm_hidden_size)
@@ -259,8 +268,8 @@ def _read_tower(checkpoint: Checkpoint, is_start: bool) -> tuple[str, Tower]:
     is_clip = "vision_model.embeddings.class_embedding" in weights
     if is_clip and (not is_start or ("visual_projection.weight" in weights and _is_vision_side(weights))):
         return f"{start}, OpenAI tower of transformers", transformers_clip_tower(checkpoint)
-    if is_start and model_type in _START_TYPES:
-        return f"{start}, {model_type} of transformers", _transformers_start(checkpoint, str(model_type))
+    if is_start and model_type in START_TYPES:
+        return f"{start}, {model_type} of transformers", transformers_start(checkpoint, str(model_type))
     tops = sorted({key.split(".")[0] for key in weights})
     shown = ", ".join(tops[:8]) + (", ..." if len(tops) > 8 else "")
     raise ValueError(
@@ -268,35 +277,6 @@ def _read_tower(checkpoint: Checkpoint, is_start: bool) -> tuple[str, Tower]:
         f"{f', its model type {model_type!r}' if model_type else ''}. Expected are LLM2CLIP with an OpenAI, EVA or "
         "SigLIP tower, CLIP or SigLIP as a starting tower, or a Llama; `LLM2CLIPModel.from_vision_text_pretrained` "
         "takes any other vision backbone of transformers."
-    )
-
-
-def _transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
-    """The vision tower of a CLIP or SigLIP folder, loaded by transformers itself."""
-    folder = str(checkpoint.folder)
-    vision_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).vision_config
-    model_class: Any = MODEL_MAPPING[type(vision_config)]
-    with quiet_transformers():
-        model, info = model_class.from_pretrained(
-            folder, config=vision_config, dtype=torch.float32, output_loading_info=True
-        )
-    unexpected = [key for key in info["unexpected_keys"] if not _START_LEFT_OVER.fullmatch(key)]
-    _check_loaded(checkpoint, {**info, "unexpected_keys": unexpected})
-    tower = Tower(vision_config, _START_TYPES[model_type], droppable=(_START_LEFT_OVER.pattern,))
-    for key, value in model.state_dict().items():
-        tower.put(f"vision_model.{key}", value)
-    # Loading has renamed and checked them.
-    tower.source_keys.update(key for key in checkpoint.weights if not _START_LEFT_OVER.fullmatch(key))
-    return tower
-
-
-def _check_loaded(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    check_keys(
-        checkpoint.name,
-        _MODEL,
-        missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
-        of_another_shape=info["mismatched_keys"],
     )
 
 
@@ -330,7 +310,7 @@ def _collect(
         for key in checkpoint.weights
         if key in left_out or (key not in known and any(re.fullmatch(pattern, key) for pattern in droppable))
     ]
-    check_keys(checkpoint.name, _MODEL, unexpected=checkpoint.weights.keys() - known - set(dropped))
+    check_keys(checkpoint.name, MODEL, unexpected=checkpoint.weights.keys() - known - set(dropped))
     check_values(checkpoint.name, weights)
     return {key: value.float().contiguous() for key, value in weights.items()}, dropped
 
@@ -411,7 +391,7 @@ def _build_model(
             model.get_parameter(name).copy_(value)
     added = ("visual_projection.", "text_adapter.", "logit_") if is_start else ()
     new = sorted(key for key in info["missing_keys"] if key.startswith(added) and key not in later)
-    _check_loaded(checkpoint, {**info, "missing_keys": set(info["missing_keys"]) - set(new) - set(later)})
+    check_loaded(checkpoint.name, {**info, "missing_keys": set(info["missing_keys"]) - set(new) - set(later)})
     return model, new
 
 

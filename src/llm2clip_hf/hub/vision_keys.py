@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
-from .checkpoint_files import Checkpoint
+from .checkpoint_files import Checkpoint, check_loaded
+from .text_keys import quiet_transformers
 
 
 # Pairs (pattern, replacement); a key is renamed by the first pattern that matches the whole of it. A replacement with
@@ -270,7 +271,35 @@ def siglip_tower(checkpoint: Checkpoint) -> Tower:
     return tower
 
 
+# Model types of transformers whose vision tower can start an LLM2CLIP, by the projection that the original gives it.
+START_TYPES = {"clip": "linear", "siglip": "none"}
+# The parts of a CLIP or SigLIP of transformers that are not its vision tower.
+_START_LEFT_OVER = re.compile(
+    r"text_model\..*|text_projection.*|visual_projection.*|logit_(scale|bias)|.*position_ids"
+)
+
+
+def transformers_start(checkpoint: Checkpoint, model_type: str) -> Tower:
+    """The vision tower of a CLIP or SigLIP folder, loaded by transformers itself."""
+    folder = str(checkpoint.folder)
+    vision_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).vision_config
+    model_class: Any = MODEL_MAPPING[type(vision_config)]
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(
+            folder, config=vision_config, dtype=torch.float32, output_loading_info=True
+        )
+    unexpected = [key for key in info["unexpected_keys"] if not _START_LEFT_OVER.fullmatch(key)]
+    check_loaded(checkpoint.name, {**info, "unexpected_keys": unexpected})
+    tower = Tower(vision_config, START_TYPES[model_type], droppable=(_START_LEFT_OVER.pattern,))
+    for key, value in model.state_dict().items():
+        tower.put(f"vision_model.{key}", value)
+    # Loading has renamed and checked them.
+    tower.source_keys.update(key for key in checkpoint.weights if not _START_LEFT_OVER.fullmatch(key))
+    return tower
+
+
 __all__ = [
+    "START_TYPES",
     "Table",
     "Tower",
     "check_original",
@@ -282,4 +311,5 @@ __all__ = [
     "siglip_tower",
     "tensor",
     "transformers_clip_tower",
+    "transformers_start",
 ]

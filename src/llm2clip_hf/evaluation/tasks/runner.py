@@ -168,12 +168,7 @@ def evaluate_tasks(
         except ValueError as error:
             raise ValueError(f"Task `{task.name}`: {error}") from error
         outcome.results[task.name] = {
-            "kind": task.kind,
-            "title": task.title or task.name,
-            "published": task.published or (task.name if task.path is None else None),
-            "source": task.source,
-            "protocol": task.protocol,
-            "split": task.hub.split if task.path is None and task.hub is not None else task.split or "test",
+            **_description(task),
             **record,
             "counts": own.counts,
             "fingerprint": own.fingerprint,
@@ -184,6 +179,17 @@ def evaluate_tasks(
         if isinstance(own, ImageData) and gallery:
             outcome.galleries[task.name] = (own.images, gallery)
     return outcome
+
+
+def _description(task: TaskDefinition) -> dict[str, Any]:
+    return {
+        "kind": task.kind,
+        "title": task.title or task.name,
+        "published": task.published or (task.name if task.path is None else None),
+        "source": task.source,
+        "protocol": task.protocol,
+        "split": task.hub.split if task.path is None and task.hub is not None else task.split or "test",
+    }
 
 
 def _match_stores(
