@@ -133,39 +133,48 @@ def contrastive_loss(
     own = slice(row_offset, row_offset + len(x))
     with torch.autocast(device_type=x.device.type, enabled=False):
         row_lse, col_lse, pair, row_pos, col_pos, _ = operators.lse_pair(
-            x, y, scale, *batch.pairs, direction, keeps_logits(batch), check_finite
+            x, y, scale, *batch.pairs, direction, needs_backward(x, y, scale), check_finite
         )
-        losses = []
+        every = row_offset == 0 and len(x) == len(y)  # spares a slice and its backward
+        sides, targets = [], []
         if direction != "columns":
             mean = scale * (x.to(scale.dtype) @ y.to(scale.dtype).mean(0)) if label_smoothing else None
-            counts = batch.ids.counts(batch.ids.col_ids)
-            losses.append(cross_entropy(row_lse, pair, row_pos, counts, mean, label_smoothing))
+            sides.append(row_lse)
+            targets.append(soft_target(pair, row_pos, batch.ids.counts(batch.ids.col_ids), mean, label_smoothing))
         if direction != "rows":
             mean = scale * (y[own].to(scale.dtype) @ x.to(scale.dtype).mean(0)) if label_smoothing else None
-            counts = batch.ids.counts(batch.ids.row_ids)
-            losses.append(cross_entropy(col_lse[own], pair, col_pos[own], counts, mean, label_smoothing))
-        return _reduced(sum(losses[1:], losses[0]) / len(losses), batch.weights, reduction)
+            sides.append(col_lse if every else col_lse[own])
+            positive = col_pos[own] if batch.ids.grouped else col_pos
+            targets.append(soft_target(pair, positive, batch.ids.counts(batch.ids.row_ids), mean, label_smoothing))
+        losses = cross_entropy(sides, pair, targets)
+        if batch.weights is None and reduction == "mean":
+            return losses.mean()
+        losses = losses.mean(0)
+        if reduction == "none":
+            return losses
+        if batch.weights is None:
+            return losses.sum()
+        total = (losses * batch.weights).sum()
+        return total / batch.weights.sum() if reduction == "mean" else total
 
 
-def cross_entropy(
-    lse: Tensor, pair: Tensor, positive: Tensor, counts: Tensor | None, mean: Tensor | None, smoothing: float
-) -> Tensor:
-    """Cross-entropies from log-sum-exps without the pair; the target is the pair, or equals the mean of positives."""
-    # What the log-sum-exp with the pair is above the pair. Past the threshold, exp(-40) is below fp64's rounding.
-    losses = torch.nn.functional.softplus(lse - pair, threshold=40.0)
+def soft_target(
+    pair: Tensor, positive: Tensor, counts: Tensor | None, mean: Tensor | None, smoothing: float
+) -> Tensor | None:
+    """The logit that a target distribution expects: of several positives, smoothed; None where it is the pair's."""
     target = pair if counts is None else positive / counts
     if mean is not None:
         target = torch.lerp(target, mean, smoothing)
-    return losses if target is pair else losses + (pair - target)
+    return None if target is pair else target
 
 
-def _reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    if weights is None:
-        return losses.mean() if reduction == "mean" else losses.sum()
-    total = (losses * weights).sum()
-    return total / weights.sum() if reduction == "mean" else total
+def cross_entropy(sides: list[Tensor], pair: Tensor, targets: list[Tensor | None]) -> Tensor:
+    """Cross-entropies (directions, N) from log-sum-exps without the pair and the expected logits of the targets."""
+    # What the log-sum-exp with the pair is above the pair. Past the threshold, exp(-40) is below fp64's rounding.
+    above = torch.stack(sides) - pair if len(sides) > 1 else (sides[0] - pair)[None]
+    losses = torch.nn.functional.softplus(above, threshold=40.0)
+    known = [target for target in targets if target is not None]
+    return losses + (pair - torch.stack(known)) if known else losses
 
 
 def sigmoid_loss(
@@ -193,40 +202,24 @@ def sigmoid_loss(
         loss = -logsigmoid((2 * eye(N) - 1) * logits).sum() / N
 
     Args:
-        image_embeds (`torch.Tensor` of shape `(N, D)`):
-            Image embeddings, usually L2-normalized; float16, bfloat16, float32 or float64. Different dtypes of images
-            and texts are promoted to the wider one.
-        text_embeds (`torch.Tensor` of shape `(M, D)`):
-            Text embeddings, `M >= row_offset + N`; image `i` pairs with text `row_offset + i`.
+        image_embeds (`torch.Tensor` of shape `(N, D)`): As in `contrastive_loss`.
+        text_embeds (`torch.Tensor` of shape `(M, D)`): As there; image `i` pairs with `row_offset + i`.
         logit_scale (`torch.Tensor` of shape `()` or `(1,)`, or `float`):
-            Positive multiplier, e.g. 10.0; not its logarithm. A value that is not positive raises on the CPU and gives
-            NaN on a GPU, where reading it would stall the stream.
-        logit_bias (`torch.Tensor` of shape `()` or `(1,)`, or `float`):
-            Added to every logit, e.g. -10.0.
-        row_offset (`int`, *optional*, defaults to 0):
-            Column of the text that pairs with image 0, for local rows against gathered columns.
+            Positive multiplier, e.g. 10.0; not its logarithm. Not positive: as in `contrastive_loss`.
+        logit_bias (`torch.Tensor` of shape `()` or `(1,)`, or `float`): Added to every logit, e.g. -10.0.
+        row_offset (`int`, *optional*, defaults to 0): As in `contrastive_loss`.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
             Weight of each image's row. With `reduction="mean"` the sum is divided by `weights.sum()` instead of N.
-        group_ids (`torch.Tensor` of shape `(M,)`, *optional*):
-            Integer id of each text and of the image paired with it.
+        group_ids (`torch.Tensor` of shape `(M,)`, *optional*): As in `contrastive_loss`.
         same_group (`str`, *optional*, defaults to `"positive"`):
             `"positive"`: all pairs of equal id are positives. `"ignore"`: equal ids outside the pair are left out.
         mask_ids (pair of `torch.Tensor` of shapes `(N, K)` and `(M, K)`, *optional*):
-            Integer ids of images and texts, `K <= 4`. Image `i` and text `j` are left out if they agree in
-            any of the K ids; the pair itself always stays. The id -1 agrees with nothing. Not together with
-            `group_ids`.
+            Image `i` and text `j` are left out if they agree in any id other than -1; the pair itself always stays.
         reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"`, `"sum"` or `"none"`; the last returns the N row sums without `weights` applied.
-        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-            What features are rounded to for matrix products, all of which add up in float32: `torch.float16`,
-            `torch.bfloat16` or `torch.float32`; None: the features' own. `"auto"`: float16 for float32 features on
-            CUDA devices of compute capability 8.0 or newer, else the features' own. float16 suits features of a norm
-            near 1; their gradients are then off by about 1e-3 of their norm (bfloat16: 1e-2). Loss and gradients keep
-            the dtype that they have without it.
-        check_finite (`bool`, *optional*, defaults to `False`):
-            Raise on NaN or inf in the embeddings, naming the first bad row. Without it they propagate to the loss.
-        implementation (`str`, *optional*, defaults to `"auto"`):
-            `"triton"` (CUDA), `"torch"` (any device), or `"auto"`: triton for large problems on CUDA, torch elsewhere.
+        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): As in `contrastive_loss`.
+        check_finite (`bool`, *optional*, defaults to `False`): As in `contrastive_loss`.
+        implementation (`str`, *optional*, defaults to `"auto"`): As in `contrastive_loss`.
 
     Returns:
         `torch.Tensor`, float32 (float64 for float64 embeddings): of shape `()`, the sum over all pairs divided by the
@@ -270,9 +263,14 @@ class PairIds(NamedTuple):
     col_ids: Tensor | None = None
     ignore: bool = False
 
+    @property
+    def grouped(self) -> bool:
+        """Whether equal ids are positives."""
+        return self.row_ids is not None and not self.ignore
+
     def counts(self, among: Tensor | None) -> Tensor | None:
         """How many of `among` have each row's id, where equal ids are positives."""
-        return None if self.row_ids is None or among is None or self.ignore else count_equal(self.row_ids, among)
+        return count_equal(self.row_ids, among) if self.grouped else None  # type: ignore[arg-type]
 
 
 class Batch(NamedTuple):
@@ -316,8 +314,6 @@ def prepare(
     x, y = image_embeds.to(dtype).contiguous(), text_embeds.to(dtype).contiguous()
     wide = torch.promote_types(dtype, torch.float32)
     scale = as_scalar(logit_scale, "logit_scale", x, wide)
-    if x.device.type != "cpu":
-        scale = torch.where(scale > 0, scale, torch.nan)
     if weights is not None:
         _check_vector(weights, "weights", n, "image", x.device)
         if not weights.dtype.is_floating_point:
@@ -412,10 +408,9 @@ def weighted_sigmoid_sum(
     return operators.sigmoid_sum(x, y, scale, bias, weights, *pairs, need_x, need_y)[0]
 
 
-def keeps_logits(batch: Batch) -> bool:
-    """Whether the forward keeps logits for a backward that is going to come."""
-    needed = any(tensor.requires_grad for tensor in (batch.x, batch.y, batch.scale))
-    return needed and torch.is_grad_enabled() and not batch.use_triton
+def needs_backward(*inputs: Tensor) -> bool:
+    """Whether a backward is going to come, for which the forward keeps what would be computed again."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def refuse_forward_mode(*inputs: Tensor | float | None) -> None:
