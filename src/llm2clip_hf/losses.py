@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from . import distributed
 from .ops import contrastive_loss, operators, sigmoid_loss
-from .ops.contrastive import (
+from .ops.contrastive import cross_entropy, soft_target, weighted_sigmoid_sum
+from .ops.inputs import (
     Batch,
     ComputeDtype,
     Direction,
@@ -33,14 +34,11 @@ from .ops.contrastive import (
     check_options,
     choose_compute,
     choose_triton,
-    cross_entropy,
     dense_ids,
     dense_masks,
     needs_backward,
     prepare,
     refuse_forward_mode,
-    soft_target,
-    weighted_sigmoid_sum,
 )
 
 

@@ -49,7 +49,7 @@ _FULL, _FLAT, _NARROW = Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 3), C
 # programs of the default share a processor. Ids take registers, so those kernels have smaller tiles.
 CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
     ("lse", 80): (_FULL, _FLAT),
-    ("lse", 90): (_FULL._replace(registers=128), Config(64, 128, 64, 4, 3), _FULL._replace(stages=4)),
+    ("lse", 90): (_FULL._replace(registers=128), Config(64, 128, 64, 4, 3), _FULL._replace(stages=4, registers=128)),
     ("lse", 100): (_FULL, _FLAT),
     ("lse_ids", 80): (_FLAT,),
     ("lse_ids", 90): (_FLAT,),
