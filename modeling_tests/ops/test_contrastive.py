@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck
 
 from llm2clip_hf import ops
-from llm2clip_hf.ops import contrastive as public
 from llm2clip_hf.ops import contrastive_loss, contrastive_torch, operators, sigmoid_loss
+from llm2clip_hf.ops import inputs as argument_checks
 
 
 def embeds(n, m, d, dtype=torch.float64):
@@ -375,7 +375,7 @@ def test_fakes_describe_cuda_without_cuda():
         pairs = (None, None, 0, False, torch.bfloat16, True)
         out = operators.lse_pair(x, y, torch.empty((), device="cuda"), *pairs, "both", False, False)
     assert [t.shape[0] for t in out] == [6, 9, 6, 0, 0, 0]
-    assert all(t.dtype == torch.float32 and t.device.type == "cuda" for t in out)
+    assert all(t.dtype == torch.float32 and t.device.type == "cuda" for t in out[:5])
 
 
 def test_double_backward_is_refused():
@@ -515,19 +515,39 @@ def test_triton_on_a_cpu_tensor_or_uninstalled_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="16-bit and 32-bit floats, got torch.float64"):
         contrastive_loss(x.double(), x.double(), 2.0, implementation="triton")
-    monkeypatch.setattr(public.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(argument_checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install llm2clip-hf\\[kernels\\]"):
         contrastive_loss(x, x, 2.0, implementation="triton")
     assert contrastive_loss(x, x, 2.0, implementation="auto").isfinite()
 
 
+@pytest.mark.parametrize("hip, capability", [(None, (7, 5)), ("6.2", (9, 0))])
+def test_gpus_that_the_kernels_do_not_know_take_the_other_way(monkeypatch, hip, capability):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        x = torch.empty(8, 4, device="cuda")
+    assert not argument_checks.choose_triton("auto", x, 1 << 30)
+    assert argument_checks.choose_compute("auto", x) == torch.float32
+    with pytest.raises(ValueError, match=f"compute capability 8.0 or newer, got cuda:0 .*{'ROCm' if hip else '7, 5'}"):
+        argument_checks.choose_triton("triton", x, 1 << 30)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert argument_checks.choose_triton("auto", x, 1 << 30)
+    assert argument_checks.choose_compute("auto", x) == torch.float16
+    assert argument_checks.choose_compute("auto", x.bfloat16()) == torch.bfloat16
+    assert argument_checks.choose_compute(None, x) == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
 def test_dense_ids_renumber_any_integers(dtype):
     ids = torch.randint(-128, 127, (200,), dtype=dtype)
-    dense = public.dense_ids(ids)
+    dense = argument_checks.dense_ids(ids)
     assert torch.equal(dense, torch.unique(ids, return_inverse=True)[1].int())
     want = (ids[:50, None] == ids[None, :]).sum(1)
-    assert torch.equal(public.count_equal(dense[:50], dense), want)
+    assert torch.equal(argument_checks.count_equal(dense[:50], dense), want)
 
 
 def test_no_warning_is_raised():

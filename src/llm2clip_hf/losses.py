@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from . import distributed
 from .ops import contrastive_loss, operators, sigmoid_loss
-from .ops.contrastive import (
+from .ops.contrastive import cross_entropy, soft_target, weighted_sigmoid_sum
+from .ops.inputs import (
     Batch,
     ComputeDtype,
     Direction,
@@ -33,12 +34,11 @@ from .ops.contrastive import (
     check_options,
     choose_compute,
     choose_triton,
-    cross_entropy,
     dense_ids,
     dense_masks,
+    needs_backward,
     prepare,
     refuse_forward_mode,
-    weighted_sigmoid_sum,
 )
 
 
@@ -299,7 +299,7 @@ class ContrastiveLoss(nn.Module):
                 pair_ids = PairIds(dense[start : start + len(x)], dense, self.same_group == "ignore")
         largest = max(columns) if self.ring else sum(columns)
         use_triton = choose_triton(self.implementation, x, len(x) * largest)
-        keep = grad and not use_triton and any(each.requires_grad for each in (x, y, batch.scale))
+        keep = needs_backward(x, y, batch.scale)
         return _Layout(pair_ids, start, batch.compute, use_triton, sizes, columns, group, self.direction, keep)
 
     def _losses(
@@ -315,23 +315,24 @@ class ContrastiveLoss(nn.Module):
         layout: "_Layout",
     ) -> Tensor:
         """Losses of this rank's pairs, from log-sum-exps over all columns and over this rank's rows."""
-        group, smoothing, losses = self.process_group, self.label_smoothing, []
+        group, smoothing = self.process_group, self.label_smoothing
         n, own = len(x), slice(layout.row_offset, layout.row_offset + len(x))
         wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
         counts = layout.ids.counts(layout.ids.col_ids)
-        mean = None
+        sides, targets, mean = [], [], None
         if self.direction != "columns":
             if smoothing:
                 mean = scale * (wide_x @ (distributed.all_reduce_sum(wide_y.sum(0), group) / sum(layout.columns)))
-            losses.append(cross_entropy(row_lse, pair, row_pos, counts, mean, smoothing))
+            sides.append(row_lse)
+            targets.append(soft_target(pair, row_pos, counts, mean, smoothing))
         if self.direction != "rows":
             if smoothing:
                 mean = scale * (wide_y[:n] @ (distributed.all_reduce_sum(wide_x.sum(0), group) / sum(layout.sizes)))
-            col_lse = distributed.merge_log_sum_exp(col_lse, group)[own]
             if counts is not None:
                 col_pos = distributed.all_reduce_sum(col_pos, group)[own]
-            losses.append(cross_entropy(col_lse, pair, col_pos, counts, mean, smoothing))
-        return sum(losses[1:], losses[0]) / len(losses)
+            sides.append(distributed.merge_log_sum_exp(col_lse, group)[own])
+            targets.append(soft_target(pair, col_pos, counts, mean, smoothing))
+        return cross_entropy(sides, pair, targets).mean(0)
 
 
 class _Layout(NamedTuple):
@@ -393,7 +394,7 @@ class _RingLsePair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
         n, total = len(x), sum(layout.columns)
-        grouped = layout.ids.row_ids is not None and not layout.ids.ignore
+        grouped = layout.ids.grouped
         row_lse = scale.new_full((n if layout.direction != "columns" else 0,), -torch.inf)
         col_lse = scale.new_empty((total if layout.direction != "rows" else 0,))
         pair = scale.new_zeros((n,))

@@ -56,7 +56,7 @@ class Lse(NamedTuple):
 
 
 class LseGrads(NamedTuple):
-    """What the backward of `lse_pair` needs: the gradients of its outputs and both log-sum-exps, finite."""
+    """What the backward of `lse_pair` needs: the gradients of its outputs and both log-sum-exps."""
 
     row: Tensor
     col: Tensor
@@ -103,12 +103,12 @@ def _logits(x: Tensor, yt: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     return torch.mm(x * scale, yt, out=out) if x.dtype == out.dtype else _product(x, yt, out).mul_(scale)
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b; 16-bit operands, which only CUDA multiplies so, give sums in the dtype of `out`."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """out += a @ b, or = for the first; 16-bit operands, which only CUDA multiplies so, add up in the dtype of out."""
     if out.is_cuda and b.dtype != out.dtype:
-        torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a.to(b.dtype), b, beta=0 if first else 1, out_dtype=out.dtype, out=out)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=0 if first else 1)
 
 
 def _chunk_rows(num_rows: int, num_cols: int) -> int:
@@ -238,6 +238,9 @@ def lse_pair_backward(
     n, m = x.shape[0], y.shape[0]
     dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
     dy = x.new_zeros(y.shape if need_y else (0,), dtype=dtype)
+    # A row or column without any candidate has no gradient; -inf - (-inf) would make it NaN.
+    row_lse, col_lse = (lse.masked_fill(torch.isneginf(lse), 0.0) for lse in (grads.row_lse, grads.col_lse))
+    grads = grads._replace(row_lse=row_lse, col_lse=col_lse)
     buffers = x.new_empty((2, _chunk_rows(n, m), m), dtype=dtype)
     stored = 0 if kept is None else kept.shape[0]
     for rows in _chunks(n, m, pairs, x.device):

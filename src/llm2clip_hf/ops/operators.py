@@ -4,7 +4,7 @@ The primitives behind the losses, registered as `torch.library` operators with f
 
 - `lse_pair(x, y, ...) -> (R, C, pair, row_pos, col_pos, kept)`: log-sum-exp of the rows and columns of
   `s = scale * x @ y.T` without each row's pair, the pairs, and the sums of grouped positives. A loss is ordinary
-  PyTorch on these vectors; `kept` are logits for the backward.
+  PyTorch on these vectors; `kept` are logits, or features in 16 bits, for the backward.
 - `sigmoid_sum(x, y, ...)`: a weighted sum of sigmoid row losses. Nothing has to be normalised, so loss and gradients
   come from one visit of each tile in the forward, and the backward only multiplies them by the incoming scalar.
 - `sigmoid_rows(x, y, ...)`: the row losses alone; the backward visits the tiles again with the incoming row gradients.
@@ -41,6 +41,11 @@ def _backend(use_triton: bool) -> types.ModuleType:
     return contrastive_torch
 
 
+def _positive(scale: Tensor, use_triton: bool) -> Tensor:
+    """NaN instead of a scale that is not positive, where reading it would stall the stream; the kernels see to it."""
+    return scale if use_triton or scale.device.type == "cpu" else torch.where(scale > 0, scale, torch.nan)
+
+
 def _without_autocast(x: Tensor) -> torch.autocast:
     # Autocast would silently round the logits of fp32 features to bf16.
     return torch.autocast(device_type=x.device.type, enabled=False)
@@ -48,10 +53,9 @@ def _without_autocast(x: Tensor) -> torch.autocast:
 
 def _inner(x: Tensor, dx: Tensor) -> Tensor:
     """<x, dx> in the accumulation dtype."""
-    total = dx.new_zeros(())
-    for a in range(0, x.shape[0], _INNER_ROWS):
-        total = total + (x[a : a + _INNER_ROWS] * dx[a : a + _INNER_ROWS]).sum()
-    return total
+    spans = [slice(a, a + _INNER_ROWS) for a in range(0, x.shape[0], _INNER_ROWS)]
+    parts = [(x[span] * dx[span]).sum() for span in spans]
+    return sum(parts[1:], parts[0])
 
 
 def _check_values(x: Tensor, y: Tensor, scale: Tensor, check_finite: bool) -> None:
@@ -80,6 +84,15 @@ def _nothing_to_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     return
 
 
+def _new_kept(x: Tensor, y: Tensor, scale: Tensor, compute: torch.dtype, use_triton: bool, keep: bool) -> Tensor:
+    """What the forward keeps for the backward: logits of some rows, or for the kernels the features in 16 bits."""
+    n, m = x.shape[0], y.shape[0]
+    if not use_triton:
+        return scale.new_empty((kept_rows(n, m, x.device) if keep else 0, m))
+    rounded = keep and (x.dtype != compute or y.dtype != compute) and compute.itemsize == 2
+    return x.new_empty((n + m if rounded else 0, x.shape[1]), dtype=compute)
+
+
 @torch.library.custom_op("llm2clip_hf::lse_pair", mutates_args=())
 def lse_pair(
     x: Tensor,
@@ -98,12 +111,15 @@ def lse_pair(
     """The vectors of `contrastive_torch.Lse` and kept logits; see the module docstring."""
     _check_values(x, y, scale, check_finite)
     pairs = Pairs(row_offset, row_ids, col_ids, ignore_same)
-    kept = scale.new_empty((kept_rows(len(x), len(y), x.device) if keep else 0, len(y)))
+    kept = _new_kept(x, y, scale, compute, use_triton, keep)
     with _without_autocast(x):
         backend = _backend(use_triton)
+        if use_triton and len(kept):
+            kept[: len(x)], kept[len(x) :] = x, y
+            x, y = kept[: len(x)], kept[len(x) :]
         x, y = backend.operand(x, compute), backend.operand(y, compute)
         options = (direction,) if use_triton else (direction, kept)
-        return *backend.lse_pair(x, y, scale, pairs, *options), kept
+        return *backend.lse_pair(x, y, _positive(scale, use_triton), pairs, *options), kept
 
 
 @lse_pair.register_fake
@@ -113,7 +129,7 @@ def _(  # type: ignore[no-untyped-def]
     n, m = x.shape[0], y.shape[0]
     grouped = row_ids is not None and not ignore_same
     sizes = (n * (direction != "columns"), m * (direction != "rows"), n, n * grouped, m * grouped)
-    kept = scale.new_empty((kept_rows(n, m, x.device) if keep else 0, m))
+    kept = _new_kept(x, y, scale, compute, use_triton, keep)
     return *(scale.new_empty((size,)) for size in sizes), kept
 
 
@@ -140,20 +156,14 @@ def lse_pair_backward(
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx and dy in the dtype of `scale` (empty when not needed) and d scale. At least one of the two is computed."""
-    grads = LseGrads(
-        grad_row.contiguous(),
-        grad_col.contiguous(),
-        grad_pair.contiguous(),
-        grad_row_pos.contiguous(),
-        grad_col_pos.contiguous(),
-        # A row or column without any candidate has no gradient; -inf - (-inf) would make it NaN.
-        row_lse.masked_fill(torch.isneginf(row_lse), 0.0),
-        col_lse.masked_fill(torch.isneginf(col_lse), 0.0),
-    )
+    vectors = (grad_row, grad_col, grad_pair, grad_row_pos, grad_col_pos)
+    grads = LseGrads(*(grad.contiguous() for grad in vectors), row_lse, col_lse)  # type: ignore[call-arg]
     pairs = Pairs(row_offset, row_ids, col_ids, ignore_same)
     need_x = need_x or not need_y
     with _without_autocast(x):
         backend = _backend(use_triton)
+        if use_triton and len(kept):
+            x, y = kept[: len(x)], kept[len(x) :]
         x, y = backend.operand(x, compute), backend.operand(y, compute)
         options = () if use_triton else (kept,)
         dx, dy = backend.lse_pair_backward(x, y, scale, pairs, grads, need_x, need_y, *options)
@@ -220,7 +230,9 @@ def sigmoid_sum(
     with _without_autocast(x):
         backend = _backend(use_triton)
         x, y = backend.operand(x, compute), backend.operand(y, compute)
-        rows, dx, dy, dbias = backend.sigmoid_sum(x, y, scale, bias, weights, pairs, need_x, need_y)
+        rows, dx, dy, dbias = backend.sigmoid_sum(
+            x, y, _positive(scale, use_triton), bias, weights, pairs, need_x, need_y
+        )
         dscale = torch.zeros_like(dbias)
         if need_x or need_y:
             dscale = (_inner(x, dx) if need_x else _inner(y, dy)) / scale
@@ -280,7 +292,9 @@ def sigmoid_rows(
     with _without_autocast(x):
         backend = _backend(use_triton)
         x, y = backend.operand(x, compute), backend.operand(y, compute)
-        rows: Tensor = backend.sigmoid_sum(x, y, scale, bias, scale.new_zeros(len(x)), pairs, False, False)[0]
+        rows: Tensor = backend.sigmoid_sum(
+            x, y, _positive(scale, use_triton), bias, scale.new_zeros(len(x)), pairs, False, False
+        )[0]
     return rows
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers.trainer_utils import has_length
 
 from ... import distributed
-from ...ops.contrastive import count_equal, dense_ids
+from ...ops.inputs import count_equal, dense_ids
 from ..streams import shards_itself
 from .arguments import LLM2CLIPTrainingArguments
 from .checks import PAIR_IDS
