@@ -2,6 +2,7 @@
 """Pushing to the Hub: which files of a folder, in one commit, without names of folders of this machine."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -54,8 +55,9 @@ def commit_files(
     create_pr: bool = False,
 ) -> Any:
     """Pushes files in one commit, which also removes weights that would be loaded instead of the new ones."""
-    # In the folder itself, on whose disk a second name costs nothing.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".push-") as temporary:
+    # In the folder itself, on whose disk a second name costs nothing, unless it is read-only.
+    place = folder if os.access(folder, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place, prefix=".push-") as temporary:
         link_files(files, folder, temporary)
         config = Path(temporary) / "config.json"
         fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
