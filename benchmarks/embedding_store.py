@@ -23,6 +23,7 @@ import platform
 import random
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from safetensors import safe_open
 
 from llm2clip_hf.data import CaptionEmbeddingStore, embed_captions
 from llm2clip_hf.data.sampling import token_budget_batches
+from llm2clip_hf.data.store import build
+from llm2clip_hf.data.store.folder import StoreFolder
 
 
 Row = dict[str, Any]
@@ -71,9 +74,10 @@ def shards_as_memmaps(store: CaptionEmbeddingStore) -> list[np.ndarray]:
     maps = []
     for file in sorted(store.path.glob("embeddings-*.safetensors")):
         with file.open("rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-        halves = np.memmap(file, dtype=np.int16, mode="r", offset=8 + header_bytes)
-        maps.append(np.asarray(halves).reshape(-1, store.embedding_dim))
+            size = int.from_bytes(opened.read(8), "little")
+            entry = json.loads(opened.read(size))["embeddings"]
+        offset = 8 + size + entry["data_offsets"][0]
+        maps.append(np.asarray(np.memmap(file, dtype=np.int16, mode="r", offset=offset, shape=tuple(entry["shape"]))))
     return maps
 
 
@@ -156,11 +160,70 @@ def read_in_order(store: CaptionEmbeddingStore, repetitions: int) -> Iterator[Ro
 
 
 def open_stores(folder: Path, repetitions: int) -> Iterator[Row]:
-    """Opening of small and large stores; the last two differ in the number of files only."""
-    for rows, rows_per_shard in [(10_000, 32_768), (1_000_000, 1 << 20), (1_000_000, 32_768)]:
-        path = make_store(folder / f"{rows}-{rows_per_shard}", rows, 4, rows_per_shard).path
-        seconds = best_times({"open": partial(CaptionEmbeddingStore.open, path)}, 10 * repetitions)["open"]
-        yield {"rows": rows, "shards": -(-rows // rows_per_shard), "open ms": round(seconds * 1e3, 3)}
+    """Opening of a small store, of one of many shards, and of one of a billion rows, whose shards are empty space."""
+    small = make_store(folder / "small", 10_000, 4, 16_384)
+    for rows, rows_per_shard in [(10_000, 16_384), (1_000_000, 16_384), (1_000_000_000, 32_768)]:
+        path = folder / f"open-{rows}"
+        shards = -(-rows // rows_per_shard)
+        as_if(small, path, shards, rows_per_shard)
+        tracemalloc.start()
+        store = CaptionEmbeddingStore.open(path)
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        seconds = best_times({"open": partial(CaptionEmbeddingStore.open, path)}, repetitions)["open"]
+        yield {
+            "rows": store.num_captions,
+            "shards": shards,
+            "index MB": round((path / "index.json").stat().st_size / 1e6, 2),
+            "open ms": round(seconds * 1e3, 1),
+            "peak MB": round(memory / 1e6, 1),
+        }
+
+
+def as_if(store: CaptionEmbeddingStore, path: Path, shards: int, rows_per_shard: int) -> None:
+    """The index of a store of so many shards, and files of the right sizes without content."""
+    path.mkdir()
+    index = build.read_index(StoreFolder(store.path))
+    assert index is not None
+    first = index["shards"][0] | {"rows": rows_per_shard, "images": rows_per_shard}
+    index["shards"] = [first | {"file": build.shard_name(number)} for number in range(shards)]
+    index["num_images"] = index["num_captions"] = rows_per_shard * shards
+    for entry in [index["layout"], *index["shards"]]:
+        with (path / entry["file"]).open("wb") as file:
+            file.truncate(entry["bytes"])
+    build.write_index(StoreFolder(path), index)
+
+
+def write_beside_encoder(folder: Path, shards: int, rows: int, width: int) -> Row:
+    """Elapsed time with an encoder that waits for a device as long as writing takes, which writing may overlap."""
+    captions = [str(row) for row in range(shards * rows)]
+    values = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).half()
+    seconds = 0.0
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        time.sleep(seconds)
+        return values[: len(texts)]
+
+    options: dict[str, Any] = {"fingerprint": {}, "rows_per_shard": rows, "max_tokens_per_batch": rows * 8}
+    numbers = iter(range(1000))
+
+    def elapsed() -> float:
+        start = time.perf_counter()
+        embed_captions(encode, captions, folder / f"overlap-{next(numbers)}", show_progress=False, **options)
+        return time.perf_counter() - start
+
+    elapsed()
+    writing = min(elapsed() for _ in range(2))
+    seconds = writing / shards
+    together = min(elapsed() for _ in range(2))
+    return {
+        "shards": shards,
+        "MB each": round(rows * width * 2 / 1e6),
+        "encode s": round(seconds * shards, 2),
+        "write s": round(writing, 2),
+        "both s": round(together, 2),
+        "both / one after the other": round(together / (writing + seconds * shards), 2),
+    }
 
 
 def embed_beside_encoder(folder: Path, rows: int, width: int, repetitions: int) -> Row:
@@ -241,8 +304,15 @@ def main() -> None:
             reading += gather_rows(store, arguments.repetitions)
             reading += read_in_order(store, arguments.repetitions)
         opening = list(open_stores(folder, arguments.repetitions))
+        overlap = [write_beside_encoder(folder, 8, 2048, max(arguments.widths))]
         embedding = [embed_beside_encoder(folder, 4096, min(arguments.widths), min(3, arguments.repetitions))]
-    tables = {"Reading": reading, "Opening": opening, "Embedding": embedding, "Padding": list(padding(32768, 16384))}
+    tables = {
+        "Reading": reading,
+        "Opening": opening,
+        "Writing": overlap,
+        "Embedding": embedding,
+        "Padding": list(padding(32768, 16384)),
+    }
     facts = (
         f"{platform.machine()} CPU, one thread, torch {torch.__version__}, float16, processor time, "
         f"{datetime.date.today()}, best of {arguments.repetitions}"

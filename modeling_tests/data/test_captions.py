@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from llm2clip_hf.data import CaptionPairDataset, CaptionTable
+from llm2clip_hf.data import CaptionPairDataset, CaptionTable, load_captions
 from llm2clip_hf.data.sampling import choose_caption, random_bits, random_uniform
 
 
@@ -327,3 +327,33 @@ def test_selected_images_are_the_table_of_their_captions() -> None:
     assert table.select(range(1, 3))[1] == ["c", "f"]
     with pytest.raises(IndexError, match="Image 3 is out of range for 3 images"):
         table.select([3])
+
+
+@pytest.mark.parametrize("as_arrow", [False, True])
+def test_texts_that_differ_in_any_one_byte_are_told_apart(as_arrow):
+    base = "a rather long text, of which some bytes are looked at first and the others if they agree"
+    texts = [base, *(base[:place] + "#" + base[place + 1 :] for place in range(len(base))), base, "x", "x", "xx", "é"]
+    rows = [[text] for text in texts]
+    table = load_captions(Dataset.from_dict({"captions": rows})) if as_arrow else CaptionTable(rows)
+    assert table.num_shared_captions == 4
+    several = CaptionTable([texts, [base, base, texts[3], "é"]])
+    assert several.distinct_counts.tolist() == [len(texts) - 2, 3]
+
+
+def test_digest_of_a_part_is_that_of_a_table_of_the_part():
+    table = CaptionTable(CAPTIONS)
+    for start in range(4):
+        for stop in range(start + 1, 5):
+            part = CaptionTable({name: column[start:stop] for name, column in CAPTIONS.items()})
+            assert table.digest(start, stop) == part.digest()
+    # The formula, which stores record: numbers of captions, sizes and bytes, in flat order, whatever the sources.
+    encoded = [text.encode() for text in FLAT]
+    parts = [
+        np.array([2, 3, 2, 1], "<i8").tobytes(),
+        np.array([len(t) for t in encoded], "<i8").tobytes(),
+        b"".join(encoded),
+    ]
+    expected = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    assert table.digest() == CaptionTable([table[image] for image in range(4)]).digest() == expected
+    assert CaptionTable([["ab", "c"]]).digest() != CaptionTable([["a", "bc"]]).digest()
+    assert CaptionTable([["a"], ["b"]]).digest() != CaptionTable([["a", "b"]]).digest()

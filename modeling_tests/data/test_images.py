@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llm2clip_hf.data import CenterCropTransform, RandomResizedCropTransform
-from llm2clip_hf.data.images import decode_image, load_image
+from llm2clip_hf.data.images import decode_for, decode_image, load_image
 
 
 @pytest.fixture
@@ -298,3 +298,45 @@ def test_the_tensor_equals_transformers_arithmetic_bit_for_bit_in_channels_first
     actual = transform(image(40, 40), seeded(0))
     assert torch.equal(actual, expected)
     assert actual.is_contiguous()
+
+
+def photo(width: int, height: int, orientation: int = 1) -> bytes:
+    """A JPEG of smooth shapes."""
+    small = np.random.default_rng(width).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    return encoded(image, "JPEG", quality=95, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(640, 480, 100), (480, 640, (64, 200)), (900, 300, 40), (90, 70, 64)]
+)
+def test_a_jpeg_is_decoded_as_small_as_the_crop_allows_and_looks_the_same(width, height, size, orientation):
+    content = {"bytes": photo(width, height, orientation)}
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    fast, exact = (RandomResizedCropTransform(size, draft=draft, **plain) for draft in (True, False))
+    drafted = decode_for(fast, content, "x").args[0]
+    upright = (height, width) if orientation > 4 else (width, height)
+    factors = {round(full / found) for full, found in zip(upright, drafted.size)}
+    assert len(factors) == 1 and factors <= {1, 2, 4, 8}
+    # Any rectangle that may be drawn keeps at least as many pixels as the result, and half as many would be too few.
+    for seed in range(40):
+        left, top, right, bottom = fast._box(*upright, seeded(seed))
+        [factor] = factors
+        assert (right - left) / factor >= fast.width - 1 and (bottom - top) / factor >= fast.height - 1 or factor == 1
+        found = decode_for(fast, content, "x")(seeded(seed))
+        full = decode_for(exact, content, "x")(seeded(seed))
+        assert (found - full).abs().mean() < 0.008
+        # Without a draft, the arithmetic is that of a crop of the whole image.
+        crop = decode_image(content).crop((left, top, right, bottom))
+        resized = crop.resize((exact.width, exact.height), Image.Resampling.BICUBIC)
+        assert torch.equal(full, torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255)
+
+
+def test_an_image_of_the_user_and_the_evaluation_see_every_pixel():
+    image = Image.open(io.BytesIO(photo(640, 480)))
+    decode_for(RandomResizedCropTransform(32), image, "x")
+    assert image.size == (640, 480)
+    assert decode_for(CenterCropTransform(32), {"bytes": photo(640, 480)}, "x").args[0].size == (640, 480)

@@ -505,3 +505,28 @@ def test_a_packed_batch_may_be_filled_to_the_budget():
     # No batch could have taken the first item of the next one.
     assert all(total + lengths[after[0]] > 100 for total, after in zip(sums, batches[1:]))
     assert list(token_budget_batches([500, 3], max_tokens=100, pads=False)) == [[0], [1]]
+
+
+class Tokenizing(torch.nn.Module):
+    """An encoder with a tokenizer, as sentence-transformers models are; notes the batches."""
+
+    max_seq_length = 9
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer, self.batches = tokenizer, []
+
+    def encode(self, inputs, **options):
+        self.batches.append(inputs)
+        return torch.ones(len(inputs), 2)
+
+
+def test_batches_go_by_the_tokens_where_there_is_a_tokenizer(tmp_path, tokenizer):
+    # Many bytes per token and many tokens per byte: an estimate by bytes would turn the order round.
+    texts = ["a red boat", "\u1019\u103c\u1014\u103a\u1019\u102c", "x", "1 2 3 4 5 6 7 8 9 10 11"]
+    encoder = Tokenizing(tokenizer)
+    lengths = [min(9, len(tokenizer(text)["input_ids"])) for text in texts]
+    assert as_text_encoder(encoder, None, 512).token_lengths(texts) == lengths
+    embed_captions(encoder, texts, tmp_path, fingerprint={}, max_tokens_per_batch=18, show_progress=False)
+    for batch in encoder.batches:
+        assert len(batch) * max(lengths[texts.index(text)] for text in batch) <= 18

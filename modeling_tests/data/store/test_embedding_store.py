@@ -131,7 +131,7 @@ def test_opening_reads_no_embeddings_and_access_maps_only_its_shard(folder):
     store.gather([40])
     assert list(store._shards) == [1]
     # The array is a view of the file, not a copy in memory.
-    assert isinstance(store._shards[1].base, np.memmap)
+    assert isinstance(store._shards[1][0].base, np.memmap)
 
 
 def test_a_pickled_store_carries_no_data_and_reads_the_same(folder, rows):

@@ -6,15 +6,14 @@ Which caption is drawn and how the image is cropped is a pure function of (seed,
 or that uses another number of workers, sees the same samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .captions import Captions, CaptionTable
-from .images import ImageSource, ImageTransform, content_id, decode_image, image_id, load_image, raw_image, undecoded
+from .images import ImageSource, ImageTransform, content_id, decode_for, image_id, raw_image, undecoded
 from .reports import SkipLog, SkipReport, check_choice
 from .sampling import SampleDraws, check_sub_captions, checked_weights
 from .store.embedding_store import CaptionEmbeddingStore
@@ -140,17 +139,18 @@ class ImageTextDataset(torch.utils.data.Dataset):
 
     def pixel_values(self, index: int) -> torch.Tensor:
         """Image `index` through `transform`, with the crop of the current epoch."""
-        return self.transform(load_image(self.images, index), self._draws.generator(int(self._epoch), index))
+        transform = decode_for(self.transform, *raw_image(self.images, index))
+        return transform(self._draws.generator(int(self._epoch), index))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """"""
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} is out of range for {len(self)} images.")
-        image, item, index = self._readable_image(index)
+        transform, item, index = self._readable_image(index)
         row = self.caption_row(index)
         sample: dict[str, Any] = {
-            "pixel_values": self.transform(image, self._draws.generator(int(self._epoch), index)),
+            "pixel_values": transform(self._draws.generator(int(self._epoch), index)),
             "index": index,
             "image_id": image_id(item),
         }
@@ -165,12 +165,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
             sample["text_id"] = content_id(text.encode())
         return sample
 
-    def _readable_image(self, wanted: int) -> tuple[Image.Image, Any, int]:
+    def _readable_image(self, wanted: int) -> tuple[Callable[[torch.Generator], torch.Tensor], Any, int]:
+        """The transform of an image that can be read, the image as it comes, and its number."""
         index = wanted
         for attempt in range(_MAX_ATTEMPTS + 1):
             try:
                 item, name = raw_image(self.images, index)
-                return decode_image(item, name), item, index
+                return decode_for(self.transform, item, name), item, index
             except ValueError as error:
                 if self._on_bad_image == "error":
                     raise

@@ -16,7 +16,7 @@ import torch
 
 from .. import distributed
 from .image_text import PLACEHOLDER, ImageTextCollator
-from .images import ImageTransform, content_id, decode_image, image_id
+from .images import ImageTransform, content_id, decode_for, image_id
 from .reports import SkipLog, SkipReport, check_choice, positive_number
 from .sampling import (
     Layout,
@@ -367,11 +367,11 @@ class ImageTextStream(torch.utils.data.IterableDataset):
         except ValueError as error:
             raise _UnusableSample(f"Cannot use {name}: {error}.", self._on_bad_sample) from error
         try:
-            image = decode_image(raw.image, f"The image of {name}")
+            transform = decode_for(self.transform, raw.image, f"The image of {name}")
         except ValueError as error:
             raise _UnusableSample(str(error), self._on_bad_image) from error
         return {
-            "pixel_values": self.transform(image, self._draws.generator(plan.epoch, index)),
+            "pixel_values": transform(self._draws.generator(plan.epoch, index)),
             "index": index,
             "image_id": image_id(raw.image),
             **text,

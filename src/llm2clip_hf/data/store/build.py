@@ -207,9 +207,14 @@ def merge(folder: StoreFolder, others: Sequence[StoreFolder] = ()) -> dict[str, 
     }
     if first["has_keys"]:
         index["keys"] = write_keys(folder, partial(_keys_of, folder, names))
-    index["index_sha256"] = _digest_of(index)
-    folder.write(INDEX_FILE, [(json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()])
+    write_index(folder, index)
     return index
+
+
+def write_index(folder: StoreFolder, index: Mapping[str, Any]) -> None:
+    """Write an index with its own digest."""
+    content = {**index, "index_sha256": _digest_of(index)}
+    folder.write(INDEX_FILE, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def _digest_of(content: Any) -> str:
@@ -363,5 +368,6 @@ __all__ = [
     "shard_names",
     "shard_record",
     "torch_dtype_of",
+    "write_index",
     "write_shard",
 ]

@@ -85,6 +85,9 @@ class CaptionEmbeddingStore:
         self._shard_entries: list[dict[str, Any]] = index["shards"]
         # Shard `k` holds the caption rows `_first_rows[k]` to `_first_rows[k + 1]`.
         self._first_rows = _starts(entry["rows"] for entry in self._shard_entries)
+        # Rows of every shard but the last, if they are equal: a division finds a shard faster than a search.
+        sizes = set(np.diff(self._first_rows[:-1]).tolist())
+        self._equal_rows = sizes.pop() if len(sizes) == 1 else self.num_captions if not sizes else None
         self._keys_entry: dict[str, Any] | None = index.get("keys")
         self.has_keys = self._keys_entry is not None
         # The shards that were touched last, each with its map.
@@ -194,7 +197,7 @@ class CaptionEmbeddingStore:
         if rows.min() < 0 or rows.max() >= self.num_captions:
             outside = rows[(rows < 0) | (rows >= self.num_captions)]
             raise IndexError(f"Caption row {outside[0]} is out of range for {self.num_captions} captions.")
-        shard_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
+        shard_of_row = self._shards_of(rows)
         first = int(shard_of_row[0])
         if (shard_of_row == first).all():
             self._copy_rows(first, rows, slice(None), gathered, scales)
@@ -228,7 +231,7 @@ class CaptionEmbeddingStore:
         if start == stop:
             return self.gather([])
         parts = []
-        shards = np.searchsorted(self._first_rows, [start, stop - 1], side="right") - 1
+        shards = self._shards_of(np.array([start, stop - 1]))
         for shard in range(int(shards[0]), int(shards[1]) + 1):
             first = int(self._first_rows[shard])
             # A private map per call: torch knows no read-only tensors, and a shared one would keep a user's changes.
@@ -476,6 +479,13 @@ class CaptionEmbeddingStore:
             source_ids = map_tensor(file, "source_ids", "I16", (self.num_captions,), np.int16)
             self._layout = (offsets, source_ids)
         return self._layout
+
+    def _shards_of(self, rows: np.ndarray) -> np.ndarray:
+        if self._equal_rows is not None:
+            # What the last shard has more than the others.
+            return np.minimum(rows // self._equal_rows, len(self._shard_entries) - 1)
+        found: np.ndarray = np.searchsorted(self._first_rows, rows, side="right") - 1
+        return found
 
     def _as_read(self, values: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
         found = torch.from_numpy(values)

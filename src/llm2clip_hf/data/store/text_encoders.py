@@ -13,7 +13,7 @@ from .fingerprint import FingerprintValue, model_fingerprint
 
 
 logger = logging.getLogger(__name__)
-# English text has about four bytes per token; only the order and the size of batches depend on it.
+# Of functions, whose tokens are not known: English has four bytes per token. It decides the size of batches alone.
 _BYTES_PER_TOKEN = 4
 
 
@@ -49,7 +49,9 @@ def as_text_encoder(encoder: Any, tokenizer: Any, max_length: int) -> TextEncode
         )
     if hasattr(encoder, "encode"):
         module = encoder if isinstance(encoder, torch.nn.Module) else None
-        return _FunctionEncoder(functools.partial(encode_as_text, encoder), module)
+        return _FunctionEncoder(
+            functools.partial(encode_as_text, encoder), module, getattr(encoder, "tokenizer", None)
+        )
     if callable(encoder) and not isinstance(encoder, torch.nn.Module):
         return _FunctionEncoder(encoder)
     raise ValueError(
@@ -79,15 +81,30 @@ def _without_overflow(
             tensor.data = tensor.data.half()
 
 
+def _token_lengths(tokenizer: Any, texts: list[str], longest: int | None) -> list[int]:
+    """Tokens of each text, template and all, cut off at the longest."""
+    limit = {} if longest is None else {"truncation": True, "max_length": longest}
+    return [len(ids) for ids in tokenizer(texts, return_attention_mask=False, **limit)["input_ids"]]
+
+
 class _FunctionEncoder:
     # To be on the safe side: what happens in the function is not known.
     pads = True
 
-    def __init__(self, function: Callable[[list[str]], torch.Tensor], module: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[[list[str]], torch.Tensor],
+        module: torch.nn.Module | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         self._function, self._module = function, module
+        self._tokenizer = tokenizer if hasattr(tokenizer, "backend_tokenizer") else None
+        self._longest = getattr(module, "max_seq_length", None)
 
     def token_lengths(self, texts: list[str]) -> list[int]:
-        return [1 + len(text.encode()) // _BYTES_PER_TOKEN for text in texts]
+        if self._tokenizer is None:
+            return [1 + len(text.encode()) // _BYTES_PER_TOKEN for text in texts]
+        return _token_lengths(self._tokenizer, texts, self._longest)
 
     def encode(self, texts: list[str]) -> torch.Tensor:
         return _without_overflow(self._function, texts, self._module)
@@ -106,8 +123,7 @@ class _ModelEncoder:
             raise ValueError("The `LLM2CLIPModel` holds no LLM. Load it with its LLM to embed captions.")
 
     def token_lengths(self, texts: list[str]) -> list[int]:
-        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length)
-        return [len(ids) for ids in encoded["input_ids"]]
+        return _token_lengths(self._tokenizer, texts, self._max_length)
 
     @property
     def pads(self) -> bool:
