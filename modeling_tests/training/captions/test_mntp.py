@@ -10,6 +10,7 @@ import datasets
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from llm2clip_hf.modeling import apply_text_template
@@ -243,6 +244,19 @@ def test_resume_continues_the_same_trajectory(lm_dir, tmp_path):
     base = {name.replace(".base_layer", ""): p for name, p in whole.model.named_parameters() if "lora_" not in name}
     assert all(torch.equal(p, start[name]) for name, p in base.items())
     assert all(p.any() for name, p in whole.model.named_parameters() if "lora_B" in name)
+
+
+def test_best_adapters_are_loaded_at_the_end(lm_dir, tmp_path):
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    options = evaluation | {"metric_for_best_model": "loss", "greater_is_better": True, "max_steps": 4}
+    trainer = MNTPTrainer(lm_dir, arguments(tmp_path, **options), TEXTS, TEXTS)
+    trainer.train()
+    assert trainer.state.best_global_step == 2  # the loss falls
+    stored = load_file(tmp_path / "checkpoint-2" / "adapter" / "adapter_model.safetensors")
+    found = {name: p for name, p in trainer.model.named_parameters() if "lora_" in name}
+    assert len(found) == len(stored)
+    for name, parameter in found.items():
+        assert torch.equal(parameter, stored[f"base_model.model.{name.replace('.default', '')}"]), name
 
 
 def test_real_model_learns_and_becomes_a_caption_encoder(shared_dir, tmp_path):
