@@ -34,7 +34,7 @@ class CaptionPairStream(datasets.IterableDataset):
     """
 
     def __init__(self, mapped: datasets.IterableDataset, draw: "PairDraw", instruction: str | None) -> None:
-        # The constructor of `datasets`, whose attributes of these names every one of its methods passes on in this way.
+        # As every method of `datasets` makes its result.
         super().__init__(
             ex_iterable=mapped._ex_iterable,
             info=mapped._info,
