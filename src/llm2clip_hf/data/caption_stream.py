@@ -34,8 +34,15 @@ class CaptionPairStream(datasets.IterableDataset):
     """
 
     def __init__(self, mapped: datasets.IterableDataset, draw: "PairDraw", instruction: str | None) -> None:
-        # A view of `mapped` with one more method: it is already set up.
-        self.__dict__.update(vars(mapped))
+        # As every method of `datasets` makes its result.
+        super().__init__(
+            ex_iterable=mapped._ex_iterable,
+            info=mapped._info,
+            split=mapped._split,
+            formatting=mapped._formatting,
+            distributed=mapped._distributed,
+            token_per_repo_id=mapped._token_per_repo_id,
+        )
         self._draw = draw
         self.instruction = instruction
 

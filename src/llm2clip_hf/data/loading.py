@@ -20,6 +20,7 @@ from .captions import CaptionTable
 from .columns import TextColumn, check_columns, describe_kinds, resolve_caption_columns, texts_to_array
 from .image_sources import (
     ImageColumn,
+    OpenedImages,
     PathColumn,
     below,
     full_path,
@@ -311,26 +312,12 @@ def load_image_text(
     paths = list(strings[0]) if dataset is None else None
     keys = list(strings[-1]) if key_column else paths
 
-    def refuse(row: int, problem: str, counter: str = "bad_rows") -> None:
-        bad.add(counter, places.describe(int(rows[row])), problem)
-
     # Step (3)
-    keep = _num_texts(texts, len(rows)) > 0
-    for row in np.flatnonzero(~keep).tolist():
-        refuse(row, "the image has no caption", "too_few_texts")
-    if paths is not None:
-        keep &= _has_file(paths, root, refuse)
-        named = {full_path(root, name) for name in paths if name}
-        for path in opened.images:
-            if full_path(path) not in named:
-                bad.add("bad_rows", f"`{path}`:", f"the image has no row in `{Path(sources[0].name).name}`")
-    elif dataset is not None:
-        keep &= _has_image(dataset, column, root, refuse)
-    if key_column is not None and keys is not None:
-        keep &= _has_key(keys, refuse)
     if weight_column is not None:
         weights = [weights[row] for row in rows.tolist()]
-        keep &= _has_weight(weights, weight_column, refuse)
+    keep = _good_rows(opened, column, texts, rows, paths, keys if key_column else None, places, bad)
+    if weight_column is not None:
+        keep &= _has_weight(weights, weight_column, _refusal(rows, places, bad))
     if not keep.any():
         raise ValueError(f"No row is left of {len(keep)} rows of `{source}`. First problems: {bad.report.examples}.")
 
@@ -348,6 +335,45 @@ def load_image_text(
     kept_keys = None if keys is None else [keys[row] for row in kept.tolist()]
     kept_weights = None if weight_column is None else np.array([float(weights[row]) for row in kept.tolist()])
     return ImageTextTable(images, table, kept_keys, report, column, dict(chosen), kept_weights)
+
+
+def _refusal(rows: np.ndarray, places: Places, bad: BadRows) -> Callable[..., None]:
+    """Reports an image, by the place of its first row."""
+
+    def refuse(row: int, problem: str, counter: str = "bad_rows") -> None:
+        bad.add(counter, places.describe(int(rows[row])), problem)
+
+    return refuse
+
+
+def _good_rows(
+    opened: OpenedImages,
+    column: str,
+    texts: list[TextColumn],
+    rows: np.ndarray,
+    paths: list[str] | None,
+    keys: list[str] | None,
+    places: Places,
+    bad: BadRows,
+) -> np.ndarray:
+    """Which images have a caption, a file or bytes, and a key of their own; the others are reported."""
+
+    refuse = _refusal(rows, places, bad)
+    keep = _num_texts(texts, len(rows)) > 0
+    for row in np.flatnonzero(~keep).tolist():
+        refuse(row, "the image has no caption", "too_few_texts")
+    if paths is not None:
+        keep &= _has_file(paths, opened.root, refuse)
+        named = {full_path(opened.root, name) for name in paths if name}
+        for path in opened.images:
+            if full_path(path) not in named:
+                table = Path(opened.sources[0].name).name
+                bad.add("bad_rows", f"`{path}`:", f"the image has no row in `{table}`")
+    elif opened.dataset is not None:
+        keep &= _has_image(opened.dataset, column, opened.root, refuse)
+    if keys is not None:
+        keep &= _has_key(keys, refuse)
+    return keep
 
 
 def _read_images(
