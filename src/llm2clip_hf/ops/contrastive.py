@@ -114,7 +114,8 @@ def contrastive_loss(
         ImportError: if `implementation="triton"` and triton is not installed.
         NotImplementedError: in forward-mode differentiation (`torch.func.jvp`, `jacfwd`); backward is there.
 
-    Memory: O((N + M) D) and a constant workspace. Work: 8 N M D, forward and backward. Source: the loss of stage 2,
+    Memory: O((N + M) D) and a constant workspace, on the CPU with up to 2^26 logits that spare the backward a product.
+    Work: 8 N M D, forward and backward; 6 N M D where all logits are kept. Source: the loss of stage 2,
     paper section 3.2 (CLIP's loss, https://huggingface.co/papers/2103.00020).
 
     Example:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 # 64 MiB in fp32: large enough for full GEMM speed, small enough to stay a constant next to the features.
 _BUFFER_ELEMENTS = 1 << 24
-# Logits kept from forward to backward, so that the fifth matrix product of a small problem is saved: 1 GiB of a host's
-# memory, 16 MiB of a device's, where beyond 2048 x 2048 the tile kernels take over.
-_KEPT_LOGITS = 1 << 28
+# Logits kept from forward to backward, so that the fifth matrix product of a small problem is saved: 256 MiB of a
+# host's memory (8192 x 8192 in fp32), 16 MiB of a device's, where beyond 2048 x 2048 the tile kernels take over.
+_KEPT_LOGITS = 1 << 26
 _KEPT_LOGITS_ON_DEVICE = 1 << 22
 # exp(s - b) is shared by both directions of the backward while R and C lie within this many nats of b.
 _MAX_SPREAD = 40.0
