@@ -144,7 +144,7 @@ def train_known(folder: Path, world: int, dataset: Any = KnownPairs, **options: 
         {"gradient_accumulation_steps": 4, "loss_exchange": "ring"},
         {"collator": ImageTextCollator(), "gradient_accumulation_steps": 2},
     ],
-    ids=str,
+    ids=["sigmoid", "ring", "collator"],
 )
 def test_two_processes_that_accumulate_leave_out_what_one_batch_leaves_out(tmp_path, options):
     expected = train_known(tmp_path / "one", 1, sigmoid=options.get("sigmoid", False))
