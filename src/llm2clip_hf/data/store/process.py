@@ -81,6 +81,7 @@ class StoreWork:
         self._plan: dict[str, Any] = {"fingerprint": dict(fingerprint), "dtype": dtype}
         self._is_finished = folder.size(INDEX_FILE) is not None
         self._there = set(shard_names(folder))
+        self._has_keys = getattr(slices, "keys", None) is not None  # slices that are read tell when they are
 
     def old_store(self) -> CaptionEmbeddingStore | None:
         """The finished store of an earlier release; a folder that cannot be gone on with is refused."""
@@ -108,6 +109,7 @@ class StoreWork:
     def prepare(self, shard: int) -> Job:
         """Step (1)."""
         captions, name = self._slices.load(shard), shard_name(shard)
+        self._has_keys |= captions.keys is not None
         if name not in self._there:
             return Job(shard, captions, True)
         try:
@@ -191,16 +193,21 @@ class StoreWork:
                 )
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 1.5)
-        if not self._is_finished and (rank == 0 or not waits):
+        if (rank == 0 or not waits) and (not self._is_finished or self._folder.size(INDEX_FILE) is None):
             build.merge(self._folder)
         return CaptionEmbeddingStore.open(self._folder.path)
 
     def _missing(self, rank: int, waits: bool) -> list[str]:
         """What the store still lacks, as far as it is not this process that makes it."""
         if waits and rank > 0:
-            return [] if self._folder.size(INDEX_FILE) is not None else [INDEX_FILE, *self._missing(0, waits)]
-        there = self._folder.names()
-        return [name for name in map(shard_name, range(len(self._slices))) if name not in there]
+            index = build.read_index(self._folder)
+            is_new = index is not None and (not self._has_keys or "keys" in index)
+            return [] if is_new else [INDEX_FILE, *self._missing(0, waits)]
+        there, names = self._folder.names(), [*map(shard_name, range(len(self._slices)))]
+        missing = [name for name in names if name not in there]
+        if not missing and waits and self._has_keys:  # other processes may still be adding them to shards
+            missing = [name for name in names if not build.shard_record(self._folder, name)["has_keys"]]
+        return missing
 
     def _refuse_differences(self, found: Mapping[str, Any]) -> None:
         if differences := build.shard_differences(found, self._plan):
