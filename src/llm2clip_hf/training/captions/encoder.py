@@ -113,7 +113,9 @@ class CaptionEncoder(PublishedEncoder, SentenceTransformer):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recomputes the LLM's activations in the backward pass, as of `PreTrainedModel`."""
-        self.llm.activation_checkpointing_enable(**kwargs)
+        # Older releases of transformers have the other name alone.
+        enable = getattr(self.llm, "activation_checkpointing_enable", None) or self.llm.gradient_checkpointing_enable
+        enable(**kwargs)
 
     def save(
         self,
