@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .metrics import TIE_TOLERANCE, Counts, UnitRows, checked_owners, hit_probability
+from .metrics import TIE_TOLERANCE, Counts, UnitRows, hit_probability, unit_pairs
 
 
 _BINS = 20_000  # of cosines in [-1, 1], each 1e-4 wide
@@ -56,23 +56,23 @@ def match_threshold(
     for name, value in {"precision": precision, "prior": prior}.items():
         if not 0 < value < 1:
             raise ValueError(f"`{name}` must lie between 0 and 1, both excluded, got {value}.")
-    images, texts, owners = _unit_pairs(image_embeds, text_embeds, text_to_image)
+    images, texts, owners = unit_pairs(image_embeds, text_embeds, text_to_image)
     if len(texts) < FEWEST_MATCHES or len(images) < 2:
         raise ValueError(
             f"A threshold from {len(texts)} captions of {len(images)} images would be a guess. Give at least "
             f"{FEWEST_MATCHES} captions and 2 images that the model was not trained on."
         )
-    counts = {True: torch.zeros(_BINS, dtype=torch.int64), False: torch.zeros(_BINS, dtype=torch.int64)}
-    sums = {True: 0.0, False: 0.0}
+    counts, sums = torch.zeros(2, _BINS, dtype=torch.int64), [0.0, 0.0]  # of all pairs, and of those that match
     for rows, first, cosines in _tiles(images, texts, chunk_size):
         right = cosines[owners[first : first + cosines.shape[1]] == rows[:, None]]
-        for matches, sign, chosen in ((True, 1, right), (False, -1, right), (False, 1, cosines.flatten())):
-            sums[matches] += sign * chosen.sum().item()
+        for row, chosen in enumerate((cosines.flatten(), right)):
+            sums[row] += chosen.sum().item()
             # A hair is added so that a cosine on an edge counts above it in spite of rounding.
             bins = ((chosen + (1 + TIE_TOLERANCE)) * (_BINS / 2)).long().clamp(0, _BINS - 1)
-            counts[matches] += sign * torch.bincount(bins, minlength=_BINS).cpu()
-    rates = {key: each.flip(0).cumsum(0).flip(0).double() / each.sum() for key, each in counts.items()}
-    true, false = prior * rates[True], (1 - prior) * rates[False]
+            counts[row] += torch.bincount(bins, minlength=_BINS).cpu()
+    counts[0] -= counts[1]
+    other_share, match_share = counts.flip(1).cumsum(1).flip(1).double() / counts.sum(1, keepdim=True)
+    true, false = prior * match_share, (1 - prior) * other_share
     reached = torch.where(true > 0, true / (true + false), 0.0)
     good = (reached >= precision).nonzero()[:, 0]
     if not len(good):
@@ -85,9 +85,9 @@ def match_threshold(
     return {
         "match_threshold": round(2 * edge / _BINS - 1, 4),
         "match_precision": reached[edge].item(),
-        "match_recall": rates[True][edge].item(),
-        "matching_cosine": sums[True] / int(counts[True].sum()),
-        "other_cosine": sums[False] / int(counts[False].sum()),
+        "match_recall": match_share[edge].item(),
+        "matching_cosine": sums[1] / int(counts[1].sum()),
+        "other_cosine": (sums[0] - sums[1]) / int(counts[0].sum()),
     }
 
 
@@ -115,7 +115,7 @@ def joint_space_statistics(
     >>> round(joint_space_statistics(torch.eye(2), torch.eye(2), torch.arange(2))["image_uniformity"], 6)
     -4.0
     """
-    images, texts, owners = _unit_pairs(image_embeds, text_embeds, text_to_image)
+    images, texts, owners = unit_pairs(image_embeds, text_embeds, text_to_image)
     if len(images) < 2 or len(texts) < 2:
         raise ValueError(f"Two images and two texts are the least, got {len(images)} and {len(texts)}.")
     starts = range(0, len(texts), chunk_size)
@@ -159,7 +159,7 @@ def composition_accuracy(
             f"`image_embeds` {tuple(image_embeds.shape)} and `text_embeds` {tuple(text_embeds.shape)} must have the "
             "same shape: one caption per image."
         )
-    images, wrong, owners = _unit_pairs(image_embeds, negative_embeds, owners)
+    images, wrong, owners = unit_pairs(image_embeds, negative_embeds, owners)
     texts = UnitRows(text_embeds, "text_embeds", images.embeds.device)
     right = (images[:] * texts[:]).sum(1)
     margin = (images[owners] * wrong[:]).sum(1) - right[owners]
@@ -201,18 +201,6 @@ def winoground_scores(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> 
     image = (own > cosine.flip(1).diagonal(dim1=1, dim2=2) + TIE_TOLERANCE).all(1)
     scores = {"text_score": text, "image_score": image, "group_score": text & image}
     return {name: each.double().mean().item() for name, each in scores.items()}
-
-
-def _unit_pairs(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, owners: torch.Tensor
-) -> tuple[UnitRows, UnitRows, torch.Tensor]:
-    images = UnitRows(image_embeds, "image_embeds")
-    texts = UnitRows(text_embeds, "text_embeds", images.embeds.device)
-    if image_embeds.shape[1] != text_embeds.shape[1]:
-        raise ValueError(
-            f"Images (width {image_embeds.shape[1]}) and texts (width {text_embeds.shape[1]}) must have one width."
-        )
-    return images, texts, checked_owners(owners, len(images), len(texts)).to(images.embeds.device, torch.int64)
 
 
 def _tiles(first: UnitRows, second: UnitRows, size: int) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:

@@ -318,7 +318,8 @@ def retrieval_metrics(
     (1.0, 1.0)
     """
     check_cutoffs(ks)
-    counts, owners = _compare(image_embeds, text_embeds, text_to_image, chunk_size)
+    images, texts, owners = unit_pairs(image_embeds, text_embeds, text_to_image)
+    counts = count_pairs(images, texts, owners, chunk_size)
     metrics: dict[str, float] = {}
     for direction, each in (("image_to_text", counts.image), ("text_to_image", counts.text)):
         metrics |= {f"{direction}_recall@{k}": hit_rate(each, k) for k in ks}
@@ -374,10 +375,10 @@ def caption_retrieval_accuracy(
     return metrics
 
 
-def _compare(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor, chunk_size: int
-) -> tuple[PairCounts, torch.Tensor]:
-    """Counts of both directions, and the image of each caption on the device of the images."""
+def unit_pairs(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor
+) -> tuple[UnitRows, UnitRows, torch.Tensor]:
+    """Checked images and captions, and the image of each caption, all on the device of the images."""
     images = UnitRows(image_embeds, "image_embeds")
     texts = UnitRows(text_embeds, "text_embeds", images.embeds.device)
     if image_embeds.shape[1] != text_embeds.shape[1]:
@@ -385,11 +386,11 @@ def _compare(
             f"`image_embeds` {tuple(image_embeds.shape)} and `text_embeds` {tuple(text_embeds.shape)} must have the "
             "same width. Both must come from the joint space, after the projections."
         )
-    owners = checked_owners(text_to_image, len(images), len(texts)).to(images.embeds.device, torch.int64)
-    return count_pairs(images, texts, owners, chunk_size), owners
+    owners = _checked_owners(text_to_image, len(images), len(texts)).to(images.embeds.device, torch.int64)
+    return images, texts, owners
 
 
-def checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
+def _checked_owners(text_to_image: torch.Tensor, num_images: int, num_texts: int) -> torch.Tensor:
     if text_to_image.shape != (num_texts,) or text_to_image.is_floating_point():
         raise ValueError(
             f"`text_to_image` must hold one integer per caption ({num_texts}), got shape "
