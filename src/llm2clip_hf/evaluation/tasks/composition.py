@@ -4,10 +4,7 @@
 from dataclasses import dataclass, replace
 
 from ...data.store.fingerprint import digest_of
-from .data import ImageData, Location, check_counts, image_keys, named_column, open_table, source_digest
-
-
-_MAX_NAMED = 5
+from .data import MAX_NAMED, ImageData, Location, check_counts, image_keys, named_column, open_table, source_digest
 
 
 @dataclass
@@ -68,7 +65,7 @@ def load_composition(location: Location, on_bad_row: str, max_images: int | None
         categories=categories,
         counts=counts,
         fingerprint={"captions_sha256": digest_of([captions, negatives, categories]), **source_digest(location)},
-        skipped={"rows": len(bad), "examples": list(bad.values())[:_MAX_NAMED]} if bad else {},
+        skipped={"rows": len(bad), "examples": list(bad.values())[:MAX_NAMED]} if bad else {},
     )
 
 

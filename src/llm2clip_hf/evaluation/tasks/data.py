@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+MAX_NAMED = 5  # bad rows that a report names
 _NAME_FILES = ("classes.txt", "classes.json", "templates.txt")
 
 
@@ -192,6 +193,7 @@ def source_digest(location: Location) -> dict[str, str]:
 
 
 __all__ = [
+    "MAX_NAMED",
     "CaptionData",
     "ClassificationData",
     "CrossLingualData",

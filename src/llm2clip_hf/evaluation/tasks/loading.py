@@ -18,6 +18,7 @@ from ...data.store.fingerprint import digest_of, lines_digest
 from ..zero_shot import SINGLE_TEMPLATE
 from .composition import load_composition, load_pairs
 from .data import (
+    MAX_NAMED,
     CaptionData,
     ClassificationData,
     CrossLingualData,
@@ -167,7 +168,6 @@ def _load_caption_data(location: Location, on_bad_row: str, max_images: int | No
 
 _LANGUAGE_COLUMNS = ("langs", "languages", "language", "lang", "locale")
 _TEXT_COLUMNS = ("texts", "names", "captions", "caption", "text")
-_MAX_NAMED = 5
 _Texts = dict[str, list[tuple[int, str]]]
 
 
@@ -188,7 +188,7 @@ class _Collected:
                     f'{place} has the text {text!r}. Mend it, or pass `on_bad_row="skip"` to leave it out.'
                 )
             self.count += 1
-            self.examples = [*self.examples, f"{place}: {text!r}"][:_MAX_NAMED]
+            self.examples = [*self.examples, f"{place}: {text!r}"][:MAX_NAMED]
 
 
 def load_cross_lingual(location: Location, on_bad_row: str, max_images: int | None) -> CrossLingualData:
